@@ -1,0 +1,1 @@
+"""The ClientApp: what runs on a node that holds data."""

@@ -1,0 +1,130 @@
+"""Train on what this node holds, sum features, and say what it holds."""
+
+import logging
+import re
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedtalora_flwr import aggregation, wire
+from fedtalora_flwr.aggregation import ClientUpdate
+from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.resident import data_of, model_of, training_examples
+from fedtalora_flwr.train import compared_classes, fit, sum_features
+
+app = ClientApp()
+log = logging.getLogger("fedtalora.client")
+
+
+class ClientError(RuntimeError):
+    """What leaves the node of an error: no path, no data."""
+
+
+_Handler = Callable[[Message, Context], Message]
+
+
+def _discreet(handler: _Handler) -> _Handler:
+    """Log an error in full on the node, and raise it with a text that may travel.
+
+    Flower sends an exception's text to the server. Our own errors keep theirs, less the folders in it; of any
+    other only the type is told.
+    """
+
+    @wraps(handler)
+    def guarded(message: Message, context: Context) -> Message:
+        try:
+            return handler(message, context)
+        except ValueError as error:
+            log.exception("refused a message")
+            own = type(error).__module__.startswith("fedtalora_flwr.") or type(error) is ValueError
+            text = re.sub(r"(?:[A-Za-z]:)?[/\\](?:[^\s/\\:'\"]+[/\\])+", "", str(error))
+            raise ClientError(text if own else f"{type(error).__name__}, see the node's log") from None
+        except Exception as error:
+            log.exception("failed on a message")
+            raise ClientError(f"{type(error).__name__}, see the node's log") from None
+
+    return guarded
+
+
+@app.query()
+@_discreet
+def hello(message: Message, context: Context) -> Message:
+    """Say which partition this node holds; a bad file or setting is found here, before the first round."""
+    config, partition_id = _settings(context)
+    data = data_of(config)
+    if config.check_data:
+        for task_id in range(config.last_task):
+            training_examples(config, partition_id=partition_id, task_id=task_id)
+    counts = data.stream.class_counts(data.source.train.labels)[partition_id]
+    reply = wire.Hello(
+        partition_id=partition_id,
+        num_partitions=int(str(context.node_config.get("num-partitions", config.num_clients))),
+        partition_hash=data.stream.partition_hash(data.source.train.labels, partition_id),
+        class_counts=torch.as_tensor(counts, dtype=torch.int64),
+    )
+    return Message(wire.hello_reply(reply), reply_to=message)
+
+
+@app.train()
+@_discreet
+def train(message: Message, context: Context) -> Message:
+    """Set the model to the server's state, train on this node's data of the task, send the pairs and rows back."""
+    config, partition_id = _settings(context)
+    state, order = wire.read_state(message)
+    method = aggregation.resolve(config.method, residual=config.residual)
+    tasks = data_of(config).stream.tasks
+    examples = training_examples(config, partition_id=partition_id, task_id=order.task_id)
+    model = model_of(config)
+    model.load(state.adapters, state.residual)
+    class_counts = torch.bincount(examples.labels, minlength=len(state.head["bias"]))
+    result = fit(
+        model,
+        state.head,
+        examples,
+        classes=compared_classes(
+            config.loss_classes,
+            task_classes=tasks[order.task_id],
+            present=class_counts.nonzero().flatten().tolist(),
+            seen=[c for task in tasks[: order.task_id + 1] for c in task],
+        ),
+        trainable=method.trainable,
+        config=config,
+        task_id=order.task_id,
+        round_in_task=order.round_in_task,
+        seed=[config.seed, order.server_round, partition_id],
+    )
+    update = ClientUpdate(
+        partition_id=partition_id,
+        num_examples=len(examples),
+        adapters=result.adapters,
+        head=result.head,
+        class_counts=class_counts,
+        base_version=state.version,
+    )
+    scaling = config.alpha / config.rank
+    return Message(wire.update_reply(update, mean_loss=result.mean_loss, scaling=scaling), reply_to=message)
+
+
+@app.train("sums")
+@_discreet
+def sums(message: Message, context: Context) -> Message:
+    """Sum this node's features of the task under the server's state."""
+    config, partition_id = _settings(context)
+    state, order = wire.read_state(message)
+    model = model_of(config)
+    model.load(state.adapters, state.residual)
+    examples = training_examples(config, partition_id=partition_id, task_id=order.task_id)
+    num_classes = len(state.head["bias"])
+    return Message(
+        wire.sums_reply(sum_features(model, examples, num_classes=num_classes, config=config)),
+        reply_to=message,
+    )
+
+
+def _settings(context: Context) -> tuple[RunConfig, int]:
+    config = RunConfig.parse(context.run_config)
+    torch.set_num_threads(config.threads)
+    return config, wire.partition_of(context.node_config, config)

@@ -1,0 +1,37 @@
+"""Methods: pure tensors in, pure tensors out. A file here with ``create`` is a method."""
+
+from typing import Any
+
+from fedtalora_flwr import registry
+from fedtalora_flwr.aggregation.base import Aggregator, ClientUpdate, GlobalState, LoraFactors
+from fedtalora_flwr.aggregation.intake import BadUpdate, check_update
+from fedtalora_flwr.aggregation.verify import exactness_error
+
+__all__ = [
+    "Aggregator",
+    "BadUpdate",
+    "ClientUpdate",
+    "GlobalState",
+    "LoraFactors",
+    "available",
+    "check_update",
+    "exactness_error",
+    "resolve",
+]
+
+
+def available() -> tuple[str, ...]:
+    """List the methods there are."""
+    return registry.available(__name__)
+
+
+def resolve(name: str, **settings: Any) -> Aggregator:
+    """Build the method `name`, e.g. ``resolve("fedtalora", residual="replace")``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such method, or a setting of it cannot be.
+    """
+    method: Aggregator = registry.build(__name__, name, settings)
+    return method

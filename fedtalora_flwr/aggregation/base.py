@@ -1,0 +1,132 @@
+"""The types that a method takes and gives: plain tensors, no model, no data, no Flower.
+
+Shape names: d_out, d_in of an adapted `torch.nn.Linear`; rank; C classes; K clients. Tensors are float32 on
+the CPU. Keys are module names as in ``model.named_modules()``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """One layer's low-rank pair (LoRA, arXiv 2106.09685): it adds ``scaling * lora_B @ lora_A``.
+
+    Parameters
+    ----------
+    lora_A
+        (rank, d_in).
+    lora_B
+        (d_out, rank).
+    scaling
+        alpha / rank.
+    """
+
+    lora_A: Tensor  # (rank, d_in)
+    lora_B: Tensor  # (d_out, rank)
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of lora_A."""
+        return self.lora_A.shape[0]
+
+    def delta(self) -> Tensor:
+        """Form the dense product ``scaling * lora_B @ lora_A``, shape (d_out, d_in): the one place that does."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+
+@dataclass(frozen=True)
+class GlobalState:
+    """What the server broadcasts; the effective weight of a layer is ``W_0 + residual + delta``.
+
+    Parameters
+    ----------
+    adapters
+        The shared factors of every adapted module.
+    residual
+        (d_out, d_in) for every adapted module: what is added to the frozen weight, summed over all rounds.
+        Clients *set* ``W = W_0 + residual``; loading a state twice equals loading it once.
+    head
+        The classifier's parameters, classes along the first dimension: (C, ...).
+    version
+        Number of aggregations behind this state.
+    """
+
+    adapters: Mapping[str, LoraFactors]
+    residual: Mapping[str, Tensor] = field(default_factory=dict)
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    version: int = 0
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What one client sends back after local training.
+
+    Parameters
+    ----------
+    partition_id
+        Stable identity of the client's data; the order of summation.
+    num_examples
+        Examples trained on: the client's weight n_k.
+    adapters, head
+        As in `GlobalState`; the rank may differ from the server's.
+    class_counts
+        (C,) int64, examples of each class trained on.
+    base_version
+        `GlobalState.version` that the training started from.
+    """
+
+    partition_id: int
+    num_examples: int
+    adapters: Mapping[str, LoraFactors]
+    head: Mapping[str, Tensor]
+    class_counts: Tensor  # (C,) int64
+    base_version: int
+
+
+class Aggregator(ABC):
+    """A method: which LoRA factors clients train, and how the server folds their updates into its state.
+
+    Attributes
+    ----------
+    trainable
+        Names of the factors that clients train, of ``lora_A`` and ``lora_B``.
+    exact
+        Whether the aggregate's effective weights equal the weighted mean of the clients' effective weights.
+    """
+
+    trainable: frozenset[str]
+    exact: bool
+
+    @abstractmethod
+    def aggregate(self, state: GlobalState, updates: Sequence[ClientUpdate]) -> GlobalState:
+        """Fold the updates into a new state; neither argument is changed.
+
+        Raises
+        ------
+        ValueError
+            If there is no update, or the updates hold no example.
+        """
+
+
+def in_summation_order(updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+    """Sort updates by partition: float sums are not associative and replies arrive in any order."""
+    return sorted(updates, key=lambda update: update.partition_id)
+
+
+def example_weights(updates: Sequence[ClientUpdate]) -> list[float]:
+    """Give p_k = n_k / sum n, in the order of `updates`.
+
+    Raises
+    ------
+    ValueError
+        If there is no update, or the updates hold no example.
+    """
+    total = sum(update.num_examples for update in updates)
+    if total <= 0:
+        raise ValueError(f"nothing to average: {len(updates)} updates hold {total} examples")
+    return [update.num_examples / total for update in updates]

@@ -1,0 +1,61 @@
+"""Refuse a bad update by name before it can touch the state."""
+
+import torch
+
+from fedtalora_flwr.aggregation.base import ClientUpdate, GlobalState
+
+
+class BadUpdate(ValueError):
+    """An update that the server refuses; the message is the reason in the round's log."""
+
+
+def check_update(state: GlobalState, update: ClientUpdate) -> None:
+    """Check an update against the state it claims to start from.
+
+    Raises
+    ------
+    BadUpdate
+        If its version, keys, shapes, numbers or counts cannot be right.
+    """
+    if update.base_version != state.version:
+        raise BadUpdate(f"trained on version {update.base_version}, the server is at {state.version}")
+    _check_counts(state, update)
+    _check_keys("adapters", set(state.adapters), set(update.adapters))
+    _check_keys("head", set(state.head), set(update.head))
+    for name, ours in state.adapters.items():
+        theirs = update.adapters[name]
+        d_out, d_in = ours.lora_B.shape[0], ours.lora_A.shape[1]
+        a, b = tuple(theirs.lora_A.shape), tuple(theirs.lora_B.shape)
+        if len(a) != 2 or len(b) != 2 or a[1] != d_in or b[0] != d_out or a[0] != b[1] or a[0] < 1:
+            raise BadUpdate(f"{name}: lora_A {a} and lora_B {b} do not fit ({d_out}, rank) @ (rank, {d_in})")
+        if not 0 < theirs.scaling < float("inf"):
+            raise BadUpdate(f"{name}: scaling {theirs.scaling} is not a positive number")
+        _check_finite(f"{name}.lora_A", theirs.lora_A)
+        _check_finite(f"{name}.lora_B", theirs.lora_B)
+    for name, parameter in state.head.items():
+        if update.head[name].shape != parameter.shape:
+            got, want = tuple(update.head[name].shape), tuple(parameter.shape)
+            raise BadUpdate(f"head {name} has shape {got}, expected {want}")
+        _check_finite(f"head {name}", update.head[name])
+
+
+def _check_counts(state: GlobalState, update: ClientUpdate) -> None:
+    counts = update.class_counts
+    num_classes = next(iter(state.head.values())).shape[0] if state.head else counts.numel()
+    if tuple(counts.shape) != (num_classes,):
+        raise BadUpdate(f"class counts have shape {tuple(counts.shape)}, expected ({num_classes},)")
+    if counts.is_floating_point() or counts.min() < 0 or int(counts.sum()) != update.num_examples:
+        raise BadUpdate(f"class counts do not add up to num_examples {update.num_examples}")
+    if update.num_examples < 1:
+        raise BadUpdate(f"num_examples is {update.num_examples}")
+
+
+def _check_keys(part: str, ours: set[str], theirs: set[str]) -> None:
+    if ours != theirs:
+        missing, unknown = sorted(ours - theirs)[:3], sorted(theirs - ours)[:3]
+        raise BadUpdate(f"{part}: missing {missing}, unknown {unknown}")
+
+
+def _check_finite(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        raise BadUpdate(f"{name} holds a number that is not finite")

@@ -1,0 +1,101 @@
+"""A pre-trained encoder, and where in it LoRA can go."""
+
+import re
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedtalora_flwr.data import Source, Split
+
+
+class BackboneError(ValueError):
+    """A backbone that cannot be had; the message says what was looked for and where it can come from."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The places in a transformer that the LoRA settings speak of.
+
+    Parameters
+    ----------
+    blocks
+        Module name of every transformer block, from the input up.
+    roles
+        Role (q, k, v, qkv, proj, fc1, fc2) -> name of its Linear inside a block.
+    """
+
+    blocks: tuple[str, ...]
+    roles: Mapping[str, str]
+
+
+class Backbone(nn.Module):
+    """A pre-trained encoder from raw inputs to features.
+
+    Attributes
+    ----------
+    model
+        The library's own module; adapter keys are names in ``model.named_modules()``.
+    modality
+        ``image`` or ``text``.
+    feature_dim
+        d, the size of a feature vector.
+    placement
+        Where LoRA can go.
+    """
+
+    model: nn.Module
+    modality: Literal["image", "text"]
+    feature_dim: int
+    placement: Placement
+
+    @abstractmethod
+    def encode(self, split: Split, rows: NDArray[np.int64], *, source: Source) -> Tensor:
+        """Read rows of a split of `source` into one CPU tensor: uint8 (N, 3, H, W) or int32 tokens (N, L)."""
+
+    @abstractmethod
+    def forward(
+        self, batch: Tensor, *, augment: str = "none", generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Compute features (n, d) of an encoded batch on its device, augmented as asked."""
+
+
+def find_placement(
+    model: nn.Module, *, blocks: re.Pattern[str], roles: Mapping[str, Sequence[str]]
+) -> Placement:
+    """Find the blocks of a model and the Linear layers in them.
+
+    Parameters
+    ----------
+    model
+        The library's module.
+    blocks
+        Full match on the name of a block.
+    roles
+        Role -> names its Linear goes by in different architectures; those in the first block count.
+
+    Raises
+    ------
+    BackboneError
+        If no block or no Linear is found.
+    """
+    names = tuple(name for name, _ in model.named_modules() if blocks.fullmatch(name))
+    if not names:
+        raise BackboneError(f"{type(model).__name__} has no transformer blocks named like {blocks.pattern}")
+    inside = {
+        name
+        for name, module in model.get_submodule(names[0]).named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    found = {role: next((n for n in spellings if n in inside), None) for role, spellings in roles.items()}
+    placement = Placement(names, {role: name for role, name in found.items() if name is not None})
+    if not placement.roles:
+        raise BackboneError(
+            f"{names[0]} of {type(model).__name__} has no layer known here; it has {sorted(inside)}"
+        )
+    return placement

@@ -1,0 +1,92 @@
+"""BERT-family text encoders of transformers: ``hf:bert-base-uncased``, ``hf:/path/to/folder``."""
+
+import re
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from fedtalora_flwr.backbones.base import Backbone, BackboneError, find_placement
+from fedtalora_flwr.data import Source, Split
+
+_BLOCKS = re.compile(r"(encoder|transformer)\.layer\.\d+")
+_ROLES = {  # BERT, RoBERTa, ELECTRA; DistilBERT; MPNet
+    "q": ("attention.self.query", "attention.q_lin", "attention.attn.q"),
+    "k": ("attention.self.key", "attention.k_lin", "attention.attn.k"),
+    "v": ("attention.self.value", "attention.v_lin", "attention.attn.v"),
+    "proj": ("attention.output.dense", "attention.out_lin", "attention.attn.o"),
+    "fc1": ("intermediate.dense", "ffn.lin1"),
+    "fc2": ("output.dense", "ffn.lin2"),
+}
+
+
+class TextBackbone(Backbone):
+    """A transformers encoder whose feature is the mean over tokens, scaled to unit variance.
+
+    Parameters
+    ----------
+    model, tokenizer
+        From one pre-trained folder.
+    max_length
+        Tokens kept of a text.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, max_length: int) -> None:
+        super().__init__()
+        self.model = model
+        self.modality = "text"
+        self.feature_dim = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        self.placement = find_placement(model, blocks=_BLOCKS, roles=_ROLES)
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+
+    def encode(self, split: Split, rows: NDArray[np.int64], *, source: Source) -> Tensor:
+        """Tokenise texts into int32 (N, L), padded to the longest of them."""
+        tokens = self._tokenizer(
+            list(split.read(rows)),
+            padding=True,
+            truncation=True,
+            max_length=self._max_length,
+            return_tensors="pt",
+        )
+        ids: Tensor = tokens["input_ids"].int()
+        return ids
+
+    def forward(
+        self, batch: Tensor, *, augment: str = "none", generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Encode tokens (n, L) into features (n, d); text has no augmentation."""
+        mask = batch != self._tokenizer.pad_token_id
+        longest = int(mask.sum(1).max())
+        ids, mask = batch[:, :longest].long(), mask[:, :longest]
+        hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # (n, L, d)
+        weights = (mask / mask.sum(1, keepdim=True)).unsqueeze(-1).to(hidden.dtype)
+        mean = (hidden * weights).sum(1)
+        features: Tensor = F.normalize(mean, dim=-1) * self.feature_dim**0.5
+        return features
+
+
+def create(argument: str, *, max_length: int) -> TextBackbone:
+    """Load the encoder `argument`, a hub name or a folder, with its tokenizer.
+
+    Raises
+    ------
+    BackboneError
+        If it cannot be read or fetched, or is no encoder of a known family.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(argument)
+        model = AutoModel.from_pretrained(argument, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise BackboneError(
+            f"text encoder {argument!r} cannot be had: {reason}; give hf: a folder with config.json, "
+            "model.safetensors and the tokenizer's files, or a hub name where the hub can be reached"
+        ) from error
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None  # unused by the mean, and its weights would count as parameters
+    return TextBackbone(model, tokenizer, max_length=max_length)

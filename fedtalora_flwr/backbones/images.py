@@ -1,0 +1,75 @@
+"""Image backbones from timm (ViT, Swin): batched preparation on the device, pooled features."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import timm
+import timm.data
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedtalora_flwr.backbones.base import Backbone, find_placement
+from fedtalora_flwr.data import Source, Split, load_images, stored_side
+
+_BLOCKS = re.compile(r"blocks\.\d+|layers\.\d+\.blocks\.\d+")  # ViT; Swin, whose stages nest
+_ROLES = {"qkv": ("attn.qkv",), "proj": ("attn.proj",), "fc1": ("mlp.fc1",), "fc2": ("mlp.fc2",)}
+
+
+class ImageBackbone(Backbone):
+    """A timm vision transformer without its classifier.
+
+    Parameters
+    ----------
+    model
+        Built with ``num_classes=0``.
+    mean, std
+        Normalisation of the channels, from the model's own data configuration unless given.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    ) -> None:
+        super().__init__()
+        data = timm.data.resolve_model_data_config(model)
+        self.model = model
+        self.modality = "image"
+        self.feature_dim = int(model.num_features)  # type: ignore[arg-type]
+        self.placement = find_placement(model, blocks=_BLOCKS, roles=_ROLES)
+        # The model as built, not its published configuration: img_size may have been set on creation.
+        self.image_size = int(model.patch_embed.img_size[0])  # type: ignore[union-attr, index]
+        self.register_buffer("mean", torch.tensor(mean or data["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or data["std"]).view(1, 3, 1, 1), persistent=False)
+
+    def encode(self, split: Split, rows: NDArray[np.int64], *, source: Source) -> Tensor:
+        """Decode images into uint8 (N, 3, side, side); images below the model's size are enlarged on the device."""
+        return load_images(split, rows, side=stored_side(source, size=self.image_size))
+
+    def forward(
+        self, batch: Tensor, *, augment: str = "none", generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Augment, resize, normalise and encode images (n, 3, H, W) uint8 into features (n, d)."""
+        images = batch.float().div_(255)
+        if augment != "none":
+            images = _augment(images, crop=augment == "crop-flip", generator=generator)
+        if images.shape[-1] != self.image_size:
+            size = (self.image_size, self.image_size)
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp_(0, 1)
+        features = self.model.forward_features((images - self.mean) / self.std)  # type: ignore[operator]
+        pooled: Tensor = self.model.forward_head(features, pre_logits=True)  # type: ignore[operator]
+        return pooled
+
+
+def _augment(images: Tensor, *, crop: bool, generator: torch.Generator | None) -> Tensor:
+    """Flip each image with probability 1/2 and, for `crop`, zoom into a random 60 to 100 % of its area."""
+    n = len(images)
+    draw = torch.rand(n, 4, generator=generator).to(images.device)
+    flip = torch.where(draw[:, 0] < 0.5, -1.0, 1.0)
+    zoom = (0.6 + 0.4 * draw[:, 1]).sqrt() if crop else torch.ones_like(flip)
+    shift = (2 * draw[:, 2:] - 1) * (1 - zoom).unsqueeze(1)
+    theta = images.new_zeros(n, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = zoom * flip, zoom, shift
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)

@@ -1,0 +1,129 @@
+"""The server's state on disk after every round: one safetensors file, and a JSON file that points to it.
+
+Each write goes to a new file that replaces the old by ``os.replace``, so that a kill at any moment leaves a
+whole checkpoint, the last or the one before.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from fedtalora_flwr.aggregation import GlobalState, LoraFactors
+from fedtalora_flwr.heads import FeatureSums
+from fedtalora_flwr.metrics import TaskMatrix
+
+_POINTER = "latest.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there or cannot be read."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything the server needs to go on after `server_round`.
+
+    Parameters
+    ----------
+    server_round
+        The last finished round.
+    state, sums, matrix
+        The model, the head's sums over finished tasks, the hits counted so far.
+    bytes_up, bytes_down
+        Over all finished rounds.
+    wall_seconds
+        Of all finished rounds, over all processes that ran them.
+    partition_hashes
+        Of the clients, by partition id: the resumed run must meet the same data.
+    """
+
+    server_round: int
+    state: GlobalState
+    sums: FeatureSums
+    matrix: TaskMatrix
+    bytes_up: int
+    bytes_down: int
+    wall_seconds: float
+    partition_hashes: tuple[str, ...]
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint and drop the one before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = checkpoint.state
+    tensors = {f"lora_A/{name}": pair.lora_A for name, pair in state.adapters.items()}
+    tensors |= {f"lora_B/{name}": pair.lora_B for name, pair in state.adapters.items()}
+    tensors |= {f"residual/{name}": value for name, value in state.residual.items()}
+    tensors |= {f"head/{name}": value for name, value in state.head.items()}
+    tensors |= {"sums/gram": checkpoint.sums.gram, "sums/moment": checkpoint.sums.moment}
+    name = f"round-{checkpoint.server_round:06d}.safetensors"
+    temporary = folder / f"{name}.part"
+    save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+    _flush(temporary)
+    temporary.replace(folder / name)
+    facts: dict[str, Any] = {
+        "tensors": name,
+        "server_round": checkpoint.server_round,
+        "version": state.version,
+        "scaling": {module: pair.scaling for module, pair in state.adapters.items()},
+        "matrix": checkpoint.matrix.to_json(),
+        "bytes_up": checkpoint.bytes_up,
+        "bytes_down": checkpoint.bytes_down,
+        "wall_seconds": checkpoint.wall_seconds,
+        "partition_hashes": list(checkpoint.partition_hashes),
+    }
+    write_text(folder / _POINTER, json.dumps(facts))
+    for old in folder.glob("round-*"):
+        if old.name != name:
+            old.unlink(missing_ok=True)
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read the last whole checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none.
+    """
+    pointer = folder / _POINTER
+    if not pointer.is_file():
+        raise CheckpointError(
+            f"{folder} holds no checkpoint ({_POINTER}); the run ended before its first round did"
+        )
+    facts = json.loads(pointer.read_text())
+    parts: dict[str, dict[str, Any]] = {"lora_A": {}, "lora_B": {}, "residual": {}, "head": {}, "sums": {}}
+    for key, value in load_file(folder / facts["tensors"]).items():
+        part, _, name = key.partition("/")
+        parts[part][name] = value
+    adapters = {
+        name: LoraFactors(parts["lora_A"][name], parts["lora_B"][name], scaling)
+        for name, scaling in facts["scaling"].items()
+    }
+    return Checkpoint(
+        server_round=facts["server_round"],
+        state=GlobalState(adapters, parts["residual"], parts["head"], facts["version"]),
+        sums=FeatureSums(parts["sums"]["gram"], parts["sums"]["moment"]),
+        matrix=TaskMatrix.from_json(facts["matrix"]),
+        bytes_up=facts["bytes_up"],
+        bytes_down=facts["bytes_down"],
+        wall_seconds=facts["wall_seconds"],
+        partition_hashes=tuple(facts["partition_hashes"]),
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.write_text(text)
+    _flush(temporary)
+    temporary.replace(path)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,274 @@
+"""The command ``fedtalora``. Each command imports what it needs when it runs, so that ``--help`` is quick."""
+
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+cli = typer.Typer(
+    name="fedtalora",
+    help="Federated continual fine-tuning of pre-trained transformers with exact LoRA aggregation.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+Preset = Annotated[
+    str, typer.Option(help="Settings from experiments/NAME.toml; fedtalora presets lists them.")
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings from a flat TOML or JSON file.")]
+Assignments = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
+]
+
+
+@cli.command()
+def run(
+    preset: Preset = "",
+    config: ConfigFile = None,
+    assignments: Assignments = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="Run folder; by default runs/<name>-<time>.")] = None,
+    nodes: Annotated[
+        int, typer.Option(min=0, help="Number of clients, one SuperNode each (num-clients).")
+    ] = 0,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with a run that was stopped, from its folder.")
+    ] = None,
+    cpus: Annotated[int, typer.Option(min=0, help="CPUs for the clients together; 0 = all.")] = 0,
+    client_gpus: Annotated[
+        float, typer.Option(min=0, help="GPU share of a client; 0.2 packs five on a GPU.")
+    ] = 0.0,
+    list_settings: Annotated[
+        bool, typer.Option(help="Print all settings with their defaults, and stop.")
+    ] = False,
+) -> None:
+    """Run a federation in simulation: without options the demo, scikit-learn's digits over five clients.
+
+    Starts Flower and Ray for this run alone and leaves no process behind. The exit status is 0 for a
+    completed run, 1 for a failed one, 130 after Ctrl-C; fedtalora run --resume goes on with a stopped run.
+    """
+    import tomli_w
+
+    from fedtalora_flwr.config import RunConfig
+    from fedtalora_flwr.launch import LaunchError, launch
+    from fedtalora_flwr.progress import RunProgress
+    from fedtalora_flwr.settings import app_folder, defaults, gather, preset_file, read_file
+
+    app = app_folder()
+    if list_settings:
+        _print_settings(app / "pyproject.toml")
+        return
+    if resume is not None:
+        if preset or config or assignments or out or nodes:
+            _fail("--resume goes on with the run's own settings; give no others")
+        folder = resume.resolve()
+        if not (folder / "config.json").is_file():
+            _fail(f"{resume} is no run folder: it has no config.json")
+        if (folder / "metrics.json").is_file():
+            _fail(f"{resume} is finished: it has metrics.json; fedtalora report {resume} shows it")
+        settings = {
+            **read_file(folder / "config.json", defaults(app)),
+            "resume": (folder / "checkpoint").is_dir(),
+        }
+    else:
+        if preset and config:
+            _fail("give --preset or --config, not both")
+        file = preset_file(app, preset) if preset else config
+        settings = gather(app, file=file, assignments=assignments)
+        settings |= {"num-clients": nodes} if nodes else {}
+        name = preset or (config.stem if config else str(settings["dataset"]).partition(":")[0])
+        folder = (out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}").resolve()
+        if (folder / "config.json").exists():
+            _fail(f"{folder} holds a run already; choose another --out, or go on with it by --resume")
+    settings["out"] = str(folder)
+    parsed = RunConfig.parse(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "status.json").unlink(missing_ok=True)
+    run_config = folder / "run-config.toml"
+    run_config.write_text(tomli_w.dumps(parsed.flat()))
+    console.print(f"run folder {folder}", highlight=False, soft_wrap=True)
+    with RunProgress(folder, console) as progress:
+        try:
+            result = launch(
+                app,
+                run_config=run_config,
+                num_supernodes=parsed.num_clients,
+                client_cpus=min(parsed.threads, cpus or os.cpu_count() or 1),
+                client_gpus=client_gpus,
+                ray_cpus=cpus or os.cpu_count(),
+                work_dir=folder / "logs",
+                on_tick=progress.tick,
+            )
+        except LaunchError as error:
+            _fail(str(error), code=1)
+        except KeyboardInterrupt:
+            _fail(f"stopped; go on with: fedtalora run --resume {_short(folder)}", code=130)
+    if not result.ok:
+        _explain_failure(folder, result.details)
+    _show_result(folder)
+
+
+@cli.command()
+def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Write RUN/report.html, one file that opens offline; an unfinished run is reported as far as it is."""
+    from fedtalora_flwr.report import print_table, read_run, write_report
+
+    print_table(read_run(run_folder), console)
+    console.print(f"report {write_report(run_folder)}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two or more run folders.")],
+    allow_different_partitions: Annotated[
+        bool, typer.Option(help="Compare runs whose clients hold different data.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write an HTML page.")] = None,
+) -> None:
+    """Set runs side by side: what differs in their settings, accuracy, forgetting, bytes, time.
+
+    Refuses runs whose clients hold different data, since then a difference says nothing of the method.
+    """
+    from fedtalora_flwr.report import compare as compare_runs
+
+    comparison = compare_runs(runs, allow_different_partitions=allow_different_partitions, out=out)
+    console.print(comparison.table())
+    if out:
+        console.print(f"comparison {out.resolve()}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+def data(
+    preset: Preset = "",
+    config: ConfigFile = None,
+    assignments: Assignments = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="Picture or page to write: .png, .svg or .html.")] = None,
+) -> None:
+    """Show who holds which classes in which task, before any training."""
+    import hashlib
+
+    from fedtalora_flwr.config import RunConfig
+    from fedtalora_flwr.report import data_table, write_data_page
+    from fedtalora_flwr.resident import data_of
+    from fedtalora_flwr.settings import app_folder, gather, preset_file
+
+    app = app_folder()
+    file = preset_file(app, preset) if preset else config
+    parsed = RunConfig.parse(gather(app, file=file, assignments=assignments))
+    found = data_of(parsed)
+    labels, stream = found.source.train.labels, found.stream
+    counts = stream.class_counts(labels)
+    console.print(
+        data_table(counts, tasks=stream.tasks, title=f"{found.source.name}: training examples (classes)")
+    )
+    hashes = [stream.partition_hash(labels, k) for k in range(parsed.num_clients)]
+    console.print(f"partition hash {hashlib.sha256(''.join(hashes).encode()).hexdigest()}", highlight=False)
+    target = out or Path(f"{preset or found.source.name.replace(':', '-').replace('/', '-')}-data.html")
+    write_data_page(
+        target,
+        class_counts=counts,
+        tasks=stream.tasks,
+        class_names=found.source.class_names,
+        partition_hashes=hashes,
+    )
+    console.print(f"picture {target.resolve()}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+def presets() -> None:
+    """List the presets and what each is."""
+    from fedtalora_flwr.settings import app_folder
+    from fedtalora_flwr.settings import presets as known
+
+    for name, path in known(app_folder()).items():
+        first = path.read_text().splitlines()[0]
+        console.print(f"{name:26} {first.lstrip('# ')}", highlight=False, soft_wrap=True)
+
+
+@cli.command()
+def doctor() -> None:
+    """Check this machine: libraries, Flower's programs, devices, data, a free port. Exit status 1 if it cannot run."""
+    from fedtalora_flwr.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        mark = {"ok": "[green]ok[/green]  ", "note": "[yellow]note[/yellow]", "bad": "[red]bad[/red] "}[
+            finding.level
+        ]
+        console.print(f"{mark} {finding.subject}: {finding.text}", highlight=False, soft_wrap=True)
+    if any(finding.level == "bad" for finding in findings):
+        raise typer.Exit(1)
+
+
+@cli.callback(invoke_without_command=True)
+def version_option(
+    version: Annotated[bool, typer.Option("--version", help="Print the version, and stop.")] = False,
+) -> None:
+    """Federated continual fine-tuning of pre-trained transformers with exact LoRA aggregation."""
+    if version:
+        import fedtalora_flwr
+
+        console.print(f"fedtalora {fedtalora_flwr.__version__}", highlight=False)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; an error of the user's ends in one line and status 2."""
+    try:
+        cli()
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("FEDTALORA_TRACEBACK"):
+            raise
+        errors.print(f"[red]error:[/red] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _show_result(folder: Path) -> None:
+    from fedtalora_flwr.report import print_table, read_run, write_report
+
+    print_table(read_run(folder), console)
+    console.print(f"report {write_report(folder)}", highlight=False, soft_wrap=True)
+
+
+def _explain_failure(folder: Path, details: str) -> None:
+    """Say why a run failed, write its report as far as it is, and exit with 1."""
+    import json
+
+    from fedtalora_flwr.report import write_report
+
+    path = folder / "status.json"
+    status = json.loads(path.read_text()) if path.exists() else {}
+    message = status.get("message") if status.get("phase") == "failed" else ""
+    if (folder / "config.json").exists():
+        write_report(folder)
+    _fail(f"the run failed: {message or details}\nlogs are in {_short(folder / 'logs')}", code=1)
+
+
+def _print_settings(pyproject: Path) -> None:
+    """Print the settings as they stand in ``pyproject.toml``, where each is explained beside its default."""
+    text = pyproject.read_text().split("[tool.flwr.app.config]")[1].split("\n[")[0]
+    console.print(text.strip(), highlight=False, markup=False, soft_wrap=True)
+
+
+def _short(path: Path) -> Path:
+    """Give a path relative to the current folder where it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _fail(message: str, *, code: int = 2) -> NoReturn:
+    errors.print(f"[red]error:[/red] {_escaped(message)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    main()

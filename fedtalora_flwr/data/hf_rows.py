@@ -1,0 +1,237 @@
+"""Rows of Hugging Face `datasets` as a `Source`: find the columns, read the labels, decode inputs on demand.
+
+`datasets` is imported inside the functions, as in `hf_load`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from fedtalora_flwr.data.images import decode_image
+from fedtalora_flwr.data.source import NO_ROWS, DataError, Ints, Source, Split, join_classes
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png")
+_TEXT_COLUMNS = ("text", "sentence", "utterance", "query", "question", "content", "review")
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "intent", "class", "category", "target")
+_TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
+
+
+def source_from_splits(
+    name: str, splits: Mapping[str, "Dataset"], *, input_column: str, label_column: str
+) -> Source:
+    """Make a source of a training split and the first labelled test or validation split.
+
+    Parameters
+    ----------
+    name
+        What to call the data in messages: a path or hub name.
+    splits
+        Tables by split name; ``train`` is required.
+    input_column, label_column
+        Columns to use; empty: found by their usual names.
+
+    Raises
+    ------
+    DataError
+        If there is no training split, no such column, or a label or input is missing or of the wrong kind.
+    """
+    if "train" not in splits:
+        raise DataError(f"{name} has no split named train, only {', '.join(splits)}; rename one to train")
+    modality, train, train_names = _read_split(
+        splits["train"], f"{name} (train)", input_column=input_column, label_column=label_column
+    )
+    for split_name in _TEST_SPLITS:
+        if split_name not in splits or _is_unlabelled(splits[split_name], label_column):
+            continue
+        test_modality, test, test_names = _read_split(
+            splits[split_name], f"{name} ({split_name})", input_column=input_column, label_column=label_column
+        )
+        if test_modality != modality:
+            raise DataError(
+                f"{name}: training inputs are of kind {modality}, those of {split_name} of kind "
+                f"{test_modality}; set input-column to a column that is in both"
+            )
+        class_names, test = join_classes(train_names, test, test_names)
+        return Source(name=name, modality=modality, class_names=class_names, train=train, test=test)
+    return Source(name=name, modality=modality, class_names=train_names, train=train, test=NO_ROWS)
+
+
+def _read_split(
+    rows: "Dataset", where: str, *, input_column: str, label_column: str
+) -> tuple[Literal["image", "text"], Split, tuple[str, ...]]:
+    if len(rows) == 0:
+        raise DataError(f"{where} has no rows; check that the file is complete")
+    column = _find_label_column(rows, where, label_column)
+    modality, inputs = _find_input_column(rows, where, input_column, not_this=column)
+    labels, class_names = _read_labels(rows, column, where)
+    reader = _image_reader if modality == "image" else _text_reader
+    return modality, Split(labels=labels, read=reader(rows, inputs, where)), class_names
+
+
+def _describe_columns(rows: "Dataset") -> str:
+    return ", ".join(f"{name} ({_describe(feature)})" for name, feature in rows.features.items())
+
+
+def _describe(feature: Any) -> str:
+    kind: str = type(feature).__name__
+    return str(feature.dtype) if kind == "Value" else kind
+
+
+def _named_column(rows: "Dataset", where: str, column: str, key: str) -> str:
+    if column not in rows.features:
+        raise DataError(f"{key} {column!r}: {where} has no such column; it has {_describe_columns(rows)}")
+    return column
+
+
+def _find_label_column(rows: "Dataset", where: str, label_column: str) -> str:
+    import datasets
+
+    if label_column:
+        return _named_column(rows, where, label_column, "label-column")
+    by_name = [column for column in _LABEL_COLUMNS if column in rows.features]
+    by_type: list[str] = [column for column, f in rows.features.items() if isinstance(f, datasets.ClassLabel)]
+    if by_name:
+        return by_name[0]
+    if len(by_type) == 1:
+        return by_type[0]
+    raise DataError(
+        f"{where} has no column with a usual name for labels ({', '.join(_LABEL_COLUMNS)}); "
+        f"it has {_describe_columns(rows)}; set label-column to one of them"
+    )
+
+
+def _find_input_column(
+    rows: "Dataset", where: str, input_column: str, *, not_this: str
+) -> tuple[Literal["image", "text"], str]:
+    images = [column for column, feature in rows.features.items() if _is_image(feature)]
+    texts = [
+        column
+        for column, feature in rows.features.items()
+        if _describe(feature) in ("string", "large_string") and column != not_this
+    ]
+    if input_column:
+        column = _named_column(rows, where, input_column, "input-column")
+        if column in images:
+            return "image", column
+        if column in texts:
+            return "text", column
+        raise DataError(
+            f"input-column {column!r} of {where} holds {_describe(rows.features[column])}, neither images "
+            f"nor text; the columns are {_describe_columns(rows)}"
+        )
+    for column in (*(c for c in _IMAGE_COLUMNS if c in images), *(images if len(images) == 1 else ())):
+        return "image", column
+    for column in (*(c for c in _TEXT_COLUMNS if c in texts), *(texts if len(texts) == 1 else ())):
+        return "text", column
+    raise DataError(
+        f"{where} has no column with a usual name for images ({', '.join(_IMAGE_COLUMNS)}) or text "
+        f"({', '.join(_TEXT_COLUMNS)}) that holds such; it has {_describe_columns(rows)}; "
+        "set input-column to one of them"
+    )
+
+
+def _is_image(feature: Any) -> bool:
+    """Tell images from other columns, also where a Parquet file carries no Hugging Face metadata."""
+    import datasets
+
+    if isinstance(feature, dict):
+        return "bytes" in feature
+    return isinstance(feature, datasets.Image) or _describe(feature) in ("binary", "large_binary")
+
+
+def _image_reader(rows: "Dataset", column: str, where: str) -> Callable[[Ints], Sequence[Any]]:
+    import datasets
+
+    encoded = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+
+    def read(numbers: Ints) -> Sequence[Any]:
+        images = []
+        for number, record in zip(numbers, encoded[[int(n) for n in numbers]][column], strict=True):
+            record = record or {}
+            path, content = record.get("path"), record.get("bytes")
+            if content is None and path:
+                content = Path(path)
+            named = f"row {number} of {where}" + (f", file {path}" if path else "")
+            if content is None:
+                raise DataError(f"{named} holds no image; remove the row")
+            images.append(decode_image(content, where=named))
+        return images
+
+    return read
+
+
+def _text_reader(rows: "Dataset", column: str, where: str) -> Callable[[Ints], Sequence[Any]]:
+    texts = rows.select_columns([column])
+
+    def read(numbers: Ints) -> Sequence[Any]:
+        found: list[str | None] = list(texts[[int(n) for n in numbers]][column])
+        if None in found:
+            number = numbers[found.index(None)]
+            raise DataError(f"row {number} of {where} holds no text in column {column!r}; remove the row")
+        return found
+
+    return read
+
+
+def _label_values(rows: "Dataset", column: str) -> Any:
+    """Read the label column alone, as an Arrow array: no input is touched."""
+    return rows.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
+
+
+def _is_integer(values: Any) -> bool:
+    return str(values.type).startswith(("int", "uint"))
+
+
+def _is_unlabelled(rows: "Dataset", label_column: str) -> bool:
+    """Tell test splits whose labels are withheld: the hub's convention is -1 in every row."""
+    column = label_column or next((c for c in _LABEL_COLUMNS if c in rows.features), "")
+    if column not in rows.features or len(rows) == 0:
+        return False
+    values = _label_values(rows, column)
+    return _is_integer(values) and values.null_count == 0 and bool((values.to_numpy() == -1).all())
+
+
+def _read_labels(rows: "Dataset", column: str, where: str) -> tuple[Ints, tuple[str, ...]]:
+    """Turn a column of ClassLabel, integers, booleans or strings into class ids and the classes' names."""
+    import datasets
+
+    values = _label_values(rows, column)
+    what = f"label column {column!r} of {where}"
+    if values.null_count:
+        row = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
+        raise DataError(f"{what} is empty in row {row} ({values.null_count} such rows); fill or remove them")
+    if _is_integer(values):
+        numbers = values.to_numpy().astype(np.int64)
+        feature = rows.features[column]
+        names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+        _require_range(numbers, None if names is None else len(names), what)
+        if names is not None:
+            return numbers, names
+        present, labels = np.unique(numbers, return_inverse=True)
+        return labels.astype(np.int64), tuple(str(number) for number in present)
+    if str(values.type) in ("bool", "string", "large_string"):
+        texts = [str(value) for value in values.to_pylist()]
+        if "" in texts:
+            raise DataError(f"{what} is empty in row {texts.index('')}; fill or remove the row")
+        id_of = {name: class_id for class_id, name in enumerate(sorted(set(texts)))}
+        return np.array([id_of[text] for text in texts], dtype=np.int64), tuple(id_of)
+    raise DataError(
+        f"{what} holds {values.type}; it must hold one class a row, as an integer or a string: "
+        "set label-column to such a column"
+    )
+
+
+def _require_range(numbers: Ints, num_classes: int | None, what: str) -> None:
+    wrong = numbers < 0 if num_classes is None else (numbers < 0) | (numbers >= num_classes)
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        bound = "at least 0" if num_classes is None else f"in [0, {num_classes - 1}] (its ClassLabel)"
+        raise DataError(
+            f"{what} must be {bound}, got {numbers[row]} in row {row} ({int(wrong.sum())} such rows); "
+            "correct or remove these rows"
+        )

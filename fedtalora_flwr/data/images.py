@@ -1,0 +1,164 @@
+"""Pictures: file or bytes -> 8-bit RGB -> one uint8 tensor; normalising and enlarging are the device's."""
+
+import io
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+from fedtalora_flwr.data.source import DataError, Ints, Source, Split
+
+if TYPE_CHECKING:  # torch takes seconds to import, and most users of this package never stack an image
+    from torch import Tensor
+
+# Modes that 8-bit RGB can stand for; what lies in transparency is not part of the picture.
+_CONVERTIBLE = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"})
+
+# What PIL's decoders raise for a broken file, by format.
+_UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, PIL.Image.DecompressionBombError)
+
+_BLOCK = 256  # images decoded at a time: bounds the memory that originals of any size take
+
+
+def to_rgb(image: PIL.Image.Image, *, where: str) -> PIL.Image.Image:
+    """Convert to 8-bit RGB.
+
+    Parameters
+    ----------
+    image
+        In any mode; one that is in RGB is returned as it is.
+    where
+        What to call the image in a message.
+
+    Raises
+    ------
+    DataError
+        If the mode holds more than 8 bits a channel (I;16, I, F) or is unknown: converting would clip values.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode not in _CONVERTIBLE:
+        raise DataError(
+            f"{where} has image mode {image.mode}, which 8-bit RGB cannot hold without losing information; "
+            "scale its values and save it as 8-bit greyscale or RGB first"
+        )
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # PIL's own advice for palettes with transparency
+    return image.convert("RGB")
+
+
+def decode_image(content: bytes | Path, *, where: str) -> PIL.Image.Image:
+    """Decode a picture completely, upright (EXIF) and in RGB.
+
+    Parameters
+    ----------
+    content
+        The file's bytes, or its path.
+    where
+        What to call the image in a message.
+
+    Raises
+    ------
+    DataError
+        If it cannot be decoded, or as in `to_rgb`.
+    """
+    try:
+        with PIL.Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            image.load()
+            upright = PIL.ImageOps.exif_transpose(image)
+    except _UNDECODABLE as error:
+        raise DataError(f"{where} cannot be decoded as an image ({error}); replace or remove it") from error
+    return to_rgb(upright, where=where)
+
+
+def stored_side(source: Source, *, size: int) -> int:
+    """Give the side to store a source's images at: no larger than the model takes, nor than they are.
+
+    Parameters
+    ----------
+    source
+        Images; the first of the training split decides for all.
+    size
+        Side of the model's input in pixels.
+    """
+    assert source.modality == "image", source.name
+    first = source.train.read(np.zeros(1, dtype=np.int64))[0]
+    return min(size, int(first.width), int(first.height))
+
+
+def stack_images(images: Sequence[PIL.Image.Image], *, side: int) -> "Tensor":
+    """Stack images of any size and mode as squares.
+
+    An image of another size is scaled (bicubic, antialiased) so that its shorter side fits, and its centre
+    is cut out; one that fits is copied once.
+
+    Parameters
+    ----------
+    images
+        N images.
+    side
+        Side of the squares in pixels.
+
+    Returns
+    -------
+    pixels
+        uint8 (N, 3, side, side).
+
+    Raises
+    ------
+    DataError
+        If an image has a mode that `to_rgb` refuses.
+    """
+    import torch
+
+    pixels = np.empty((len(images), 3, side, side), dtype=np.uint8)
+    _fill(pixels, images)
+    return torch.from_numpy(pixels)
+
+
+def load_images(split: Split, rows: Ints, *, side: int) -> "Tensor":
+    """Read and stack rows of a split block by block, so that few originals are in memory at a time.
+
+    Parameters
+    ----------
+    split
+        Images.
+    rows
+        (n,) row numbers.
+    side
+        As in `stack_images`.
+
+    Returns
+    -------
+    pixels
+        uint8 (n, 3, side, side).
+    """
+    import torch
+
+    pixels = np.empty((len(rows), 3, side, side), dtype=np.uint8)
+    for start in range(0, len(rows), _BLOCK):
+        _fill(pixels[start : start + _BLOCK], split.read(rows[start : start + _BLOCK]))
+    return torch.from_numpy(pixels)
+
+
+def _fill(pixels: np.ndarray, images: Sequence[PIL.Image.Image]) -> None:
+    for slot, square in zip(pixels, _squares(images, side=pixels.shape[-1]), strict=True):
+        slot[...] = np.asarray(square).transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
+
+
+def _squares(images: Sequence[PIL.Image.Image], *, side: int) -> Iterator[PIL.Image.Image]:
+    for number, image in enumerate(images):
+        rgb = to_rgb(image, where=f"image {number}")
+        if rgb.size == (side, side):
+            yield rgb
+            continue
+        shorter = min(rgb.size)
+        left, top = (rgb.width - shorter) / 2, (rgb.height - shorter) / 2
+        # Scaling the centre square alone equals scaling all and cutting, at a fraction of the work.
+        yield rgb.resize(
+            (side, side), PIL.Image.Resampling.BICUBIC, box=(left, top, left + shorter, top + shorter)
+        )

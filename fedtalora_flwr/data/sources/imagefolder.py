@@ -1,0 +1,81 @@
+"""A tree of image files with one subfolder a class, at any depth below it (``<class>/images/*`` does too)."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from fedtalora_flwr.data.images import decode_image
+from fedtalora_flwr.data.locate import existing
+from fedtalora_flwr.data.source import NO_ROWS, DataError, Ints, Source, Split, join_classes
+
+_TEST_FOLDERS = ("test", "val", "validation", "valid")
+
+
+def create(*, data_path: str, test_path: str) -> Source:
+    """List the images; classes are the subfolders' names in alphabetical order.
+
+    Parameters
+    ----------
+    data_path
+        A folder with one subfolder a class, or with such folders ``train`` and maybe ``test`` or ``val``.
+    test_path
+        A folder with one subfolder a class; empty: as `data_path` has it.
+    """
+    root = existing(data_path, key="data-path")
+    has_splits = bool(_class_folders(root / "train"))
+    train, train_names = _list_images(root / "train" if has_splits else root)
+    if test_path:
+        test_root = existing(test_path, key="test-path")
+    else:
+        candidates = (root / folder for folder in _TEST_FOLDERS) if has_splits else iter(())
+        # ImageNet's test folder is flat, without classes: pass on to the validation folder.
+        found = next((folder for folder in candidates if _class_folders(folder)), None)
+        if found is None:
+            return Source(
+                name=str(root), modality="image", class_names=train_names, train=train, test=NO_ROWS
+            )
+        test_root = found
+    test, test_names = _list_images(test_root)
+    class_names, test = join_classes(train_names, test, test_names)
+    return Source(name=str(root), modality="image", class_names=class_names, train=train, test=test)
+
+
+def _class_folders(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _list_images(root: Path) -> tuple[Split, tuple[str, ...]]:
+    folders = _class_folders(root)
+    files = [_image_files(folder) for folder in folders]
+    paths = [path for found in files for path in found]
+    if not paths:
+        names = ", ".join(folder.name for folder in folders[:5]) or "none"
+        raise DataError(
+            f"{root} holds no images in subfolders (subfolders: {names}); put each class's images in a "
+            "folder of the class's name"
+        )
+    labels = np.repeat(np.arange(len(folders), dtype=np.int64), [len(found) for found in files])
+
+    def read(rows: Ints) -> Sequence[Any]:
+        return [decode_image(paths[row], where=f"image {paths[row]}") for row in rows]
+
+    return Split(labels=labels, read=read), tuple(folder.name for folder in folders)
+
+
+def _image_files(folder: Path) -> list[Path]:
+    endings = tuple(PIL.Image.registered_extensions())
+    found: list[Path] = []
+    for parent, subfolders, names in os.walk(folder, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        found += [
+            Path(parent, name)
+            for name in sorted(names)
+            if name.lower().endswith(endings) and not name.startswith(".")
+        ]
+    return found

@@ -1,0 +1,23 @@
+"""Parquet files in the layout of Hugging Face data sets: an image or text column and a label column."""
+
+from fedtalora_flwr.data.hf_load import load_files
+from fedtalora_flwr.data.hf_rows import source_from_splits
+from fedtalora_flwr.data.locate import split_files
+from fedtalora_flwr.data.source import Source
+
+
+def create(*, data_path: str, test_path: str, input_column: str, label_column: str) -> Source:
+    """Read Parquet files.
+
+    Parameters
+    ----------
+    data_path
+        A file, or a folder that holds ``train*.parquet`` and maybe ``test*.parquet`` or ``val*.parquet``.
+    test_path
+        A file or folder of test data; empty: as `data_path` has it.
+    input_column, label_column
+        Columns to use; empty: found by their usual names.
+    """
+    files = split_files(data_path, test_path, suffixes=[".parquet"])
+    splits = {split: load_files(paths) for split, paths in files.items()}
+    return source_from_splits(data_path, splits, input_column=input_column, label_column=label_column)

@@ -1,0 +1,21 @@
+"""Heads: from features to logits over the classes seen so far. A file here with ``create`` is a head."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedtalora_flwr import registry
+from fedtalora_flwr.heads.base import FeatureSums, Head, init_rows, logits
+
+__all__ = ["FeatureSums", "Head", "init_rows", "logits", "resolve"]
+
+
+def resolve(name: str, settings: Mapping[str, Any]) -> Head:
+    """Build the head `name` with the settings it takes.
+
+    Raises
+    ------
+    ValueError
+        If there is no such head.
+    """
+    head: Head = registry.build(__name__, name, settings)
+    return head

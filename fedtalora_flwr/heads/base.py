@@ -1,0 +1,84 @@
+"""What every head shares: the trained class rows, their logits, and sums over features.
+
+Shape names: C classes, d features, N examples.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FeatureSums:
+    """Sums over examples that determine the ridge solution; those of several clients add up.
+
+    A feature vector f carries a trailing 1, so that the last row and column belong to the bias.
+
+    Parameters
+    ----------
+    gram
+        sum f f^T, (d + 1, d + 1) float64.
+    moment
+        sum onehot(y) f^T, (C, d + 1) float64.
+    """
+
+    gram: Tensor  # (d + 1, d + 1)
+    moment: Tensor  # (C, d + 1)
+
+    @classmethod
+    def zero(cls, *, num_classes: int, feature_dim: int) -> "FeatureSums":
+        """Give the sums over no example."""
+        size = feature_dim + 1
+        return cls(
+            torch.zeros(size, size, dtype=torch.float64), torch.zeros(num_classes, size, dtype=torch.float64)
+        )
+
+    @classmethod
+    def of(cls, features: Tensor, labels: Tensor, *, num_classes: int) -> "FeatureSums":
+        """Sum over a batch.
+
+        Parameters
+        ----------
+        features
+            (N, d).
+        labels
+            (N,) int64 in [0, C).
+        num_classes
+            C.
+        """
+        f = F.pad(features.double(), (0, 1), value=1.0)  # (N, d + 1)
+        moment = f.new_zeros(num_classes, f.shape[1]).index_add_(0, labels, f)
+        return cls(f.T @ f, moment)
+
+    def __add__(self, other: "FeatureSums") -> "FeatureSums":
+        return FeatureSums(self.gram + other.gram, self.moment + other.moment)
+
+
+class Head(ABC):
+    """How a classifier comes from what clients train and sum.
+
+    Attributes
+    ----------
+    collects_sums
+        Whether one more exchange after a task's last round collects every client's `FeatureSums`.
+    """
+
+    collects_sums: bool
+
+    @abstractmethod
+    def classifier(self, trained: Mapping[str, Tensor], sums: FeatureSums) -> dict[str, Tensor]:
+        """Give the classifier for inference: ``weight`` (C, d) and ``bias`` (C,), float32."""
+
+
+def init_rows(*, num_classes: int, feature_dim: int) -> dict[str, Tensor]:
+    """Give the class rows that clients train, all zero: no class is preferred before it has been seen."""
+    return {"weight": torch.zeros(num_classes, feature_dim), "bias": torch.zeros(num_classes)}
+
+
+def logits(rows: Mapping[str, Tensor], features: Tensor, classes: Tensor) -> Tensor:
+    """Score features (N, d) against the rows of `classes` (n,) only: (N, n)."""
+    return F.linear(features, rows["weight"][classes], rows["bias"][classes])

@@ -1,0 +1,481 @@
+"""Run one Flower app in the simulation runtime, with an honest exit status and nothing left behind.
+
+``flwr run`` returns 0 for a failed run, and a killed SuperLink leaves its SuperExec, the simulation and all
+of Ray alive. So `launch` owns no Flower process itself: it starts a *keeper*, this file as a program in a
+session of its own, which starts everything else and cleans up after it. The keeper lives for as long as
+`launch` holds the other end of its stdin. The kernel closes that pipe however the launching process ends,
+SIGKILL included, and no Ctrl-C reaches another session.
+
+The keeper is the *child subreaper* of its tree (prctl(2)): a process whose parent dies becomes the keeper's
+child, not init's. Therefore its descendants are exactly the processes of this run, Ray's among them, and
+"no child left" proves that the run left nothing. No process is ever chosen by its name alone.
+
+Files in the work folder: ``superlink.log`` (SuperLink, simulation and Ray), ``flwr-run.log`` (the app's log
+as ``flwr run --stream`` shows it) and ``keeper.log`` (port, temporary folder, what was stopped and how).
+"""
+
+import contextlib
+import ctypes
+import http.client
+import json
+import logging
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+COMPLETED = "finished:completed"
+CONNECTION = "run"  # a named connection: Flower's default one starts a daemon that stays
+SUPERLINK_START_SECONDS = 60.0
+STATUS_POLL_SECONDS = 5.0  # a flwr call costs about one second of CPU
+PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
+
+logger = logging.getLogger("keeper")
+
+
+class LaunchError(RuntimeError):
+    """The run could not be started or followed; the message carries the tail of the log that says why."""
+
+
+@dataclass(frozen=True)
+class LaunchResult:
+    """How a run ended.
+
+    Parameters
+    ----------
+    status
+        Flower's own word: ``finished:completed``, ``finished:failed`` or ``finished:stopped``.
+    details
+        Flower's reason for it, empty for a completed run.
+    run_id
+        The run's id on its SuperLink.
+    log_path
+        The app's log.
+    """
+
+    status: str
+    details: str
+    run_id: int
+    log_path: Path
+
+    @property
+    def ok(self) -> bool:
+        """Tell whether the ServerApp came to its end."""
+        return self.status == COMPLETED
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the keeper needs to know, as it goes through the pipe."""
+
+    app_dir: str
+    run_config: str
+    federation_config: str
+    work_dir: str
+
+    @property
+    def superlink_log(self) -> Path:
+        return Path(self.work_dir, "superlink.log")
+
+    @property
+    def run_log(self) -> Path:
+        return Path(self.work_dir, "flwr-run.log")
+
+
+# --- The launching side ---------------------------------------------------------------------------
+
+
+def launch(
+    app_dir: Path,
+    *,
+    run_config: Path,
+    num_supernodes: int,
+    work_dir: Path,
+    on_tick: Callable[[], None],
+    client_cpus: int = 1,
+    client_gpus: float = 0.0,
+    ray_cpus: int | None = None,
+    ray_gpus: int | None = None,
+    tick_seconds: float = 0.2,
+) -> LaunchResult:
+    """Run one app to its end on a SuperLink and a Ray of its own.
+
+    Launches may run side by side. Every way out, exceptions and signals included, waits until no process
+    and no temporary file of the run is left; a second Ctrl-C gives up the waiting, not the cleaning.
+
+    Parameters
+    ----------
+    app_dir
+        Folder with the app's pyproject.toml.
+    run_config
+        TOML file with the keys to override.
+    num_supernodes
+        Simulated clients.
+    work_dir
+        Folder for the logs, made if absent; logs of an earlier launch are overwritten.
+    on_tick
+        Called in this thread every `tick_seconds` until the run is cleaned up, and once more after it.
+    client_cpus
+        CPUs that Ray reserves for each client; clients at work = ray_cpus // client_cpus.
+    client_gpus
+        GPUs that Ray reserves for each client; fractions share one.
+    ray_cpus
+        CPUs that Ray may hand out; None: all it finds.
+    ray_gpus
+        GPUs that Ray may hand out; None: all it finds.
+    tick_seconds
+        Pause between two calls of `on_tick`.
+
+    Raises
+    ------
+    LaunchError
+        If Flower is not installed, the SuperLink does not come up, ``flwr run`` refuses the app or its
+        configuration, or the SuperLink dies. A run that fails is no error: see `LaunchResult.ok`.
+    SystemExit
+        With code 143, on SIGTERM (in the main thread only).
+    """
+    _check(run_config)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    job = _Job(
+        app_dir=str(app_dir.resolve()),
+        run_config=str(run_config.resolve()),
+        federation_config=_federation_config(num_supernodes, client_cpus, client_gpus, ray_cpus, ray_gpus),
+        work_dir=str(work_dir.resolve()),
+    )
+    with _sigterm_as_exit():
+        report = json.loads(_follow(job, on_tick, tick_seconds) or '{"error": "No report, see keeper.log."}')
+    on_tick()
+    if "error" in report:
+        raise LaunchError(f"{report['error']}\nAll logs: {work_dir}")
+    return LaunchResult(report["status"], report["details"], report["run_id"], job.run_log)
+
+
+def _check(run_config: Path) -> None:
+    if not sys.platform.startswith("linux"):
+        raise LaunchError(f"The local simulation needs Linux (child subreapers, /proc), got {sys.platform}.")
+    superlink = Path(sysconfig.get_path("scripts"), "flower-superlink")
+    if not superlink.is_file():
+        command = f'{sys.executable} -m pip install "flwr[simulation]==1.39.*"'
+        raise LaunchError(f"{superlink} not found. Install Flower: {command}")
+    if not run_config.is_file():
+        raise LaunchError(f"Run configuration {run_config} not found: give the path of a TOML file.")
+
+
+def _federation_config(
+    num_supernodes: int, client_cpus: int, client_gpus: float, ray_cpus: int | None, ray_gpus: int | None
+) -> str:
+    keys = {
+        "num-supernodes": num_supernodes,
+        "client-resources-num-cpus": client_cpus,
+        "client-resources-num-gpus": float(client_gpus),  # fractions share a GPU; the CPUs are whole
+        "init-args-num-cpus": ray_cpus,
+        "init-args-num-gpus": ray_gpus,
+    }
+    return " ".join(f"{key}={value}" for key, value in keys.items() if value is not None)
+
+
+def _follow(job: _Job, on_tick: Callable[[], None], tick_seconds: float) -> str:
+    """Start the keeper, tick until it ends, and return its report (empty if it broke)."""
+    # -I: nothing in PYTHONPATH or beside this file can shadow the keeper's imports.
+    command = [sys.executable, "-I", __file__, "--keep"]
+    with Path(job.work_dir, "keeper.log").open("w") as log:
+        keeper = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+        )
+    assert keeper.stdin is not None
+    assert keeper.stdout is not None
+    try:
+        keeper.stdin.write(json.dumps(asdict(job)) + "\n")
+        keeper.stdin.flush()
+        while keeper.poll() is None:
+            on_tick()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                keeper.wait(tick_seconds)
+        return keeper.stdout.read()
+    finally:
+        keeper.stdin.close()
+        keeper.wait()
+        keeper.stdout.close()
+
+
+@contextlib.contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, as Ctrl-C does; other threads than the main one cannot."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+
+
+# --- The keeper: running --------------------------------------------------------------------------
+
+
+class _ReleasedError(Exception):
+    """The launching side let go of the pipe, or died."""
+
+
+def _keep() -> None:
+    """Run the job that stands on the first line of stdin; clean up at its end or at the end of stdin."""
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # Not SIG_IGN: children inherit that, and would be deaf to the SIGTERM that ends them.
+        signal.signal(number, lambda *_: None)
+    line = sys.stdin.readline()
+    if not line:
+        return
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    # Short and in /tmp: Ray's socket paths below it must stay under 107 bytes.
+    home = Path(tempfile.mkdtemp(prefix="ftl-", dir="/tmp"))
+    report: dict[str, object] = {"error": "released"}
+    try:
+        report = _run(_Job(**json.loads(line)), home)
+    except _ReleasedError:
+        logger.info("released before the end of the run")
+    except (LaunchError, OSError, subprocess.TimeoutExpired) as error:
+        report = {"error": str(error)}
+    finally:
+        _clean(finished="status" in report)
+        shutil.rmtree(home, ignore_errors=True)
+        logger.info("removed %s, left over: %s", home, list(_descendants()))
+    with contextlib.suppress(BrokenPipeError):
+        os.write(sys.stdout.fileno(), json.dumps(report).encode())
+
+
+def _run(job: _Job, home: Path) -> dict[str, object]:
+    """Run the app on a SuperLink of its own and return ``status``, ``details`` and ``run_id``."""
+    port, claim = _claim_port()
+    with claim:
+        logger.info("port %d, home %s", port, home)
+        env = _environment(home)
+        cwd = home / "cwd"  # empty: Ray's workers import from the SuperLink's folder before the app's own
+        cwd.mkdir()
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{CONNECTION}"\n'
+            f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        )
+        superlink = _start(_superlink_command(port), env, cwd, job.superlink_log)
+        _await_health(superlink, port, job.superlink_log)
+        cli = _start(_run_command(job), env, cwd, job.run_log)
+        while cli.poll() is None:
+            _require_alive(superlink, job.superlink_log)
+            _pause(0.2)
+        started = re.search(r"Successfully started run (\d+)", job.run_log.read_text(errors="replace"))
+        if started is None:
+            raise LaunchError(f"flwr run refused the app {job.app_dir}:\n{_tail(job.run_log)}")
+        run_id = int(started[1])
+        status, details = _await_status(run_id, superlink, env, cwd, job.superlink_log)
+        logger.info("run %d: %s", run_id, status)
+        return {"status": status, "details": details, "run_id": run_id}
+
+
+def _claim_port() -> tuple[int, socket.socket]:
+    """Return a free port of 127.0.0.1 and the claim that keeps other keepers off it.
+
+    The port must be named before the SuperLink binds it. Drawn below Linux's ephemeral range and above Ray's
+    worker ports, so no outgoing connection takes it meanwhile; an abstract socket (gone with its process)
+    tells the keepers of this machine apart.
+    """
+    for port in random.SystemRandom().sample(range(20000, 32000), 200):
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0fedtalora-port-{port}")
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            claim.close()
+            continue
+        return port, claim
+    raise LaunchError("No free port on 127.0.0.1 among 200 drawn from 20000-31999.")
+
+
+def _environment(home: Path) -> dict[str, str]:
+    env = dict(os.environ)
+    env.pop("RAY_ADDRESS", None)  # Ray would join that cluster instead of starting its own
+    no_proxy = ",".join(filter(None, [env.get("no_proxy") or env.get("NO_PROXY"), "127.0.0.1", "localhost"]))
+    return env | {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TMPDIR": str(home),
+        "PATH": os.pathsep.join(filter(None, [sysconfig.get_path("scripts"), env.get("PATH")])),
+        "PYTHONUNBUFFERED": "1",  # the logs are files: without it they lag behind the run
+        "no_proxy": no_proxy,
+        "NO_PROXY": no_proxy,
+    }
+
+
+def _script(name: str) -> str:
+    return str(Path(sysconfig.get_path("scripts"), name))
+
+
+def _superlink_command(port: int) -> list[str]:
+    command = [_script("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1"]
+    return [*command, "--port", str(port), "--disable-runtime-dependency-installation"]
+
+
+def _run_command(job: _Job) -> list[str]:
+    command = [_script("flwr"), "run", job.app_dir, CONNECTION, "--stream"]
+    return [*command, "--federation-config", job.federation_config, "--run-config", job.run_config]
+
+
+def _start(command: list[str], env: dict[str, str], cwd: Path, log_path: Path) -> subprocess.Popen[bytes]:
+    with log_path.open("w") as log:
+        return subprocess.Popen(
+            command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        )
+
+
+def _pause(seconds: float) -> None:
+    """Sleep, but raise `_ReleasedError` as soon as the launching side is gone."""
+    if select.select([sys.stdin], [], [], seconds)[0]:
+        raise _ReleasedError
+
+
+def _await_health(superlink: subprocess.Popen[bytes], port: int, log_path: Path) -> None:
+    deadline = time.monotonic() + SUPERLINK_START_SECONDS
+    while not _healthy(port):
+        _require_alive(superlink, log_path)
+        if time.monotonic() > deadline:
+            raise LaunchError(f"No SuperLink within {SUPERLINK_START_SECONDS:.0f} s:\n{_tail(log_path)}")
+        _pause(0.2)
+
+
+def _healthy(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=0.5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _require_alive(superlink: subprocess.Popen[bytes], log_path: Path) -> None:
+    if superlink.poll() is not None:
+        raise LaunchError(f"The SuperLink ended with code {superlink.returncode}:\n{_tail(log_path)}")
+
+
+def _await_status(
+    run_id: int, superlink: subprocess.Popen[bytes], env: dict[str, str], cwd: Path, log_path: Path
+) -> tuple[str, str]:
+    """Ask for the run until it is finished; the log stream may end a little before it, or break off."""
+    command = [_script("flwr"), "ls", CONNECTION, "--run-id", str(run_id), "--format", "json"]
+    while True:
+        _require_alive(superlink, log_path)
+        answer = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=60)
+        try:
+            row = json.loads(answer.stdout)["runs"][0]
+        except (ValueError, LookupError):
+            said = answer.stdout + answer.stderr
+            raise LaunchError(f"flwr ls gave no status of run {run_id}:\n{said}") from None
+        if row["status"].startswith("finished"):
+            details = row["status-details"]
+            return row["status"], "" if details == "N/A" else details
+        _pause(STATUS_POLL_SECONDS)
+
+
+def _tail(log_path: Path, *, num_lines: int = 30) -> str:
+    return "\n".join(log_path.read_text(errors="replace").rstrip().splitlines()[-num_lines:])
+
+
+# --- The keeper: cleaning up ----------------------------------------------------------------------
+
+
+def _clean(*, finished: bool) -> None:
+    """Stop what is left of the run from the inside out: simulation and Ray, SuperLink, the rest."""
+    if finished:
+        _settle("flwr-simulation", 15)  # it is still closing Ray
+    _signal("flwr-simulation", signal.SIGTERM)
+    _settle("flwr-simulation", 10)
+    _signal("flower-superlink", signal.SIGTERM)
+    _signal("flwr", signal.SIGTERM)
+    _settle("", 3)  # not longer: after an abort the SuperExec may hang in its exit handler for 40 s
+    deadline = time.monotonic() + 10
+    while not _childless() and time.monotonic() < deadline:
+        _signal("", signal.SIGKILL)
+        time.sleep(0.1)
+
+
+def _descendants() -> dict[int, str]:
+    """Return the live processes below this one: process id to command line."""
+    parents, commands = {}, {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):  # it ended while we looked
+            # "pid (name) state parent ...", where the name may hold blanks and brackets
+            state, parent = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+            parents[int(entry.name)] = int(parent)
+            if state not in "ZX":
+                commands[int(entry.name)] = (entry / "cmdline").read_text(errors="replace").replace("\0", " ")
+    return {pid: command for pid, command in commands.items() if _is_below(pid, os.getpid(), parents)}
+
+
+def _is_below(pid: int, ancestor: int, parents: dict[int, int]) -> bool:
+    while pid in parents:
+        pid = parents[pid]
+        if pid == ancestor:
+            return True
+    return False
+
+
+def _named(name: str) -> dict[int, str]:
+    """Return our descendants that run the program `name`; all of them for an empty name."""
+    return {
+        pid: command
+        for pid, command in _descendants().items()
+        if not name or any(Path(word).name == name for word in command.split()[:2])
+    }
+
+
+def _signal(name: str, number: signal.Signals) -> None:
+    for pid, command in _named(name).items():
+        logger.info("%s to %d: %s", number.name, pid, command[:120])
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _settle(name: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not _childless() and _named(name) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _childless() -> bool:
+    """Collect ended children; True proves the tree empty, for every orphan in it becomes our child."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return True
+    return False
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--keep"]:
+    _keep()

@@ -1,0 +1,243 @@
+"""LoRA in a backbone: where it goes, and setting its weights from the server's state.
+
+PEFT injects the layers (one LoRA on each chosen Linear). The frozen weight W_0 is kept apart, and loading a
+state *sets* ``W = W_0 + R``, so that loading twice equals loading once.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from fedtalora_flwr.aggregation.base import LoraFactors
+from fedtalora_flwr.backbones.base import Backbone, Placement
+
+_ADAPTER = "default"  # PEFT's name for the only adapter in the model
+_GROUPS = {"attn": ("q", "k", "v", "qkv", "proj"), "mlp": ("fc1", "fc2")}
+_PARTS_OF_QKV = ("q", "k", "v")
+
+
+class PlacementError(ValueError):
+    """LoRA settings that match nothing in the backbone; the message lists what there is."""
+
+
+class SplitQKV(nn.Module):
+    """A fused qkv projection as three Linear layers, so that LoRA can go on some of them.
+
+    Parameters
+    ----------
+    fused
+        (3 d, d_in) Linear; rows ordered q, k, v as in timm.
+    """
+
+    def __init__(self, fused: nn.Linear) -> None:
+        super().__init__()
+        for name, rows in zip(_PARTS_OF_QKV, fused.weight.chunk(3), strict=True):
+            part = nn.Linear(fused.in_features, rows.shape[0], bias=fused.bias is not None)
+            part.weight = nn.Parameter(rows.detach().clone())
+            self.add_module(name, part)
+        if fused.bias is not None:
+            for name, bias in zip(_PARTS_OF_QKV, fused.bias.chunk(3), strict=True):
+                self.get_submodule(name).bias = nn.Parameter(bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project to q, k, v side by side: (..., 3 d)."""
+        return torch.cat([self.get_submodule(name)(x) for name in _PARTS_OF_QKV], dim=-1)
+
+
+class AdaptedModel(nn.Module):
+    """A frozen backbone with one trainable LoRA pair on each chosen Linear.
+
+    Parameters
+    ----------
+    backbone
+        Changed in place: its chosen layers are wrapped by PEFT.
+    rank, alpha
+        Of LoRA; scaling = alpha / rank.
+    blocks, targets
+        The settings ``lora-blocks`` and ``lora-targets`` (see `chosen_blocks`, `chosen_roles`).
+
+    Raises
+    ------
+    PlacementError
+        If the settings match nothing, or the rank is above what a layer can have.
+    """
+
+    def __init__(self, backbone: Backbone, *, rank: int, alpha: float, blocks: str, targets: str) -> None:
+        super().__init__()
+        names = _prepare_layers(backbone, blocks=blocks, targets=targets)
+        for name in names:
+            _check_rank(name, backbone.model.get_submodule(name), rank)
+        backbone.requires_grad_(False)
+        if names:
+            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)  # type: ignore[arg-type]
+            inject_adapter_in_model(config, backbone.model, adapter_name=_ADAPTER)
+        self.backbone = backbone
+        self.rank = rank
+        self.layers: dict[str, LoraLayer] = {
+            name: module for name, module in backbone.model.named_modules() if isinstance(module, LoraLayer)
+        }
+        self._pristine = {name: self._weight(name).detach().clone() for name in self.layers}  # W_0
+
+    def train_only(self, factors: frozenset[str]) -> list[nn.Parameter]:
+        """Let gradients reach `factors` (of lora_A, lora_B) alone, and list these parameters."""
+        trained = []
+        for layer in self.layers.values():
+            for factor in ("lora_A", "lora_B"):
+                parameter = getattr(layer, factor)[_ADAPTER].weight
+                parameter.requires_grad_(factor in factors)
+                trained += [parameter] if factor in factors else []
+        return trained
+
+    def initial_factors(self, *, seed: int) -> dict[str, LoraFactors]:
+        """Draw LoRA's usual start: lora_A Kaiming-uniform, lora_B zero, the same for a seed on any machine."""
+        generator = torch.Generator().manual_seed(seed)
+        factors = {}
+        for name, layer in self.layers.items():
+            lora_A = torch.empty(self.rank, layer.in_features)
+            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)
+            lora_B = torch.zeros(layer.out_features, self.rank)
+            factors[name] = LoraFactors(lora_A, lora_B, layer.scaling[_ADAPTER])
+        return factors
+
+    @torch.no_grad()
+    def load(self, adapters: Mapping[str, LoraFactors], residual: Mapping[str, Tensor]) -> None:
+        """Set the model to a state: ``W = W_0 + residual`` and the LoRA pair; what it was before is gone.
+
+        Parameters
+        ----------
+        adapters
+            A pair for every adapted module, of the model's rank.
+        residual
+            (d_out, d_in) for each module; a module without one gets W_0.
+        """
+        for name, layer in self.layers.items():
+            weight, pristine = self._weight(name), self._pristine[name]
+            weight.copy_(pristine + residual[name].to(weight.device) if name in residual else pristine)
+            layer.lora_A[_ADAPTER].weight.copy_(adapters[name].lora_A)
+            layer.lora_B[_ADAPTER].weight.copy_(adapters[name].lora_B)
+
+    def factors(self) -> dict[str, LoraFactors]:
+        """Copy the current pairs to the CPU."""
+        return {
+            name: LoraFactors(
+                layer.lora_A[_ADAPTER].weight.detach().float().cpu().clone(),
+                layer.lora_B[_ADAPTER].weight.detach().float().cpu().clone(),
+                layer.scaling[_ADAPTER],
+            )
+            for name, layer in self.layers.items()
+        }
+
+    def to(self, *args: object, **kwargs: object) -> "AdaptedModel":
+        """Move the model and the frozen weights it keeps."""
+        super().to(*args, **kwargs)  # type: ignore[arg-type]
+        self._pristine = {name: w.to(self._weight(name).device) for name, w in self._pristine.items()}
+        return self
+
+    def _weight(self, name: str) -> nn.Parameter:
+        weight = self.layers[name].get_base_layer().weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+
+def chosen_blocks(setting: str, num_blocks: int) -> list[int]:
+    """Resolve ``lora-blocks``: ``all``, ``none``, ``0-3``, ``0,2,5``, ``first:3`` or ``last:2``.
+
+    Parameters
+    ----------
+    setting
+        Numbers count from 0, the block next to the input; ranges include both ends.
+    num_blocks
+        Blocks of the backbone.
+
+    Raises
+    ------
+    PlacementError
+        If the setting cannot be read or names a block that is not there.
+    """
+    everything = list(range(num_blocks))
+    if setting in ("all", "none"):
+        return everything if setting == "all" else []
+    if ends := re.fullmatch(r"(first|last):(\d+)", setting):
+        count = int(ends[2])
+        if not 1 <= count <= num_blocks:
+            raise PlacementError(f"lora-blocks {setting!r}: the backbone has {num_blocks} blocks")
+        return everything[:count] if ends[1] == "first" else everything[-count:]
+    chosen: set[int] = set()
+    for part in setting.split(","):
+        span = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if span is None:
+            raise PlacementError(
+                f"lora-blocks {setting!r} cannot be read; write all, none, 0-3, 0,2,5, first:3 or last:2"
+            )
+        low, high = int(span[1]), int(span[2] or span[1])
+        if not low <= high < num_blocks:
+            raise PlacementError(
+                f"lora-blocks {setting!r}: {part.strip()} is out of range, blocks are 0-{num_blocks - 1}"
+            )
+        chosen |= set(range(low, high + 1))
+    return sorted(chosen)
+
+
+def chosen_roles(setting: str, placement: Placement) -> list[str]:
+    """Resolve ``lora-targets``: groups (attn, mlp) and roles (q, k, v, qkv, proj, fc1, fc2) joined by + or ``,``.
+
+    A fused qkv also answers to q, k and v, one by one. A group takes it whole.
+
+    Raises
+    ------
+    PlacementError
+        If a part names nothing in this backbone.
+    """
+    there = set(placement.roles) | (set(_PARTS_OF_QKV) if "qkv" in placement.roles else set())
+    roles: list[str] = []
+    for part in re.split(r"[+,]", setting):
+        name = part.strip()
+        wanted = [role for role in _GROUPS[name] if role in placement.roles] if name in _GROUPS else [name]
+        if not wanted or not set(wanted) <= there:
+            raise PlacementError(
+                f"lora-targets {setting!r}: {name!r} matches nothing here; this backbone has attn, mlp and "
+                f"{', '.join(sorted(there))}"
+            )
+        roles += wanted
+    if "qkv" in roles and set(roles) & set(_PARTS_OF_QKV) and "qkv" in placement.roles:
+        raise PlacementError(f"lora-targets {setting!r}: take the fused qkv or its parts q, k, v, not both")
+    return list(dict.fromkeys(roles))
+
+
+def _prepare_layers(backbone: Backbone, *, blocks: str, targets: str) -> list[str]:
+    """Name the chosen Linear layers; a fused qkv of which parts are chosen is split first."""
+    placement, names = backbone.placement, []
+    roles = chosen_roles(targets, placement)
+    for index in chosen_blocks(blocks, len(placement.blocks)):
+        block = placement.blocks[index]
+        for role in roles:
+            if role in placement.roles:
+                names.append(f"{block}.{placement.roles[role]}")
+                continue
+            fused = f"{block}.{placement.roles['qkv']}"
+            layer = backbone.model.get_submodule(fused)
+            if isinstance(layer, nn.Linear):
+                backbone.model.set_submodule(fused, SplitQKV(layer))
+            names.append(f"{fused}.{role}")
+    return names
+
+
+def _check_rank(name: str, layer: nn.Module, rank: int) -> None:
+    assert isinstance(layer, nn.Linear)
+    highest = min(layer.in_features, layer.out_features)
+    if rank > highest:
+        raise PlacementError(
+            f"rank must be in [1, {highest}] for the {layer.in_features}->{layer.out_features} layer {name}, got {rank}"
+        )
+
+
+def count_parameters(
+    factors: Mapping[str, LoraFactors], *, only: Sequence[str] = ("lora_A", "lora_B")
+) -> int:
+    """Count the numbers in the named factors of all layers."""
+    return sum(getattr(pair, factor).numel() for pair in factors.values() for factor in only)

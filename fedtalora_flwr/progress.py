@@ -1,0 +1,133 @@
+"""Show a run as it goes, from the files it writes: a live bar on a terminal, a line a round elsewhere."""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+
+class RunProgress:
+    """Follow ``status.json`` and ``rounds.jsonl`` of a run folder.
+
+    Parameters
+    ----------
+    folder
+        The run folder.
+    console
+        Where to show it.
+    """
+
+    def __init__(self, folder: Path, console: Console) -> None:
+        self._folder = folder
+        self._console = console
+        self._seen = _num_lines(folder / "rounds.jsonl")
+        self._stamp: int | None = None
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._line: TaskID = self._bar.add_task("starting Flower and Ray", total=None, facts="")
+
+    def __enter__(self) -> "RunProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def tick(self) -> None:
+        """Look at the files and show what is new."""
+        path = self._folder / "status.json"
+        try:
+            stamp = path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        status = json.loads(path.read_text())
+        self._show_rounds(status.get("num_rounds", 0))
+        total, done = status.get("num_rounds"), status.get("rounds_done", 0)
+        self._bar.update(
+            self._line, description=_where(status), total=total, completed=done, facts=_facts(status)
+        )
+
+    def _show_rounds(self, num_rounds: int) -> None:
+        path = self._folder / "rounds.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        for text in lines[self._seen :]:
+            line = json.loads(text)
+            self._console.print(_round_line(line, num_rounds), highlight=False, soft_wrap=True)
+        self._seen = len(lines)
+
+
+def human_bytes(num_bytes: float) -> str:
+    """Word a number of bytes with a decimal unit, e.g. ``12.3 MB``."""
+    for unit in ("B", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.2f} GB"
+
+
+def human_time(seconds: float) -> str:
+    """Word a duration, e.g. ``3 min 20 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _where(status: dict[str, Any]) -> str:
+    if not status.get("server_round"):
+        return str(status["phase"])
+    return (
+        f"task {status['task_id'] + 1}/{status['num_tasks']} round {status['server_round']}/{status['num_rounds']} "
+        f"{status['phase']}"
+    )
+
+
+def _facts(status: dict[str, Any]) -> str:
+    facts = []
+    if status.get("mean_loss") is not None:
+        facts.append(f"loss {status['mean_loss']:.3f}")
+    if status.get("accuracy_seen") is not None:
+        facts.append(f"accuracy {status['accuracy_seen']:.3f}")
+    if status.get("bytes_down_total"):
+        facts.append(
+            f"up {human_bytes(status['bytes_up_total'])} down {human_bytes(status['bytes_down_total'])}"
+        )
+    if status.get("remaining_seconds"):
+        facts.append(f"about {human_time(status['remaining_seconds'])} left")
+    return "  ".join(facts)
+
+
+def _round_line(line: dict[str, Any], num_rounds: int) -> str:
+    loss = "" if line["mean_loss"] is None else f"  loss {line['mean_loss']:.4f}"
+    accuracy = "" if line["accuracy_seen"] is None else f"  [bold]accuracy {line['accuracy_seen']:.4f}[/bold]"
+    traffic = f"  up {human_bytes(line['bytes_up'])} down {human_bytes(line['bytes_down'])}"
+    failed = "".join(f"\n    partition {f['partition_id']}: {_plain(f['reason'])}" for f in line["failures"])
+    return (
+        f"task {line['task_id'] + 1} round {line['server_round']}/{num_rounds}{loss}{accuracy}"
+        f"  {len(line['participants'])} clients{traffic}  {line['seconds']['total']:.1f} s{failed}"
+    )
+
+
+def _plain(text: str) -> str:
+    """Keep rich from reading markup in a client's words."""
+    return text.replace("[", r"\[")
+
+
+def _num_lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0

@@ -1,0 +1,124 @@
+"""What a process builds from the settings once and keeps: data, model, decoded examples.
+
+The virtual clients of a simulation actor share these; the model is set from the server's state before each use.
+"""
+
+from collections.abc import Hashable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from cachetools import LRUCache
+
+from fedtalora_flwr import backbones
+from fedtalora_flwr.config import ConfigError, RunConfig
+from fedtalora_flwr.data import Source, TaskStream, build_stream, load_source
+from fedtalora_flwr.data.source import Split
+from fedtalora_flwr.lora import AdaptedModel
+from fedtalora_flwr.train import Examples
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """A data set and who holds which of it in which task."""
+
+    source: Source
+    stream: TaskStream
+
+
+@lru_cache(maxsize=1)
+def data_of(config: RunConfig) -> FederatedData:
+    """Open the data and cut it into tasks and partitions; the same on every process for the same settings.
+
+    Raises
+    ------
+    ValueError
+        If the data cannot be read, or cannot be cut as the settings say.
+    """
+    settings = asdict(config)
+    source = load_source(config.dataset, settings)
+    stream = build_stream(
+        source,
+        num_tasks=config.num_tasks,
+        task_order=config.task_order,
+        partition=config.partition,
+        num_partitions=config.num_clients,
+        seed=config.seed,
+        settings=settings,
+    )
+    return FederatedData(source, stream)
+
+
+@lru_cache(maxsize=1)
+def model_of(config: RunConfig) -> AdaptedModel:
+    """Build the backbone with its LoRA layers on the device of the settings.
+
+    Raises
+    ------
+    ValueError
+        If the weights cannot be had, the LoRA settings match nothing, or the backbone reads other data.
+    """
+    backbone = backbones.resolve(config.backbone, asdict(config))
+    source = data_of(config).source
+    if backbone.modality != source.modality:
+        raise ConfigError(
+            f"backbone {config.backbone} reads {backbone.modality}s, dataset {source.name} holds {source.modality}s"
+        )
+    model = AdaptedModel(
+        backbone, rank=config.rank, alpha=config.alpha, blocks=config.lora_blocks, targets=config.lora_targets
+    )
+    return model.to(device_of(config))
+
+
+def device_of(config: RunConfig) -> torch.device:
+    """Resolve ``device``; ``auto`` is a GPU where there is one.
+
+    Raises
+    ------
+    ConfigError
+        If the device is unknown or not there.
+    """
+    gpu = torch.cuda.is_available()
+    name = ("cuda" if gpu else "cpu") if config.device == "auto" else config.device
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}") from None
+    if device.type == "cuda" and not gpu:
+        raise ConfigError(f"device {config.device!r}: no GPU is visible here; use device = auto or cpu")
+    return device
+
+
+def training_examples(config: RunConfig, *, partition_id: int, task_id: int) -> Examples:
+    """Decode what a partition holds of a task, or take it from memory."""
+    rows = data_of(config).stream.partitions[task_id][partition_id]
+    return _decoded(config, "train", rows, key=(partition_id, task_id))
+
+
+def test_examples(config: RunConfig, *, task_id: int) -> Examples:
+    """Decode the test data of a task, or take it from memory."""
+    data = data_of(config)
+    return _decoded(config, "test", data.stream.test_rows(data.source.test.labels, task_id), key=(task_id,))
+
+
+def _decoded(config: RunConfig, which: str, rows: np.ndarray, *, key: tuple[int, ...]) -> Examples:
+    cache = _decoded_of(config)
+    if (which, *key) not in cache:
+        source = data_of(config).source
+        split: Split = getattr(source, which)
+        inputs = model_of(config).backbone.encode(split, rows, source=source)
+        examples = Examples(inputs, torch.from_numpy(split.labels[rows]).long())
+        if _size(examples) > cache.maxsize:
+            return examples
+        cache[(which, *key)] = examples
+    return cache[(which, *key)]
+
+
+@lru_cache(maxsize=1)
+def _decoded_of(config: RunConfig) -> LRUCache[Hashable, Examples]:
+    return LRUCache(maxsize=int(config.cache_gb * 2**30), getsizeof=_size)
+
+
+def _size(examples: Examples) -> int:
+    return examples.inputs.nbytes + examples.labels.nbytes

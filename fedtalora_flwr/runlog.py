@@ -1,0 +1,153 @@
+"""The run folder: what a run was, how each round went, how it ended. DESIGN: a contract that tools rely on."""
+
+import importlib.metadata
+import json
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import fedtalora_flwr
+from fedtalora_flwr.checkpoint import write_text
+from fedtalora_flwr.metrics import TaskMatrix
+
+_LIBRARIES = ("torch", "flwr", "timm", "peft", "transformers", "datasets", "numpy", "ray")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that did not contribute to a round, and why."""
+
+    partition_id: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoundLog:
+    """One line of ``rounds.jsonl``; bytes are message bytes, times are seconds, the loss is a mean over steps."""
+
+    server_round: int
+    task_id: int
+    participants: Sequence[int]
+    failures: Sequence[Failure]
+    bytes_up: int
+    bytes_down: int
+    seconds: Mapping[str, float]
+    mean_loss: float | None
+    residual_norm: float
+    exactness_error: float | None = None
+    accuracy_seen: float | None = None
+
+
+@dataclass
+class RunFolder:
+    """Writes a run's folder; every file is whole at any moment.
+
+    Parameters
+    ----------
+    path
+        Created if it is not there.
+    """
+
+    path: Path
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def checkpoint(self) -> Path:
+        """Folder of the checkpoint."""
+        return self.path / "checkpoint"
+
+    def write_config(self, flat: Mapping[str, Any]) -> None:
+        """Write ``config.json``."""
+        self._write("config.json", dict(flat))
+
+    def write_manifest(self, facts: Mapping[str, Any]) -> None:
+        """Write ``manifest.json``: `facts`, the versions of what ran, and the commit."""
+        versions = {"python": platform.python_version()}
+        versions |= {name: importlib.metadata.version(name) for name in _LIBRARIES}
+        self._write(
+            "manifest.json",
+            {
+                "fedtalora_version": fedtalora_flwr.__version__,
+                "versions": versions,
+                "git_commit": _git_commit(),
+                "started_at": datetime.now().astimezone().isoformat(timespec="seconds"),
+                **facts,
+            },
+        )
+
+    def append_round(self, line: RoundLog) -> None:
+        """Append a line to ``rounds.jsonl``; what does not apply to the round is left out."""
+        values = asdict(line)
+        if line.exactness_error is None:
+            del values["exactness_error"]
+        with (self.path / "rounds.jsonl").open("a") as file:
+            file.write(json.dumps(_finite(values)) + "\n")
+
+    def keep_rounds(self, last: int) -> None:
+        """Drop the lines of rounds after `last`, and a line that a kill cut short."""
+        path = self.path / "rounds.jsonl"
+        kept = []
+        for text in path.read_text().splitlines() if path.exists() else []:
+            try:
+                if json.loads(text)["server_round"] <= last:
+                    kept.append(text + "\n")
+            except json.JSONDecodeError:
+                break
+        write_text(path, "".join(kept))
+
+    def write_metrics(
+        self, matrix: TaskMatrix, *, bytes_up: int, bytes_down: int, wall_seconds: float, num_rounds: int
+    ) -> None:
+        """Write ``metrics.json``, the result of a finished run."""
+        self._write(
+            "metrics.json",
+            {
+                **matrix.summary(),
+                "bytes_up_total": bytes_up,
+                "bytes_down_total": bytes_down,
+                "wall_seconds": wall_seconds,
+                "num_rounds": num_rounds,
+            },
+        )
+
+    def write_status(self, **values: Any) -> None:
+        """Write ``status.json``, what the progress display shows."""
+        self._write("status.json", values)
+
+    def _write(self, name: str, value: Mapping[str, Any]) -> None:
+        write_text(self.path / name, json.dumps(_finite(value), indent=1) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinities by null: JSON has no word for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _git_commit() -> str | None:
+    """Name the commit of the checkout that holds this library, where there is one."""
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None

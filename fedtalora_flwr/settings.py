@@ -1,0 +1,104 @@
+"""Where a run's settings come from: the app's defaults, a preset or file, the command line."""
+
+import json
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from fedtalora_flwr.config import ConfigError, Scalar, parse_assignment, unknown_key
+
+_PATHS = ("data-path", "test-path", "data-root", "backbone-checkpoint")
+
+
+def app_folder() -> Path:
+    """Find the Flower app: the checkout that this library is installed from, else the current folder.
+
+    Raises
+    ------
+    ConfigError
+        If neither holds it.
+    """
+    for folder in (Path(__file__).parents[1], Path.cwd()):
+        if (folder / "pyproject.toml").is_file() and (folder / "server_app" / "app.py").is_file():
+            return folder
+    raise ConfigError(
+        "the Flower app (pyproject.toml, server_app/, client_app/) is not beside the installed library; run this in "
+        "a checkout of fedtalora, installed with make install"
+    )
+
+
+def defaults(app: Path) -> dict[str, Scalar]:
+    """Read all settings' defaults from the app's ``pyproject.toml``."""
+    with (app / "pyproject.toml").open("rb") as file:
+        settings: dict[str, Scalar] = tomllib.load(file)["tool"]["flwr"]["app"]["config"]
+    return settings
+
+
+def presets(app: Path) -> dict[str, Path]:
+    """List the presets by name."""
+    return {path.stem: path for path in sorted((app / "experiments").glob("*.toml"))}
+
+
+def preset_file(app: Path, name: str) -> Path:
+    """Find a preset.
+
+    Raises
+    ------
+    ConfigError
+        If there is none of that name; the message lists what there is.
+    """
+    known = presets(app)
+    if name not in known:
+        raise ConfigError(f"no preset {name!r}; there are: {', '.join(known)}")
+    return known[name]
+
+
+def read_file(path: Path, known: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Read settings from a flat TOML or JSON file (a run's ``config.json`` does).
+
+    Raises
+    ------
+    ConfigError
+        If the file is not there, is neither, or holds an unknown key.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such settings file")
+    try:
+        text = path.read_text()
+        settings: dict[str, Scalar] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    for key in settings:
+        if key not in known:
+            raise ConfigError(f"{path}: {unknown_key(key, known)}")
+    return settings
+
+
+def gather(app: Path, *, file: Path | None, assignments: Iterable[str]) -> dict[str, Scalar]:
+    """Put defaults, a file and ``key=value`` assignments together, later ones winning; paths become absolute.
+
+    The app runs in a folder of its own, so a relative path would point elsewhere there.
+
+    Raises
+    ------
+    ConfigError
+        If a file or an assignment cannot be read.
+    """
+    known = defaults(app)
+    settings = {**known, **(read_file(file, known) if file else {})}
+    settings |= dict(parse_assignment(text, known) for text in assignments)
+    if not settings["data-root"]:
+        settings["data-root"] = os.environ.get("FEDTALORA_DATA", "")
+    for key in _PATHS:
+        if settings[key]:
+            settings[key] = _absolute(str(settings[key]))
+    for key in ("dataset", "backbone"):  # hub:<name> and hf:<name> may name a local folder
+        choice, colon, argument = str(settings[key]).partition(":")
+        if colon and Path(argument).expanduser().exists():
+            settings[key] = f"{choice}:{_absolute(argument)}"
+    return settings
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())

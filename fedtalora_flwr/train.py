@@ -1,0 +1,196 @@
+"""What a model does with data in memory: train its LoRA and class rows, count hits, sum features."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedtalora_flwr.aggregation.base import LoraFactors
+from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.heads import FeatureSums, logits
+from fedtalora_flwr.lora import AdaptedModel
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Encoded examples in memory.
+
+    Parameters
+    ----------
+    inputs
+        uint8 (N, 3, H, W) images or int32 (N, L) tokens.
+    labels
+        (N,) int64.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What local training gives: the trained pairs and rows, on the CPU, and the mean loss over all steps."""
+
+    adapters: dict[str, LoraFactors]
+    head: dict[str, Tensor]
+    mean_loss: float
+
+
+def fit(
+    model: AdaptedModel,
+    head: Mapping[str, Tensor],
+    examples: Examples,
+    *,
+    classes: Sequence[int],
+    trainable: frozenset[str],
+    config: RunConfig,
+    task_id: int,
+    round_in_task: int,
+    seed: Sequence[int],
+) -> FitResult:
+    """Train a loaded model for ``local-epochs`` on one client's data of a task.
+
+    Parameters
+    ----------
+    model
+        Loaded with the server's state.
+    head
+        The broadcast class rows, (C, ...) each.
+    examples
+        The client's data, whose labels are all in `classes`.
+    classes
+        The classes that the cross-entropy compares, sorted.
+    trainable
+        The LoRA factors to train.
+    config
+        Optimiser, schedule, batch size, augmentation.
+    task_id, round_in_task
+        The server's clock; the schedule and ``later-learning-rate`` follow it.
+    seed
+        Of the order of examples, augmentation and dropout.
+    """
+    device = next(model.parameters()).device
+    rows = {name: nn.Parameter(value.to(device, copy=True)) for name, value in head.items()}
+    optimizer = _optimizer(model.train_only(trainable), list(rows.values()), config=config, task_id=task_id)
+    inputs, labels = examples.inputs.to(device), examples.labels.to(device)
+    compared = torch.tensor(sorted(classes), device=device)
+    targets = torch.searchsorted(compared, labels)
+    rng, generator = np.random.default_rng(list(seed)), torch.Generator()
+    generator.manual_seed(int(rng.integers(2**62)))
+    torch.manual_seed(int(rng.integers(2**62)))  # dropout draws from the global generator
+    steps = config.local_epochs * math.ceil(len(examples) / config.batch_size)
+    model.train()
+    total_loss = torch.zeros((), device=device)
+    for step, batch in enumerate(_batches(len(examples), config=config, rng=rng, device=device)):
+        _schedule(optimizer, config=config, progress=round_in_task + step / steps)
+        with autocast(device, config.precision):
+            features = model.backbone(inputs[batch], augment=config.augment, generator=generator)
+        loss = F.cross_entropy(logits(rows, features.float(), compared), targets[batch])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        total_loss += loss.detach()
+    return FitResult(
+        adapters=model.factors(),
+        head={name: value.detach().cpu() for name, value in rows.items()},
+        mean_loss=total_loss.item() / steps,
+    )
+
+
+def compared_classes(
+    loss_classes: str, *, task_classes: Sequence[int], present: Sequence[int], seen: Sequence[int]
+) -> list[int]:
+    """Choose the classes of the local cross-entropy: all of the task, those the client holds, or all seen so far."""
+    return sorted({"task": task_classes, "present": present, "seen": seen}[loss_classes])
+
+
+@torch.inference_mode()
+def count_correct(
+    model: AdaptedModel,
+    classifier: Mapping[str, Tensor],
+    examples: Examples,
+    *,
+    classes: Sequence[int],
+    config: RunConfig,
+) -> int:
+    """Count examples whose class scores highest among `classes`."""
+    device = next(model.parameters()).device
+    rows = {name: value.to(device) for name, value in classifier.items()}
+    compared = torch.tensor(sorted(classes), device=device)
+    hits = torch.zeros((), dtype=torch.int64, device=device)
+    for features, labels in _features(model, examples, config=config):
+        hits += (compared[logits(rows, features, compared).argmax(1)] == labels).sum()
+    return int(hits)
+
+
+@torch.inference_mode()
+def sum_features(
+    model: AdaptedModel, examples: Examples, *, num_classes: int, config: RunConfig
+) -> FeatureSums:
+    """Sum a client's features of its data (see `FeatureSums`), on the CPU."""
+    sums = FeatureSums.zero(num_classes=num_classes, feature_dim=model.backbone.feature_dim)
+    for features, labels in _features(model, examples, config=config):
+        sums = sums + FeatureSums.of(features.cpu(), labels.cpu(), num_classes=num_classes)
+    return sums
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Run the forward pass in bf16 where asked, or where ``auto`` finds a GPU that has it.
+
+    On CPUs ``auto`` stays in float32: virtual machines announce AMX and AVX512-BF16 that then fault.
+    """
+    gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and gpu)
+    )
+
+
+def _features(
+    model: AdaptedModel, examples: Examples, *, config: RunConfig
+) -> Iterator[tuple[Tensor, Tensor]]:
+    device = next(model.parameters()).device
+    model.eval()
+    for start in range(0, len(examples), config.eval_batch_size):
+        part = slice(start, start + config.eval_batch_size)
+        with autocast(device, config.precision):
+            features = model.backbone(examples.inputs[part].to(device))
+        yield features.float(), examples.labels[part].to(device)
+
+
+def _optimizer(
+    lora: list[nn.Parameter], rows: list[nn.Parameter], *, config: RunConfig, task_id: int
+) -> torch.optim.Optimizer:
+    rate = config.learning_rate * (config.later_learning_rate if task_id > 0 else 1.0)
+    groups = [{"params": lora, "lr": rate}, {"params": rows, "lr": config.head_learning_rate}]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, momentum=config.momentum, weight_decay=config.weight_decay, foreach=True
+        )
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, foreach=True)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, *, config: RunConfig, progress: float) -> None:
+    """Set the learning rates for `progress`, in rounds since the task began."""
+    factor = 1.0
+    if config.lr_schedule == "cosine":
+        factor = 0.5 * (1 + math.cos(math.pi * progress / config.rounds_per_task))
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group.setdefault("peak_lr", group["lr"])
+
+
+def _batches(
+    num_examples: int, *, config: RunConfig, rng: np.random.Generator, device: torch.device
+) -> Iterator[Tensor]:
+    """Draw the row numbers of each step; every epoch visits all examples once."""
+    for _ in range(config.local_epochs):
+        order = torch.from_numpy(rng.permutation(num_examples)).to(device)
+        yield from order.split(config.batch_size)

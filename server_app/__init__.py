@@ -1,0 +1,1 @@
+"""The ServerApp: the loop over tasks and rounds."""

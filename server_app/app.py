@@ -1,0 +1,365 @@
+"""The loop over tasks and rounds: train, aggregate, evaluate, write down, checkpoint."""
+
+import hashlib
+import logging
+import os
+import sys
+import time
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from fedtalora_flwr import aggregation, checkpoint, heads, wire
+from fedtalora_flwr.aggregation import GlobalState
+from fedtalora_flwr.checkpoint import Checkpoint
+from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.heads import FeatureSums
+from fedtalora_flwr.lora import count_parameters
+from fedtalora_flwr.metrics import TaskMatrix
+from fedtalora_flwr.resident import data_of, model_of, test_examples
+from fedtalora_flwr.runlog import Failure, RoundLog, RunFolder
+from fedtalora_flwr.train import count_correct
+from server_app.strategy import AdapterStrategy, RunFailed
+
+app = ServerApp()
+log = logging.getLogger("fedtalora.server")
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation that the settings describe, and leave its folder behind."""
+    _log_to_stream()
+    config = RunConfig.parse(context.run_config)
+    out = Path(config.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}").resolve()
+    folder = RunFolder(out)
+    try:
+        Server(grid, config, folder).run()
+    except Exception as error:
+        folder.write_status(phase="failed", message=f"{error}" or type(error).__name__)
+        raise
+    log.info("run folder: %s", out)
+
+
+def _log_to_stream() -> None:
+    """Print our log on stdout, where ``flwr run --stream`` shows it."""
+    ours = logging.getLogger("fedtalora")
+    ours.setLevel(logging.INFO)
+    if not ours.handlers:
+        ours.addHandler(logging.StreamHandler(sys.stdout))
+        ours.propagate = False
+
+
+class Server:
+    """One run of a federation.
+
+    Parameters
+    ----------
+    grid
+        Flower's way to the nodes.
+    config
+        The settings.
+    folder
+        Where the run is written down; with ``resume``, where it goes on from.
+    """
+
+    def __init__(self, grid: Grid, config: RunConfig, folder: RunFolder) -> None:
+        torch.set_num_threads(os.cpu_count() or 1)
+        self.grid, self.config, self.folder = grid, config, folder
+        self.folder.write_status(phase="loading data and model", message="")
+        self.data = data_of(config)
+        self.model = model_of(config)
+        self.head = heads.resolve(config.head, asdict(config))
+        self.tasks = self.data.stream.tasks
+        self.num_rounds = config.last_task * self.rounds_per_task
+        self.point = self._resumed() if config.resume else self._fresh()
+        method = aggregation.resolve(config.method, residual=config.residual)
+        self.strategy = AdapterStrategy(config=config, method=method, state=self.point.state)
+
+    @property
+    def rounds_per_task(self) -> int:
+        """Rounds of a task; without training a task still has one, which collects the head's sums."""
+        return max(1, self.config.rounds_per_task)
+
+    def run(self) -> None:
+        """Meet the clients, play all rounds, write the result.
+
+        Raises
+        ------
+        RunFailed
+            If the nodes are not as the settings say, or a round has too few good replies.
+        """
+        self._meet()
+        for server_round in range(self.point.server_round + 1, self.num_rounds + 1):
+            self._play(server_round)
+        self.folder.write_metrics(
+            self.point.matrix,
+            bytes_up=self.point.bytes_up,
+            bytes_down=self.point.bytes_down,
+            wall_seconds=self.point.wall_seconds,
+            num_rounds=self.num_rounds,
+        )
+        self._show("done", self.num_rounds)
+
+    def _play(self, server_round: int) -> None:
+        """Play one round and everything that belongs to it, then checkpoint: a kill repeats the whole round."""
+        began = time.monotonic()
+        config, strategy = self.config, self.strategy
+        task_id, round_in_task = divmod(server_round - 1, self.rounds_per_task)
+        order = wire.RoundOrder(server_round, task_id, round_in_task)
+        strategy.failures, strategy.participants = [], []
+        bytes_up = bytes_down = 0
+        seconds = {"wait": 0.0, "aggregate": 0.0, "evaluate": 0.0}
+        mean_loss, residual_norm, exactness = None, 0.0, None
+        self._show("training", server_round)
+        if config.rounds_per_task:
+            arrays = wire.pack_state(strategy.state)
+            clock = ConfigRecord({"task-id": task_id, "round-in-task": round_in_task})
+            exchange = strategy.exchange(
+                self.grid, strategy.configure_train(server_round, arrays, clock, self.grid)
+            )
+            strategy.failures += exchange.failures
+            seconds["wait"] = time.monotonic() - began
+            bytes_up, bytes_down = exchange.bytes_up, exchange.bytes_down
+            aggregating = time.monotonic()
+            _, metrics = strategy.aggregate_train(server_round, exchange.replies.values())
+            assert metrics is not None
+            mean_loss, residual_norm = float(str(metrics["mean-loss"])), float(str(metrics["residual-norm"]))
+            exactness = float(str(metrics["exactness-error"])) if "exactness-error" in metrics else None
+            seconds["aggregate"] = time.monotonic() - aggregating
+        matrix, sums, accuracy = self.point.matrix, self.point.sums, None
+        task_ends = round_in_task + 1 == self.rounds_per_task
+        if task_ends or (config.eval_every and (round_in_task + 1) % config.eval_every == 0):
+            if self.head.collects_sums:
+                collecting = time.monotonic()
+                sums, up, down = self._collect_sums(order)
+                bytes_up, bytes_down = bytes_up + up, bytes_down + down
+                seconds["wait"] += time.monotonic() - collecting
+            self._show("evaluating", server_round, mean_loss=mean_loss)
+            evaluating = time.monotonic()
+            evaluated = self._evaluate(task_id, sums)
+            accuracy = evaluated.accuracy_seen()[task_id]
+            seconds["evaluate"] = time.monotonic() - evaluating
+            if task_ends:
+                matrix = evaluated
+        seconds["total"] = time.monotonic() - began
+        self.point = Checkpoint(
+            server_round=server_round,
+            state=strategy.state,
+            sums=sums if task_ends else self.point.sums,
+            matrix=matrix,
+            bytes_up=self.point.bytes_up + bytes_up,
+            bytes_down=self.point.bytes_down + bytes_down,
+            wall_seconds=self.point.wall_seconds + seconds["total"],
+            partition_hashes=self.point.partition_hashes,
+        )
+        failures = sorted(strategy.failures, key=lambda failure: failure.partition_id)
+        self.folder.append_round(
+            RoundLog(
+                server_round=server_round,
+                task_id=task_id,
+                participants=strategy.participants,
+                failures=failures,
+                bytes_up=bytes_up,
+                bytes_down=bytes_down,
+                seconds=seconds,
+                mean_loss=mean_loss,
+                residual_norm=residual_norm,
+                exactness_error=exactness,
+                accuracy_seen=accuracy,
+            )
+        )
+        checkpoint.save(self.folder.checkpoint, self.point)
+        self._say(server_round, task_id, mean_loss, accuracy, failures, seconds["total"])
+        self._show("training", server_round, mean_loss=mean_loss)
+
+    def _collect_sums(self, order: wire.RoundOrder) -> tuple[FeatureSums, int, int]:
+        """Add to the sums of finished tasks what all holders of this task's data sum under the new state."""
+        partitions = self.strategy.holds_task[order.task_id]
+        self.strategy.participants = sorted({*self.strategy.participants, *partitions})
+        arrays = wire.pack_state(self.strategy.state)
+        exchange = self.strategy.exchange(
+            self.grid, self.strategy.messages(arrays, order, partitions=partitions, message_type="train.sums")
+        )
+        self.strategy.failures += exchange.failures
+        self.strategy.require(len(exchange.replies), order.server_round)
+        total = self.strategy.add_sums(exchange.replies, like=self.point.sums)
+        return total, exchange.bytes_up, exchange.bytes_down
+
+    def _evaluate(self, task_id: int, sums: FeatureSums) -> TaskMatrix:
+        """Count the hits on the test data of every task so far, among all classes seen so far."""
+        state = self.strategy.state
+        self.model.load(state.adapters, state.residual)
+        classifier = self.head.classifier(state.head, sums)
+        seen = [c for task in self.tasks[: task_id + 1] for c in task]
+        correct, total = [], []
+        for earlier in range(task_id + 1):
+            examples = test_examples(self.config, task_id=earlier)
+            correct.append(count_correct(self.model, classifier, examples, classes=seen, config=self.config))
+            total.append(len(examples))
+        return self.point.matrix.with_row(task_id, correct, total)
+
+    def _meet(self) -> None:
+        """Wait for the nodes, learn who holds what, and write the manifest."""
+        nodes = self._wait_for_nodes()
+        self._show("meeting the clients", self.point.server_round)
+        messages = [
+            Message(
+                RecordDict(), dst_node_id=node, message_type=MessageType.QUERY, ttl=self.config.round_timeout
+            )
+            for node in nodes
+        ]
+        hellos: dict[int, wire.Hello] = {}
+        for reply in self.grid.send_and_receive(messages, timeout=self.config.round_timeout + 15):
+            if reply.has_error():
+                raise RunFailed(f"a client cannot take part: {reply.error.reason}")
+            hellos[reply.metadata.src_node_id] = wire.read_hello(reply)
+        self._check_partitions(hellos)
+        self.strategy.meet(hellos, self.tasks)
+        by_partition = sorted(hellos.values(), key=lambda hello: hello.partition_id)
+        hashes = tuple(hello.partition_hash for hello in by_partition)
+        if self.config.resume and hashes != self.point.partition_hashes:
+            raise RunFailed(
+                f"{self.folder.path} was run on other data or another partition; it cannot be resumed"
+            )
+        self.point = Checkpoint(**{**vars(self.point), "partition_hashes": hashes})
+        factors = self.point.state.adapters
+        lora = count_parameters(factors)
+        trained = count_parameters(factors, only=sorted(self.strategy.method.trainable))
+        rows = sum(value.numel() for value in self.point.state.head.values())
+        parameters = {
+            "total": sum(p.numel() for p in self.model.parameters()) - lora + lora,
+            "trainable": trained + rows,
+            "transmitted": lora + rows,
+            "lora": lora,
+            "head": rows,
+        }
+        log.info(
+            "trains %d parameters (LoRA %d, head %d) of %d", trained + rows, lora, rows, parameters["total"]
+        )
+        if not self.config.resume:
+            self._write_manifest(hashes, by_partition, parameters)
+
+    def _write_manifest(
+        self, hashes: tuple[str, ...], hellos: list[wire.Hello], parameters: dict[str, int]
+    ) -> None:
+        stream = self.data.stream
+        self.folder.write_manifest(
+            {
+                "seed": self.config.seed,
+                "class_names": list(self.data.source.class_names),
+                "class_order": list(stream.class_order),
+                "tasks": [list(task) for task in stream.tasks],
+                "partition_hashes": list(hashes),
+                "partition_hash": hashlib.sha256("".join(hashes).encode()).hexdigest(),
+                "class_counts": [hello.class_counts.tolist() for hello in hellos],
+                "parameters": parameters,
+                "adapted_modules": {
+                    name: [pair.lora_B.shape[0], pair.lora_A.shape[1]]
+                    for name, pair in self.point.state.adapters.items()
+                },
+            }
+        )
+
+    def _wait_for_nodes(self) -> list[int]:
+        """Wait until as many nodes are there as the settings say."""
+        self._show("waiting for nodes", self.point.server_round)
+        wanted, deadline = self.config.num_clients, time.monotonic() + self.config.node_timeout
+        while len(nodes := list(self.grid.get_node_ids())) != wanted:
+            if time.monotonic() > deadline or len(nodes) > wanted:
+                raise RunFailed(
+                    f"num-clients is {wanted}, but {len(nodes)} SuperNodes are connected. In simulation pass "
+                    f'--federation-config "num-supernodes={wanted}" to flwr run (its default is 2), or use '
+                    f"fedtalora run, which does; or set num-clients={len(nodes)}"
+                )
+            time.sleep(0.2)
+        return sorted(nodes)
+
+    def _check_partitions(self, hellos: dict[int, wire.Hello]) -> None:
+        found = sorted(hello.partition_id for hello in hellos.values())
+        if found != list(range(self.config.num_clients)):
+            missing = sorted(set(range(self.config.num_clients)) - set(found))
+            raise RunFailed(
+                f"partitions {missing} are held by no node that replied (held: {found}); give every node its own "
+                "partition-id in its node config"
+            )
+        _check_same_shape(hellos, num_classes=len(self.data.source.class_names))
+
+    def _fresh(self) -> Checkpoint:
+        self.folder.write_config(self.config.flat())
+        (self.folder.path / "rounds.jsonl").write_text("")
+        num_classes = len(self.data.source.class_names)
+        feature_dim = self.model.backbone.feature_dim
+        return Checkpoint(
+            server_round=0,
+            state=GlobalState(
+                adapters=self.model.initial_factors(seed=self.config.seed),
+                head=heads.init_rows(num_classes=num_classes, feature_dim=feature_dim),
+            ),
+            sums=FeatureSums.zero(num_classes=num_classes, feature_dim=feature_dim),
+            matrix=TaskMatrix.empty(self.config.num_tasks),
+            bytes_up=0,
+            bytes_down=0,
+            wall_seconds=0.0,
+            partition_hashes=(),
+        )
+
+    def _resumed(self) -> Checkpoint:
+        point = checkpoint.load(self.folder.checkpoint)
+        self.folder.keep_rounds(point.server_round)
+        log.info("resuming after round %d", point.server_round)
+        return point
+
+    def _show(self, phase: str, server_round: int, *, mean_loss: float | None = None) -> None:
+        """Tell the progress display where the run is."""
+        done, spent = self.point.server_round, self.point.wall_seconds
+        accuracies = [a for a in self.point.matrix.accuracy_seen() if a is not None]
+        self.folder.write_status(
+            phase=phase,
+            task_id=(max(1, server_round) - 1) // self.rounds_per_task,
+            num_tasks=self.config.last_task,
+            server_round=server_round,
+            rounds_done=done,
+            num_rounds=self.num_rounds,
+            mean_loss=mean_loss,
+            accuracy_seen=accuracies[-1] if accuracies else None,
+            bytes_up_total=self.point.bytes_up,
+            bytes_down_total=self.point.bytes_down,
+            elapsed_seconds=spent,
+            remaining_seconds=spent / done * (self.num_rounds - done) if done else None,
+            message="",
+        )
+
+    def _say(
+        self,
+        server_round: int,
+        task_id: int,
+        mean_loss: float | None,
+        accuracy: float | None,
+        failures: list[Failure],
+        seconds: float,
+    ) -> None:
+        """Log one line a round, for whoever follows the stream."""
+        log.info(
+            "task %d/%d round %d/%d  loss %s  accuracy %s  %.1f s%s",
+            task_id + 1,
+            self.config.last_task,
+            server_round,
+            self.num_rounds,
+            "-" if mean_loss is None else f"{mean_loss:.4f}",
+            "-" if accuracy is None else f"{accuracy:.4f}",
+            seconds,
+            "".join(f"; partition {f.partition_id} failed: {f.reason}" for f in failures),
+        )
+
+
+def _check_same_shape(hellos: dict[int, wire.Hello], *, num_classes: int) -> None:
+    for hello in hellos.values():
+        if hello.class_counts.shape != (num_classes,):
+            raise RunFailed(
+                f"partition {hello.partition_id} knows {len(hello.class_counts)} classes, the server {num_classes}; "
+                "both must read the same data set"
+            )

@@ -1,0 +1,215 @@
+"""One exchange with the clients as a Flower strategy: what to send to whom, and what the replies mean."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from logging import getLogger
+from math import ceil
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedtalora_flwr import wire
+from fedtalora_flwr.aggregation import (
+    Aggregator,
+    BadUpdate,
+    ClientUpdate,
+    GlobalState,
+    check_update,
+    exactness_error,
+)
+from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.heads import FeatureSums
+from fedtalora_flwr.runlog import Failure
+
+log = getLogger("fedtalora.server")
+
+_GRACE = 15.0  # seconds beyond a message's time to live, so that its expiry is reported and not just silence
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Replies of one exchange, sorted out.
+
+    Parameters
+    ----------
+    replies
+        Partition id -> reply with content, in order of partition id.
+    failures
+        Who gave no usable reply.
+    bytes_down, bytes_up
+        Of the messages sent and of the replies received.
+    """
+
+    replies: Mapping[int, Message]
+    failures: list[Failure]
+    bytes_down: int
+    bytes_up: int
+
+
+class AdapterStrategy(Strategy):
+    """Send the shared adapter to a sample of the clients and fold their updates with a method.
+
+    Parameters
+    ----------
+    config
+        The run's settings.
+    method
+        The aggregation.
+    state
+        Where the run begins, or goes on from.
+    """
+
+    def __init__(self, *, config: RunConfig, method: Aggregator, state: GlobalState) -> None:
+        self.config = config
+        self.method = method
+        self.state = state
+        self.node_of: dict[int, int] = {}  # partition id -> node id
+        self.holds_task: dict[int, list[int]] = {}  # task id -> partitions with data of it
+        self.failures: list[Failure] = []
+        self.participants: list[int] = []
+
+    def meet(self, hellos: Mapping[int, wire.Hello], tasks: Iterable[Iterable[int]]) -> None:
+        """Learn from the first exchange who holds what (node id -> its hello)."""
+        self.node_of = {hello.partition_id: node for node, hello in hellos.items()}
+        for task_id, classes in enumerate(tasks):
+            held = {h.partition_id for h in hellos.values() if int(h.class_counts[list(classes)].sum())}
+            self.holds_task[task_id] = sorted(held)
+
+    def exchange(self, grid: Grid, messages: Iterable[Message]) -> Exchange:
+        """Send messages, wait for the replies, and attribute what went wrong to partitions.
+
+        A reply that comes from the server's own side (expired, node gone) names no node, so replies are tied
+        to messages and not to senders.
+        """
+        sent = list(messages)
+        received = list(grid.send_and_receive(sent, timeout=self.config.round_timeout + _GRACE))
+        partition_of = {node: partition for partition, node in self.node_of.items()}
+        asked = {m.metadata.message_id: partition_of[m.metadata.dst_node_id] for m in sent}
+        failures = [
+            Failure(partition, f"no reply within {self.config.round_timeout:g} s")
+            for partition in asked.values()
+            if partition not in {asked[m.metadata.reply_to_message_id] for m in received}
+        ]
+        good = {}
+        for reply in received:
+            partition = asked[reply.metadata.reply_to_message_id]
+            if reply.has_error():
+                failures.append(Failure(partition, f"error {reply.error.code}: {reply.error.reason}"))
+            else:
+                good[partition] = reply
+        return Exchange(
+            replies=dict(sorted(good.items())),
+            failures=failures,
+            bytes_down=sum(wire.message_bytes(m) for m in sent),
+            bytes_up=sum(wire.message_bytes(m) for m in received),
+        )
+
+    def sample(self, server_round: int, task_id: int) -> list[int]:
+        """Draw the partitions of a round, among those that hold data of the task; the rest sit it out."""
+        held = self.holds_task[task_id]
+        rng = np.random.default_rng([self.config.seed, server_round])
+        count = min(len(held), max(self.config.min_replies, ceil(self.config.fraction_train * len(held))))
+        return sorted(rng.choice(held, size=count, replace=False).tolist())
+
+    def messages(
+        self, arrays: ArrayRecord, order: wire.RoundOrder, *, partitions: Iterable[int], message_type: str
+    ) -> list[Message]:
+        """Address one message with the state to each partition; the arrays are shared, not copied."""
+        content = wire.state_message(
+            arrays, order, scaling=self.config.alpha / self.config.rank, version=self.state.version
+        )
+        return [
+            Message(
+                RecordDict(dict(content)),
+                dst_node_id=self.node_of[partition],
+                message_type=message_type,
+                group_id=str(order.server_round),
+                ttl=self.config.round_timeout,
+            )
+            for partition in partitions
+        ]
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Build the round's training messages; `config` carries ``task-id`` and ``round-in-task``."""
+        order = wire.RoundOrder(server_round, int(str(config["task-id"])), int(str(config["round-in-task"])))
+        self.participants = self.sample(server_round, order.task_id)
+        return self.messages(arrays, order, partitions=self.participants, message_type=MessageType.TRAIN)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Fold the replies into the next state; a bad one is refused with its reason in `failures`.
+
+        Raises
+        ------
+        RunFailed
+            If fewer than ``min-replies`` good updates remain.
+        """
+        updates: list[ClientUpdate] = []
+        losses: list[float] = []
+        partition_of = {node: partition for partition, node in self.node_of.items()}
+        for reply in replies:
+            partition = partition_of[reply.metadata.src_node_id]
+            try:
+                update, mean_loss = wire.read_update(reply)
+                if update.partition_id != partition:
+                    raise BadUpdate(f"speaks for partition {update.partition_id}, holds {partition}")
+                check_update(self.state, update)
+            except BadUpdate as refusal:
+                self.failures.append(Failure(partition, f"refused: {refusal}"))
+                continue
+            updates.append(update)
+            losses.append(mean_loss)
+        self.require(len(updates), server_round)
+        new_state = self.method.aggregate(self.state, updates)
+        metrics: dict[str, int | float | list[int] | list[float]] = {
+            "mean-loss": float(np.average(losses, weights=[u.num_examples for u in updates])),
+            "residual-norm": sum(float(r.norm()) ** 2 for r in new_state.residual.values()) ** 0.5,
+        }
+        if self.config.verify:
+            metrics["exactness-error"] = exactness_error(self.state, updates, new_state)
+        self.state = new_state
+        return wire.pack_state(new_state), MetricRecord(metrics)
+
+    def add_sums(self, replies: Mapping[int, Message], *, like: FeatureSums) -> FeatureSums:
+        """Add the clients' feature sums up, in order of partition id; a bad one is refused into `failures`."""
+        total = like
+        for partition, reply in replies.items():
+            try:
+                total = total + wire.read_sums(reply, like=like)
+            except BadUpdate as refusal:
+                self.failures.append(Failure(partition, f"refused: {refusal}"))
+        return total
+
+    def require(self, num_good: int, server_round: int) -> None:
+        """Fail the run if a round has fewer than ``min-replies`` good replies."""
+        if num_good < self.config.min_replies:
+            reasons = (
+                "; ".join(f"partition {f.partition_id}: {f.reason}" for f in self.failures)
+                or "no client replied"
+            )
+            raise RunFailed(
+                f"round {server_round} has {num_good} good replies, min-replies is {self.config.min_replies}: {reasons}"
+            )
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask nobody: the server has the test data."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Expect nothing: the server has the test data."""
+        return None
+
+    def summary(self) -> None:
+        """Log what this strategy does."""
+        log.info("%s, residual %s", self.config.method, self.config.residual)

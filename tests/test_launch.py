@@ -1,0 +1,263 @@
+"""A launch tells how its run ended and leaves nothing behind: real SuperLinks, real Ray, real signals."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedtalora_flwr.launch import LaunchError, LaunchResult, launch
+
+pytestmark = pytest.mark.ray
+
+APP = Path(__file__).parent / "launch_app"
+NUM_SUPERNODES = 3
+START_SECONDS = 120  # a cold start of Ray on a loaded machine
+GONE_SECONDS = 40
+ESSENTIAL = (
+    "flower-superlink",
+    "flower-superexec",
+    "flwr-simulation",
+    "gcs_server",
+    "raylet",
+    "ray::ClientAppActor",
+)
+
+
+def run_app(work_dir: Path, toml: str) -> LaunchResult:
+    work_dir.mkdir(exist_ok=True)
+    config = work_dir / "run-config.toml"
+    config.write_text(toml)
+    ticks: list[float] = []
+    try:
+        return launch(
+            APP,
+            run_config=config,
+            num_supernodes=NUM_SUPERNODES,
+            ray_cpus=2,
+            work_dir=work_dir,
+            on_tick=lambda: ticks.append(time.monotonic()),
+        )
+    finally:
+        assert len(ticks) > 1
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What the run with this work folder can leave on the machine."""
+
+    port: int
+    home: Path
+
+    @classmethod
+    def read(cls, work_dir: Path) -> "Traces":
+        found = re.search(r"port (\d+), home (\S+)", (work_dir / "keeper.log").read_text())
+        assert found is not None
+        return cls(int(found[1]), Path(found[2]))
+
+    def processes(self) -> list[str]:
+        commands = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
+        return [c for c in commands if f"127.0.0.1:{self.port}" in c or str(self.home) in c]
+
+    def assert_none(self) -> None:
+        assert self.processes() == []
+        assert not self.home.exists()
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", self.port))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LaunchResult]:
+    """Run an app that succeeds and one that raises, side by side."""
+    folder = tmp_path_factory.mktemp("pair")
+    with ThreadPoolExecutor() as pool:
+        futures = {b: pool.submit(run_app, folder / b, f'behaviour = "{b}"') for b in ("succeed", "raise")}
+    return {behaviour: future.result() for behaviour, future in futures.items()}
+
+
+def test_completed_run_is_ok_and_its_log_holds_what_the_app_printed(pair: dict[str, LaunchResult]) -> None:
+    result = pair["succeed"]
+    assert result.ok
+    assert (result.status, result.details) == ("finished:completed", "")
+    assert f"round 1: {NUM_SUPERNODES} replies" in result.log_path.read_text()
+
+
+def test_failed_run_is_not_ok_and_says_why(pair: dict[str, LaunchResult]) -> None:
+    result = pair["raise"]
+    assert not result.ok
+    assert result.status == "finished:failed"
+    assert "the app was asked to fail" in result.details
+
+
+def test_ended_runs_leave_no_process_no_folder_and_no_port(pair: dict[str, LaunchResult]) -> None:
+    traces = [Traces.read(result.log_path.parent) for result in pair.values()]
+    assert traces[0].port != traces[1].port
+    for each in traces:
+        each.assert_none()
+
+
+def test_unknown_key_is_a_launch_error_with_the_message_of_flwr(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="Invalid run configuration"):
+        run_app(tmp_path, "no-such-key = 1")
+    Traces.read(tmp_path).assert_none()
+
+
+def test_missing_flower_is_a_launch_error_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    with pytest.raises(LaunchError, match=r"flower-superlink not found.*pip install"):
+        launch(APP, run_config=tmp_path / "x", num_supernodes=1, work_dir=tmp_path, on_tick=lambda: None)
+
+
+def test_exception_of_on_tick_ends_the_run_and_restores_the_signal_handler(tmp_path: Path) -> None:
+    def on_tick() -> None:
+        if (tmp_path / "superlink.log").exists():
+            raise RuntimeError("the caller is tired")
+
+    config = tmp_path / "run-config.toml"
+    config.touch()
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RuntimeError, match="tired"):
+        launch(APP, run_config=config, num_supernodes=1, work_dir=tmp_path, on_tick=on_tick)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    Traces.read(tmp_path).assert_none()
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A python of its own that launches an app which sleeps; `tree` is every process below it."""
+
+    process: subprocess.Popen[bytes]
+    keeper: psutil.Process
+    tree: dict[psutil.Process, str]  # to its command line
+    traces: Traces
+
+    def named(self, name: str) -> list[psutil.Process]:
+        return [process for process, command in self.tree.items() if name in command]
+
+    def alive(self) -> list[str]:
+        return [command for process, command in self.tree.items() if is_alive(process)]
+
+    def essential_are_alive(self) -> bool:
+        return all(is_alive(process) for name in ESSENTIAL for process in self.named(name))
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it ended while we looked
+        return ""
+
+
+def start_launcher(work_dir: Path) -> Launcher:
+    work_dir.mkdir(exist_ok=True)
+    marker = work_dir / "asleep"
+    toml = f'behaviour = "sleep"\nmarker = "{marker}"'
+    code = f"import pathlib, test_launch; test_launch.run_app(pathlib.Path({str(work_dir)!r}), {toml!r})"
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    with (work_dir / "launcher.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], env=env, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        await_marker(marker, process)
+        tree = {p: command_line(p) for p in psutil.Process(process.pid).children(recursive=True)}
+        launcher = Launcher(process, psutil.Process(process.pid).children()[0], tree, Traces.read(work_dir))
+        # What follows means something only if Ray is in the tree we watch.
+        assert all(launcher.named(name) for name in ESSENTIAL)
+        assert all(str(launcher.traces.home) in tree[p] for p in launcher.named("raylet/raylet"))
+    except BaseException:
+        process.kill()
+        raise
+    return launcher
+
+
+def await_marker(marker: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not marker.exists():
+        assert process.poll() is None, (marker.parent / "launcher.log").read_text()
+        assert time.monotonic() < deadline, (marker.parent / "flwr-run.log").read_text()
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def neighbour(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """Keep another launch running, which must not notice how the ones beside it end."""
+    launcher = start_launcher(tmp_path_factory.mktemp("neighbour"))
+    yield launcher
+    launcher.process.terminate()
+    launcher.process.wait(GONE_SECONDS)
+
+
+@pytest.mark.parametrize(
+    ("crashed", "signals", "code"),
+    [
+        pytest.param([], [signal.SIGTERM], 143, id="SIGTERM"),
+        pytest.param([], [signal.SIGINT, signal.SIGINT], -signal.SIGINT, id="SIGINT-twice"),
+        pytest.param([], [signal.SIGKILL], -signal.SIGKILL, id="SIGKILL"),
+        # Ray's processes are orphans now: nothing above them is left to take them along.
+        pytest.param(
+            ["flower-superexec", "flwr-simulation", "raylet/raylet"],
+            [signal.SIGKILL],
+            -signal.SIGKILL,
+            id="SIGKILL-after-a-crash",
+        ),
+    ],
+)
+def test_killed_launcher_leaves_nothing_and_spares_its_neighbour(
+    tmp_path: Path, neighbour: Launcher, crashed: list[str], signals: list[signal.Signals], code: int
+) -> None:
+    launcher = start_launcher(tmp_path)
+    for name in crashed:
+        for process in launcher.named(name):
+            process.kill()
+    for number in signals:
+        os.killpg(launcher.process.pid, number)  # the whole group, as a terminal does
+        time.sleep(0.5)
+    assert launcher.process.wait(GONE_SECONDS) == code
+
+    deadline = time.monotonic() + GONE_SECONDS
+    while is_alive(launcher.keeper) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert launcher.alive() == []
+    launcher.traces.assert_none()
+    assert neighbour.essential_are_alive()
+
+
+def test_launch_outside_the_main_thread_leaves_signal_handlers_alone(tmp_path: Path) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    seen: list[object] = []
+
+    def on_tick() -> None:
+        seen.append(signal.getsignal(signal.SIGTERM))
+        raise RuntimeError
+
+    def in_thread() -> None:
+        (tmp_path / "c.toml").touch()
+        with pytest.raises(RuntimeError):
+            launch(APP, run_config=tmp_path / "c.toml", num_supernodes=1, work_dir=tmp_path, on_tick=on_tick)
+
+    thread = threading.Thread(target=in_thread)
+    thread.start()
+    thread.join()
+    assert seen == [handler]
