@@ -92,9 +92,7 @@ def load(folder: Path) -> Checkpoint:
     """
     pointer = folder / _POINTER
     if not pointer.is_file():
-        raise CheckpointError(
-            f"{folder} holds no checkpoint ({_POINTER}); the run ended before its first round did"
-        )
+        raise CheckpointError(f"{folder} holds no checkpoint ({_POINTER}); the run ended before its first round did")
     facts = json.loads(pointer.read_text())
     parts: dict[str, dict[str, Any]] = {"lora_A": {}, "lora_B": {}, "residual": {}, "head": {}, "sums": {}}
     for key, value in load_file(folder / facts["tensors"]).items():

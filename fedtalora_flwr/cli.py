@@ -19,13 +19,9 @@ cli = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-Preset = Annotated[
-    str, typer.Option(help="Settings from experiments/NAME.toml; fedtalora presets lists them.")
-]
+Preset = Annotated[str, typer.Option(help="Settings from experiments/NAME.toml; fedtalora presets lists them.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings from a flat TOML or JSON file.")]
-Assignments = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")
-]
+Assignments = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; repeatable.")]
 
 
 @cli.command()
@@ -34,19 +30,11 @@ def run(
     config: ConfigFile = None,
     assignments: Assignments = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="Run folder; by default runs/<name>-<time>.")] = None,
-    nodes: Annotated[
-        int, typer.Option(min=0, help="Number of clients, one SuperNode each (num-clients).")
-    ] = 0,
-    resume: Annotated[
-        Path | None, typer.Option(help="Go on with a run that was stopped, from its folder.")
-    ] = None,
+    nodes: Annotated[int, typer.Option(min=0, help="Number of clients, one SuperNode each (num-clients).")] = 0,
+    resume: Annotated[Path | None, typer.Option(help="Go on with a run that was stopped, from its folder.")] = None,
     cpus: Annotated[int, typer.Option(min=0, help="CPUs for the clients together; 0 = all.")] = 0,
-    client_gpus: Annotated[
-        float, typer.Option(min=0, help="GPU share of a client; 0.2 packs five on a GPU.")
-    ] = 0.0,
-    list_settings: Annotated[
-        bool, typer.Option(help="Print all settings with their defaults, and stop.")
-    ] = False,
+    client_gpus: Annotated[float, typer.Option(min=0, help="GPU share of a client; 0.2 packs five on a GPU.")] = 0.0,
+    list_settings: Annotated[bool, typer.Option(help="Print all settings with their defaults, and stop.")] = False,
 ) -> None:
     """Run a federation in simulation: without options the demo, scikit-learn's digits over five clients.
 
@@ -164,9 +152,7 @@ def data(
     found = data_of(parsed)
     labels, stream = found.source.train.labels, found.stream
     counts = stream.class_counts(labels)
-    console.print(
-        data_table(counts, tasks=stream.tasks, title=f"{found.source.name}: training examples (classes)")
-    )
+    console.print(data_table(counts, tasks=stream.tasks, title=f"{found.source.name}: training examples (classes)"))
     hashes = [stream.partition_hash(labels, k) for k in range(parsed.num_clients)]
     console.print(f"partition hash {hashlib.sha256(''.join(hashes).encode()).hexdigest()}", highlight=False)
     target = out or Path(f"{preset or found.source.name.replace(':', '-').replace('/', '-')}-data.html")
@@ -198,9 +184,7 @@ def doctor() -> None:
 
     findings = examine()
     for finding in findings:
-        mark = {"ok": "[green]ok[/green]  ", "note": "[yellow]note[/yellow]", "bad": "[red]bad[/red] "}[
-            finding.level
-        ]
+        mark = {"ok": "[green]ok[/green]  ", "note": "[yellow]note[/yellow]", "bad": "[red]bad[/red] "}[finding.level]
         console.print(f"{mark} {finding.subject}: {finding.text}", highlight=False, soft_wrap=True)
     if any(finding.level == "bad" for finding in findings):
         raise typer.Exit(1)

@@ -273,9 +273,7 @@ def accuracy_over_tasks(curves: Mapping[str, Sequence[float]], *, num_tasks: int
     for n, (name, values) in enumerate(curves.items()):
         tasks = np.arange(1, len(values) + 1)
         style = dashes[n // len(SERIES) % len(dashes)]
-        axes.plot(
-            tasks, values, style, marker=_dots(num_tasks), color=SERIES[n % 8], label=_label(name, width=48)
-        )
+        axes.plot(tasks, values, style, marker=_dots(num_tasks), color=SERIES[n % 8], label=_label(name, width=48))
         if len(curves) == 1 and num_tasks <= 12:
             for task, value in zip(tasks, values, strict=True):
                 if not math.isnan(value):
@@ -286,6 +284,7 @@ def accuracy_over_tasks(curves: Mapping[str, Sequence[float]], *, num_tasks: int
                         textcoords="offset points",
                         ha="center",
                         fontsize=8,
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8},
                     )
     axes.set_xlim(0.6, num_tasks + 0.4)
     axes.set_ylim(0, 1.06)
@@ -356,9 +355,8 @@ def exactness_error(error: ArrayLike, *, rounds: Sequence[int], task_ids: Sequen
         size=(WIDE, 2.5),
     )
     zero = np.flatnonzero(e == 0)
-    axes.plot(
-        np.asarray(rounds)[zero], np.full(len(zero), low), "o", mfc="white", color=ORANGE, clip_on=False
-    )
+    if len(zero):
+        axes.plot(np.asarray(rounds)[zero], np.full(len(zero), low), "o", mfc="white", color=ORANGE, clip_on=False)
     axes.set_yscale("log")
     axes.set_ylim(low, high)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0e}"))
@@ -366,16 +364,12 @@ def exactness_error(error: ArrayLike, *, rounds: Sequence[int], task_ids: Sequen
     return figure
 
 
-def _bars(
-    axes: Axes, parts: Mapping[str, NDArray[np.float64]], colors: Sequence[str], rounds: Sequence[int]
-) -> None:
+def _bars(axes: Axes, parts: Mapping[str, NDArray[np.float64]], colors: Sequence[str], rounds: Sequence[int]) -> None:
     bottom = np.zeros(len(rounds))
     for (name, height), color in zip(parts.items(), colors, strict=True):
         # Many thin bars would leave white seams between them; an outline in their own colour closes these.
         seam = {"linewidth": 0} if len(rounds) <= 80 else {"linewidth": 0.6, "edgecolor": color}
-        axes.bar(
-            rounds, height, 0.8 if len(rounds) <= 80 else 1.0, bottom=bottom, color=color, label=name, **seam
-        )
+        axes.bar(rounds, height, 0.8 if len(rounds) <= 80 else 1.0, bottom=bottom, color=color, label=name, **seam)
         bottom += height
 
 
@@ -384,9 +378,7 @@ def _legend_above(axes: Axes, columns: int) -> None:
 
 
 @_styled
-def bytes_per_round(
-    up: ArrayLike, down: ArrayLike, *, rounds: Sequence[int], task_ids: Sequence[int]
-) -> Figure:
+def bytes_per_round(up: ArrayLike, down: ArrayLike, *, rounds: Sequence[int], task_ids: Sequence[int]) -> Figure:
     """Draw the bytes of each round, stacked, beside their sums so far; `up` and `down` are (num_rounds,)."""
     parts = {
         "up (clients to server)": np.nan_to_num(np.asarray(up, dtype=np.float64)),
@@ -410,9 +402,7 @@ def bytes_per_round(
 
 
 @_styled
-def seconds_per_round(
-    seconds: Mapping[str, ArrayLike], *, rounds: Sequence[int], task_ids: Sequence[int]
-) -> Figure:
+def seconds_per_round(seconds: Mapping[str, ArrayLike], *, rounds: Sequence[int], task_ids: Sequence[int]) -> Figure:
     """Draw where the time of each round went, stacked; each part of `seconds` is (num_rounds,)."""
     parts = {name: np.nan_to_num(np.asarray(s, dtype=np.float64)) for name, s in seconds.items()}
     figure = Figure(figsize=(WIDE, 3.0))
@@ -426,9 +416,7 @@ def seconds_per_round(
 
 
 @_styled
-def class_map(
-    class_counts: ArrayLike, *, tasks: Sequence[Sequence[int]], class_names: Sequence[str]
-) -> Figure:
+def class_map(class_counts: ArrayLike, *, tasks: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
     """Draw who holds which classes of which task, coloured by the number of training examples.
 
     Parameters
@@ -511,9 +499,7 @@ def _draw_band(
             lw=0.8 if num_partitions <= 40 else 0,
         )
         axes.add_patch(_frame(left, num_classes, num_partitions))
-        axes.text(
-            left + num_classes / 2, -0.15, f"task {task_id + 1}", ha="center", va="bottom", weight="bold"
-        )
+        axes.text(left + num_classes / 2, -0.15, f"task {task_id + 1}", ha="center", va="bottom", weight="bold")
         if num_partitions <= 40 and held.max(initial=0) < 1000:
             for i, j in np.argwhere(held):
                 shade = _text_color(float(norm(held[i, j])))

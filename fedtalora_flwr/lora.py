@@ -236,8 +236,6 @@ def _check_rank(name: str, layer: nn.Module, rank: int) -> None:
         )
 
 
-def count_parameters(
-    factors: Mapping[str, LoraFactors], *, only: Sequence[str] = ("lora_A", "lora_B")
-) -> int:
+def count_parameters(factors: Mapping[str, LoraFactors], *, only: Sequence[str] = ("lora_A", "lora_B")) -> int:
     """Count the numbers in the named factors of all layers."""
     return sum(getattr(pair, factor).numel() for pair in factors.values() for factor in only)

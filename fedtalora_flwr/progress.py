@@ -58,9 +58,7 @@ class RunProgress:
         status = json.loads(path.read_text())
         self._show_rounds(status.get("num_rounds", 0))
         total, done = status.get("num_rounds"), status.get("rounds_done", 0)
-        self._bar.update(
-            self._line, description=_where(status), total=total, completed=done, facts=_facts(status)
-        )
+        self._bar.update(self._line, description=_where(status), total=total, completed=done, facts=_facts(status))
 
     def _show_rounds(self, num_rounds: int) -> None:
         path = self._folder / "rounds.jsonl"
@@ -105,9 +103,7 @@ def _facts(status: dict[str, Any]) -> str:
     if status.get("accuracy_seen") is not None:
         facts.append(f"accuracy {status['accuracy_seen']:.3f}")
     if status.get("bytes_down_total"):
-        facts.append(
-            f"up {human_bytes(status['bytes_up_total'])} down {human_bytes(status['bytes_down_total'])}"
-        )
+        facts.append(f"up {human_bytes(status['bytes_up_total'])} down {human_bytes(status['bytes_down_total'])}")
     if status.get("remaining_seconds"):
         facts.append(f"about {human_time(status['remaining_seconds'])} left")
     return "  ".join(facts)

@@ -65,9 +65,7 @@ def build(package: str, name: str, settings: Mapping[str, Any]) -> Any:
     choice, colon, argument = name.partition(":")
     if ("argument" in wanted) != bool(argument):
         raise ValueError(
-            f"{name!r}: write {choice}:<name>"
-            if "argument" in wanted
-            else f"{name!r}: {choice} takes no argument"
+            f"{name!r}: write {choice}:<name>" if "argument" in wanted else f"{name!r}: {choice} takes no argument"
         )
     values = {**settings, "argument": argument} if colon else settings
     return create(**{key: values[key] for key in wanted if key in values})

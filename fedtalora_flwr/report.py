@@ -138,8 +138,7 @@ def read_run(path: Path | str) -> RunRecord:
         raise FileNotFoundError(f"{path} is no run folder: there is no such directory")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"{path} is no run folder: config.json is missing; "
-            "give the folder that `fedtalora run --out` wrote"
+            f"{path} is no run folder: config.json is missing; give the folder that `fedtalora run --out` wrote"
         )
     notes = []
     config = _read_object(folder / "config.json")
@@ -463,8 +462,9 @@ def _training_pictures(run: RunRecord) -> list[_Picture]:
             "exactness_error",
             figures.exactness_error,
             "Exactness error",
-            "Distance of the aggregated weights to FedAvg of the full weights (no unit, log scale); rounding "
-            "alone leaves a tiny one. A hollow dot at the lower edge is exactly 0.",
+            "Relative Frobenius distance, in the worst layer, of what the new global model has learned to "
+            "the weighted mean of the clients' full weights (no unit, log scale). Rounding alone leaves "
+            "about 1e-7. A hollow dot at the lower edge is exactly 0.",
         ),
     )
     return [
@@ -487,9 +487,7 @@ def _class_pictures(run: RunRecord) -> list[_Picture]:
     return [_class_picture(manifest["class_counts"], manifest["tasks"], manifest.get("class_names") or [])]
 
 
-def _class_picture(
-    class_counts: ArrayLike, tasks: Sequence[Sequence[int]], class_names: Sequence[str]
-) -> _Picture:
+def _class_picture(class_counts: ArrayLike, tasks: Sequence[Sequence[int]], class_names: Sequence[str]) -> _Picture:
     counts = np.asarray(class_counts)
     names = [*class_names, *(f"class {c}" for c in range(len(class_names), counts.shape[1]))]
     caption = (
@@ -508,7 +506,7 @@ def _cost_pictures(run: RunRecord) -> list[_Picture]:
         return []
     parts = {part: np.nan_to_num(run.seconds(part)) for part in ("wait", "aggregate", "evaluate")}
     rest = np.nan_to_num(run.seconds("total")) - sum(parts.values())
-    if (rest > 0.01).any():
+    if rest.sum() > 0.01 * sum(part.sum() for part in parts.values()):
         parts["other"] = np.maximum(rest, 0)
     return [
         _picture(
@@ -535,9 +533,7 @@ def _failures(run: RunRecord) -> list[dict[str, Any]]:
         {
             "server_round": line["server_round"],
             "task": line["task_id"] + 1,
-            "client": "unknown"
-            if failure.get("partition_id") is None
-            else f"client {failure['partition_id']}",
+            "client": "unknown" if failure.get("partition_id") is None else f"client {failure['partition_id']}",
             "reason": str(failure.get("reason") or "no reason given")[:2000],
         }
         for line in run.rounds
@@ -667,7 +663,7 @@ class Comparison:
         ]
 
     def table(self) -> Group:
-        """Return the notes and tables for a rich console: results, accuracy over tasks, settings that differ."""
+        """Return notes and tables for a rich console: results, accuracy over tasks, settings that differ."""
         return Group(
             *(Text(note, style="yellow") for note in self.notes),
             self._results_table(),
@@ -735,14 +731,11 @@ def compare(
         raise ValueError(f"compare needs two run folders or more, got {len(paths)}")
     runs = tuple(read_run(path) for path in paths)
     names = _distinct_names(runs)
-    notes = [
-        f"{name} is {run.state}." for name, run in zip(names, runs, strict=True) if run.state != "complete"
-    ]
+    notes = [f"{name} is {run.state}." for name, run in zip(names, runs, strict=True) if run.state != "complete"]
     hashes = [run.manifest.get("partition_hash") for run in runs]
     if len(set(hashes)) > 1 or None in hashes:
         listed = ", ".join(
-            f"{name}: {str(h)[:12] if h else 'no partition hash'}"
-            for name, h in zip(names, hashes, strict=True)
+            f"{name}: {str(h)[:12] if h else 'no partition hash'}" for name, h in zip(names, hashes, strict=True)
         )
         if not allow_different_partitions:
             raise ValueError(

@@ -132,9 +132,7 @@ def count_correct(
 
 
 @torch.inference_mode()
-def sum_features(
-    model: AdaptedModel, examples: Examples, *, num_classes: int, config: RunConfig
-) -> FeatureSums:
+def sum_features(model: AdaptedModel, examples: Examples, *, num_classes: int, config: RunConfig) -> FeatureSums:
     """Sum a client's features of its data (see `FeatureSums`), on the CPU."""
     sums = FeatureSums.zero(num_classes=num_classes, feature_dim=model.backbone.feature_dim)
     for features, labels in _features(model, examples, config=config):
@@ -148,14 +146,10 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     On CPUs ``auto`` stays in float32: virtual machines announce AMX and AVX512-BF16 that then fault.
     """
     gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(
-        device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and gpu)
-    )
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and gpu))
 
 
-def _features(
-    model: AdaptedModel, examples: Examples, *, config: RunConfig
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _features(model: AdaptedModel, examples: Examples, *, config: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
     device = next(model.parameters()).device
     model.eval()
     for start in range(0, len(examples), config.eval_batch_size):
@@ -172,9 +166,7 @@ def _optimizer(
     groups = [{"params": lora, "lr": rate}, {"params": rows, "lr": config.head_learning_rate}]
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups, momentum=config.momentum, weight_decay=config.weight_decay, foreach=True
-        )
+        return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay, foreach=True)
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay, foreach=True)
 
 

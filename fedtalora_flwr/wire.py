@@ -221,9 +221,7 @@ def check_library(version: str, *, whose: str) -> None:
     """
     ours = fedtalora_flwr.__version__
     if version != ours:
-        raise WireError(
-            f"the {whose} runs fedtalora {version}, this side {ours}; install the same version on both"
-        )
+        raise WireError(f"the {whose} runs fedtalora {version}, this side {ours}; install the same version on both")
 
 
 def partition_of(node_config: Mapping[str, Any], config: RunConfig) -> int:
@@ -237,9 +235,7 @@ def partition_of(node_config: Mapping[str, Any], config: RunConfig) -> int:
     try:
         partition_id = int(node_config["partition-id"])
     except KeyError:
-        raise WireError(
-            "this node has no partition-id; start it with --node-config 'partition-id=0 ...'"
-        ) from None
+        raise WireError("this node has no partition-id; start it with --node-config 'partition-id=0 ...'") from None
     if not 0 <= partition_id < config.num_clients:
         raise WireError(f"partition-id {partition_id} is not among the {config.num_clients} of num-clients")
     return partition_id

@@ -118,9 +118,7 @@ class Server:
         if config.rounds_per_task:
             arrays = wire.pack_state(strategy.state)
             clock = ConfigRecord({"task-id": task_id, "round-in-task": round_in_task})
-            exchange = strategy.exchange(
-                self.grid, strategy.configure_train(server_round, arrays, clock, self.grid)
-            )
+            exchange = strategy.exchange(self.grid, strategy.configure_train(server_round, arrays, clock, self.grid))
             strategy.failures += exchange.failures
             seconds["wait"] = time.monotonic() - began
             bytes_up, bytes_down = exchange.bytes_up, exchange.bytes_down
@@ -207,9 +205,7 @@ class Server:
         nodes = self._wait_for_nodes()
         self._show("meeting the clients", self.point.server_round)
         messages = [
-            Message(
-                RecordDict(), dst_node_id=node, message_type=MessageType.QUERY, ttl=self.config.round_timeout
-            )
+            Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY, ttl=self.config.round_timeout)
             for node in nodes
         ]
         hellos: dict[int, wire.Hello] = {}
@@ -222,9 +218,7 @@ class Server:
         by_partition = sorted(hellos.values(), key=lambda hello: hello.partition_id)
         hashes = tuple(hello.partition_hash for hello in by_partition)
         if self.config.resume and hashes != self.point.partition_hashes:
-            raise RunFailed(
-                f"{self.folder.path} was run on other data or another partition; it cannot be resumed"
-            )
+            raise RunFailed(f"{self.folder.path} was run on other data or another partition; it cannot be resumed")
         self.point = Checkpoint(**{**vars(self.point), "partition_hashes": hashes})
         factors = self.point.state.adapters
         lora = count_parameters(factors)
@@ -237,15 +231,11 @@ class Server:
             "lora": lora,
             "head": rows,
         }
-        log.info(
-            "trains %d parameters (LoRA %d, head %d) of %d", trained + rows, lora, rows, parameters["total"]
-        )
+        log.info("trains %d parameters (LoRA %d, head %d) of %d", trained + rows, lora, rows, parameters["total"])
         if not self.config.resume:
             self._write_manifest(hashes, by_partition, parameters)
 
-    def _write_manifest(
-        self, hashes: tuple[str, ...], hellos: list[wire.Hello], parameters: dict[str, int]
-    ) -> None:
+    def _write_manifest(self, hashes: tuple[str, ...], hellos: list[wire.Hello], parameters: dict[str, int]) -> None:
         stream = self.data.stream
         self.folder.write_manifest(
             {

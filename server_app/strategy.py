@@ -193,8 +193,7 @@ class AdapterStrategy(Strategy):
         """Fail the run if a round has fewer than ``min-replies`` good replies."""
         if num_good < self.config.min_replies:
             reasons = (
-                "; ".join(f"partition {f.partition_id}: {f.reason}" for f in self.failures)
-                or "no client replied"
+                "; ".join(f"partition {f.partition_id}: {f.reason}" for f in self.failures) or "no client replied"
             )
             raise RunFailed(
                 f"round {server_round} has {num_good} good replies, min-replies is {self.config.min_replies}: {reasons}"

@@ -75,9 +75,7 @@ class LocalGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
 
-def run_server(
-    run_config: dict[str, Any], client: ClientCall | None = None, num_nodes: int | None = None
-) -> None:
+def run_server(run_config: dict[str, Any], client: ClientCall | None = None, num_nodes: int | None = None) -> None:
     from client_app.app import app as client_app
     from server_app.app import app as server_app
 

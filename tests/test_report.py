@@ -56,9 +56,7 @@ def synthetic_run(
         "out": str(folder),
     } | config
     modules = {
-        f"blocks.{b}.{m}": s
-        for b in range(6)
-        for m, s in {"attn.qkv": [576, 192], "mlp.fc1": [768, 192]}.items()
+        f"blocks.{b}.{m}": s for b in range(6) for m, s in {"attn.qkv": [576, 192], "mlp.fc1": [768, 192]}.items()
     }
     manifest = {
         "fedtalora_version": "0.1.0",
@@ -83,9 +81,7 @@ def synthetic_run(
         if ends:
             sizes = [30 + 7 * j for j in range(task_id + 1)]
             shape = [0.96 * 0.96 ** (task_id - j) - 0.02 * rng.random() for j in range(task_id + 1)]
-            matrix = matrix.with_row(
-                task_id, [round(n * a) for n, a in zip(sizes, shape, strict=True)], sizes
-            )
+            matrix = matrix.with_row(task_id, [round(n * a) for n, a in zip(sizes, shape, strict=True)], sizes)
         wait = 2.5 + rng.random()
         seconds = {"wait": wait, "aggregate": 0.2, "evaluate": 0.9 if ends else 0.0}
         failed = server_round % 7 == 5
@@ -94,9 +90,7 @@ def synthetic_run(
                 "server_round": server_round,
                 "task_id": task_id,
                 "participants": list(range(num_clients)),
-                "failures": [{"partition_id": 1, "reason": f"loss is not finite {HOSTILE}"}]
-                if failed
-                else [],
+                "failures": [{"partition_id": 1, "reason": f"loss is not finite {HOSTILE}"}] if failed else [],
                 "bytes_up": 330_000 * (num_clients - failed),
                 "bytes_down": 350_000 * num_clients + 60_000 * task_id,
                 "seconds": seconds | {"total": sum(seconds.values()) + 0.15},
@@ -430,9 +424,7 @@ def test_the_map_of_classes_refuses_another_ending(tmp_path):
     ("num_clients", "num_tasks", "classes", "shown"),
     [(5, 5, 2, True), (10, 10, 15, True), (30, 10, 100, False), (5, 1, 200, False), (200, 10, 2, True)],
 )
-def test_the_map_of_classes_goes_over_to_tasks_where_classes_have_no_room(
-    num_clients, num_tasks, classes, shown
-):
+def test_the_map_of_classes_goes_over_to_tasks_where_classes_have_no_room(num_clients, num_tasks, classes, shown):
     tasks = np.arange(num_tasks * classes).reshape(num_tasks, classes).tolist()
     counts = np.ones((num_clients, num_tasks * classes))
     assert figures.shows_classes(counts, tasks=tasks) is shown

@@ -32,9 +32,7 @@ def exactness_error(state: GlobalState, updates: Sequence[ClientUpdate], new_sta
         mean = torch.zeros(broadcast.lora_B.shape[0], broadcast.lora_A.shape[1], dtype=torch.float64)
         for update in updates:
             mean += update.num_examples / total * (base + _double(update.adapters[name]).delta())
-        learned = (
-            new_state.residual.get(name, torch.zeros(())).double() + _double(new_state.adapters[name]).delta()
-        )
+        learned = new_state.residual.get(name, torch.zeros(())).double() + _double(new_state.adapters[name]).delta()
         error = (learned - mean).norm().item()
         worst = max(worst, error / max(mean.norm().item(), torch.finfo(torch.float64).tiny))
     return worst

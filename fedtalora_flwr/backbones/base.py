@@ -59,15 +59,11 @@ class Backbone(nn.Module):
         """Read rows of a split of `source` into one CPU tensor: uint8 (N, 3, H, W) or int32 tokens (N, L)."""
 
     @abstractmethod
-    def forward(
-        self, batch: Tensor, *, augment: str = "none", generator: torch.Generator | None = None
-    ) -> Tensor:
+    def forward(self, batch: Tensor, *, augment: str = "none", generator: torch.Generator | None = None) -> Tensor:
         """Compute features (n, d) of an encoded batch on its device, augmented as asked."""
 
 
-def find_placement(
-    model: nn.Module, *, blocks: re.Pattern[str], roles: Mapping[str, Sequence[str]]
-) -> Placement:
+def find_placement(model: nn.Module, *, blocks: re.Pattern[str], roles: Mapping[str, Sequence[str]]) -> Placement:
     """Find the blocks of a model and the Linear layers in them.
 
     Parameters
@@ -87,15 +83,9 @@ def find_placement(
     names = tuple(name for name, _ in model.named_modules() if blocks.fullmatch(name))
     if not names:
         raise BackboneError(f"{type(model).__name__} has no transformer blocks named like {blocks.pattern}")
-    inside = {
-        name
-        for name, module in model.get_submodule(names[0]).named_modules()
-        if isinstance(module, nn.Linear)
-    }
+    inside = {name for name, module in model.get_submodule(names[0]).named_modules() if isinstance(module, nn.Linear)}
     found = {role: next((n for n in spellings if n in inside), None) for role, spellings in roles.items()}
     placement = Placement(names, {role: name for role, name in found.items() if name is not None})
     if not placement.roles:
-        raise BackboneError(
-            f"{names[0]} of {type(model).__name__} has no layer known here; it has {sorted(inside)}"
-        )
+        raise BackboneError(f"{names[0]} of {type(model).__name__} has no layer known here; it has {sorted(inside)}")
     return placement

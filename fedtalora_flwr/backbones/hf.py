@@ -56,9 +56,7 @@ class TextBackbone(Backbone):
         ids: Tensor = tokens["input_ids"].int()
         return ids
 
-    def forward(
-        self, batch: Tensor, *, augment: str = "none", generator: torch.Generator | None = None
-    ) -> Tensor:
+    def forward(self, batch: Tensor, *, augment: str = "none", generator: torch.Generator | None = None) -> Tensor:
         """Encode tokens (n, L) into features (n, d); text has no augmentation."""
         mask = batch != self._tokenizer.pad_token_id
         longest = int(mask.sum(1).max())

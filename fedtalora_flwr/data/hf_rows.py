@@ -21,9 +21,7 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label", "intent", "class", "category"
 _TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
 
 
-def source_from_splits(
-    name: str, splits: Mapping[str, "Dataset"], *, input_column: str, label_column: str
-) -> Source:
+def source_from_splits(name: str, splits: Mapping[str, "Dataset"], *, input_column: str, label_column: str) -> Source:
     """Make a source of a training split and the first labelled test or validation split.
 
     Parameters

@@ -159,6 +159,4 @@ def _squares(images: Sequence[PIL.Image.Image], *, side: int) -> Iterator[PIL.Im
         shorter = min(rgb.size)
         left, top = (rgb.width - shorter) / 2, (rgb.height - shorter) / 2
         # Scaling the centre square alone equals scaling all and cutting, at a fraction of the work.
-        yield rgb.resize(
-            (side, side), PIL.Image.Resampling.BICUBIC, box=(left, top, left + shorter, top + shorter)
-        )
+        yield rgb.resize((side, side), PIL.Image.Resampling.BICUBIC, box=(left, top, left + shorter, top + shorter))

@@ -69,8 +69,7 @@ def split_files(data_path: str, test_path: str, *, suffixes: Sequence[str]) -> d
             files["test"] = [test]
         if not files["test"]:
             raise DataError(
-                f"test-path {test} holds no {'|'.join(suffixes)} file, only {_listing(test)}; "
-                "correct test-path"
+                f"test-path {test} holds no {'|'.join(suffixes)} file, only {_listing(test)}; correct test-path"
             )
     elif train.is_dir() and (found := _test_files(train, suffixes)):
         files["test"] = found

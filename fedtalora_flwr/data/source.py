@@ -107,14 +107,10 @@ def take(split: Split, rows: npt.ArrayLike) -> Split:
         (n,) row numbers in `split`.
     """
     kept = np.asarray(rows, dtype=np.int64)  # (n,)
-    return Split(
-        labels=split.labels[kept], read=lambda wanted: split.read(kept[np.asarray(wanted, dtype=np.int64)])
-    )
+    return Split(labels=split.labels[kept], read=lambda wanted: split.read(kept[np.asarray(wanted, dtype=np.int64)]))
 
 
-def join_classes(
-    train_names: Sequence[str], test: Split, test_names: Sequence[str]
-) -> tuple[tuple[str, ...], Split]:
+def join_classes(train_names: Sequence[str], test: Split, test_names: Sequence[str]) -> tuple[tuple[str, ...], Split]:
     """Give the classes of a test split the numbers that the training split has for the same names.
 
     Parameters

@@ -158,9 +158,7 @@ def build_stream(
     )
 
 
-def _cut_classes(
-    source: Source, *, num_tasks: int, task_order: str, seed: int
-) -> tuple[tuple[int, ...], ...]:
+def _cut_classes(source: Source, *, num_tasks: int, task_order: str, seed: int) -> tuple[tuple[int, ...], ...]:
     if task_order not in TASK_ORDERS:
         raise ValueError(f"task-order must be one of {', '.join(TASK_ORDERS)}, got {task_order!r}")
     if task_order == "domain":
@@ -171,15 +169,13 @@ def _cut_classes(
         noun = "classes"
     if not 1 <= num_tasks <= len(units):
         raise ValueError(
-            f"num-tasks must be in [1, {len(units)}], the {noun} of {source.name}, got {num_tasks}; "
-            "correct num-tasks"
+            f"num-tasks must be in [1, {len(units)}], the {noun} of {source.name}, got {num_tasks}; correct num-tasks"
         )
     order = np.arange(len(units))
     if task_order != "given":
         order = np.random.default_rng([seed, _CLASS_ORDER]).permutation(len(units))
     return tuple(
-        tuple(class_id for unit in chosen for class_id in units[unit])
-        for chosen in np.array_split(order, num_tasks)
+        tuple(class_id for unit in chosen for class_id in units[unit]) for chosen in np.array_split(order, num_tasks)
     )
 
 

@@ -33,9 +33,7 @@ class FeatureSums:
     def zero(cls, *, num_classes: int, feature_dim: int) -> "FeatureSums":
         """Give the sums over no example."""
         size = feature_dim + 1
-        return cls(
-            torch.zeros(size, size, dtype=torch.float64), torch.zeros(num_classes, size, dtype=torch.float64)
-        )
+        return cls(torch.zeros(size, size, dtype=torch.float64), torch.zeros(num_classes, size, dtype=torch.float64))
 
     @classmethod
     def of(cls, features: Tensor, labels: Tensor, *, num_classes: int) -> "FeatureSums":

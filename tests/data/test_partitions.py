@@ -72,9 +72,7 @@ def test_iid_partitions_differ_by_at_most_one_example():
     num_partitions=st.integers(1, 30),
     seed=st.integers(0, 9),
 )
-def test_quantity_gives_each_client_alpha_classes_and_balances_holders(
-    num_classes, alpha, num_partitions, seed
-):
+def test_quantity_gives_each_client_alpha_classes_and_balances_holders(num_classes, alpha, num_partitions, seed):
     labels = np.repeat(np.arange(num_classes), 40)
     if alpha > num_classes or num_partitions * alpha < num_classes:
         with pytest.raises(ValueError, match="classes-per-client"):
@@ -114,9 +112,7 @@ def test_dirichlet_is_more_skewed_at_smaller_beta():
         return float(
             np.mean(
                 [
-                    max(
-                        map(len, split("dirichlet", labels, num_partitions=8, dirichlet_beta=beta, seed=seed))
-                    )
+                    max(map(len, split("dirichlet", labels, num_partitions=8, dirichlet_beta=beta, seed=seed)))
                     for seed in range(20)
                 ]
             )

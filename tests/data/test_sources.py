@@ -51,9 +51,7 @@ def sentences(labels, column="label"):
 def test_digits_are_held_out_by_class(settings):
     source = load_source("digits", settings)
     assert (len(source.train) + len(source.test), source.num_classes) == (1797, 10)
-    share = np.bincount(source.test.labels) / np.bincount(
-        np.concatenate([source.train.labels, source.test.labels])
-    )
+    share = np.bincount(source.test.labels) / np.bincount(np.concatenate([source.train.labels, source.test.labels]))
     np.testing.assert_allclose(share, 0.2, atol=0.01)
     assert stored_side(source, size=64) == 8
 
@@ -95,9 +93,7 @@ def test_test_path_goes_before_the_folders_own_test_file(settings, write_images,
         assert source.test.labels.tolist() == [1, 1, 1]
 
 
-def test_test_labels_follow_the_names_where_the_files_number_classes_differently(
-    settings, write_images, tmp_path
-):
+def test_test_labels_follow_the_names_where_the_files_number_classes_differently(settings, write_images, tmp_path):
     write_images(tmp_path / "train.parquet", [0, 1, 2])
     write_images(tmp_path / "test.parquet", [0, 1, 2, 1], names=("cat", "yak", "ant"))
     source = load_source("parquet", {**settings, "data_path": str(tmp_path)})
@@ -151,9 +147,7 @@ def test_columns_of_unusual_names_are_found_by_the_settings(settings, write_imag
         ({"label_column": "image"}, r"label column 'image' .* one class a row"),
     ],
 )
-def test_a_wrong_column_is_an_error_that_lists_the_columns(
-    settings, write_images, tmp_path, changes, message
-):
+def test_a_wrong_column_is_an_error_that_lists_the_columns(settings, write_images, tmp_path, changes, message):
     path = write_images(tmp_path / "a.parquet", TRAIN_LABELS)
     with pytest.raises(DataError, match=message):
         load_source("parquet", {**settings, "data_path": str(path), **changes})
@@ -185,12 +179,8 @@ def test_a_label_beyond_its_class_label_is_an_error(settings, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])}
-    )
-    table = pa.table({"text": ["x", "y"], "label": [1, 2]}).replace_schema_metadata(
-        features.arrow_schema.metadata
-    )
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])})
+    table = pa.table({"text": ["x", "y"], "label": [1, 2]}).replace_schema_metadata(features.arrow_schema.metadata)
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"must be in \[0, 1\] .*got 2 in row 1|cannot be read"):
         load_source("parquet", {**settings, "data_path": str(tmp_path / "a.parquet")})
@@ -348,12 +338,8 @@ def test_a_broken_image_file_is_an_error_that_names_it(settings, tmp_path, make_
 
 
 def test_a_local_folder_laid_out_like_the_hub_is_loaded(settings, write_images, tmp_path):
-    write_images(
-        tmp_path / "data" / "train-00000-of-00001.parquet", TRAIN_LABELS, columns=("img", "fine_label")
-    )
-    write_images(
-        tmp_path / "data" / "test-00000-of-00001.parquet", TEST_LABELS, columns=("img", "fine_label")
-    )
+    write_images(tmp_path / "data" / "train-00000-of-00001.parquet", TRAIN_LABELS, columns=("img", "fine_label"))
+    write_images(tmp_path / "data" / "test-00000-of-00001.parquet", TEST_LABELS, columns=("img", "fine_label"))
     source = load_source(f"hub:{tmp_path}", settings)
     assert (source.class_names, source.test.labels.tolist()) == (("ant", "cat"), [0, 1])
     assert source.test.read(np.array([0]))[0].size == (6, 5)
@@ -442,9 +428,7 @@ def test_clinc150_from_the_hub_drops_the_out_of_scope_class(settings, monkeypatc
         {"text": datasets.Value("string"), "intent": datasets.ClassLabel(names=["hi", "oos", "pay"])}
     )
     tables = {
-        "train": datasets.Dataset.from_dict(
-            {"text": ["a", "b", "c"], "intent": [2, 1, 0]}, features=features
-        ),
+        "train": datasets.Dataset.from_dict({"text": ["a", "b", "c"], "intent": [2, 1, 0]}, features=features),
         "test": datasets.Dataset.from_dict({"text": ["d", "e"], "intent": [1, 2]}, features=features),
     }
     monkeypatch.setattr("fedtalora_flwr.data.sources.clinc150.load_hub", lambda _name, config: tables)

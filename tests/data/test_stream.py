@@ -119,7 +119,5 @@ def test_partition_hash_changes_with_rows_and_with_labels_only(stream_of):
     row = next(part[0] for part in (parts[2] for parts in stream.partitions) if len(part))
     relabelled = labels.copy()
     relabelled[row] = (labels[row] + 1) % 7
-    changed = [
-        stream.partition_hash(relabelled, partition_id) != hashes[partition_id] for partition_id in range(5)
-    ]
+    changed = [stream.partition_hash(relabelled, partition_id) != hashes[partition_id] for partition_id in range(5)]
     assert changed == [False, False, True, False, False]

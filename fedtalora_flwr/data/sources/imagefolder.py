@@ -35,9 +35,7 @@ def create(*, data_path: str, test_path: str) -> Source:
         # ImageNet's test folder is flat, without classes: pass on to the validation folder.
         found = next((folder for folder in candidates if _class_folders(folder)), None)
         if found is None:
-            return Source(
-                name=str(root), modality="image", class_names=train_names, train=train, test=NO_ROWS
-            )
+            return Source(name=str(root), modality="image", class_names=train_names, train=train, test=NO_ROWS)
         test_root = found
     test, test_names = _list_images(test_root)
     class_names, test = join_classes(train_names, test, test_names)

@@ -59,7 +59,6 @@ def _readable(wnids: tuple[str, ...], classes: Path) -> tuple[str, ...]:
         name_of = dict(zip(content["wnids"], content["names"], strict=True))
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{classes} must be JSON with lists wnids and names of one length ({error!r}); "
-            "correct or remove it"
+            f"{classes} must be JSON with lists wnids and names of one length ({error!r}); correct or remove it"
         ) from error
     return tuple(name_of.get(wnid, wnid) for wnid in wnids)
