@@ -249,9 +249,7 @@ def accuracy_matrix(accuracy: ArrayLike) -> Figure:
                 fontsize=8.5 if size <= 12 else 6.5,
                 color=_text_color(float(norm(a[i, j]))),
             )
-    bar = figure.colorbar(
-        mesh, ax=axes, format=PercentFormatter(1), ticks=[0, 0.25, 0.5, 0.75, 1], pad=0.02, aspect=30
-    )
+    bar = figure.colorbar(mesh, ax=axes, format=PercentFormatter(1), ticks=[0, 0.25, 0.5, 0.75, 1], pad=0.02, aspect=30)
     _tidy(bar)
     return figure
 
@@ -329,9 +327,7 @@ def loss(mean_loss: ArrayLike, *, rounds: Sequence[int], task_ids: Sequence[int]
 @_styled
 def residual_norm(norm: ArrayLike, *, rounds: Sequence[int], task_ids: Sequence[int]) -> Figure:
     """Draw the Frobenius norm of the cumulative residual, (num_rounds,), NaN where a round has none."""
-    figure, axes = _over_rounds(
-        norm, label="residual norm (Frobenius)", color=GREEN, rounds=rounds, task_ids=task_ids
-    )
+    figure, axes = _over_rounds(norm, label="residual norm (Frobenius)", color=GREEN, rounds=rounds, task_ids=task_ids)
     axes.set_ylim(bottom=0)
     return figure
 

@@ -74,7 +74,7 @@ class AdaptedModel(nn.Module):
             _check_rank(name, backbone.model.get_submodule(name), rank)
         backbone.requires_grad_(False)
         if names:
-            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)  # type: ignore[arg-type]
+            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)
             inject_adapter_in_model(config, backbone.model, adapter_name=_ADAPTER)
         self.backbone = backbone
         self.rank = rank
@@ -131,12 +131,6 @@ class AdaptedModel(nn.Module):
             )
             for name, layer in self.layers.items()
         }
-
-    def to(self, *args: object, **kwargs: object) -> "AdaptedModel":
-        """Move the model and the frozen weights it keeps."""
-        super().to(*args, **kwargs)  # type: ignore[arg-type]
-        self._pristine = {name: w.to(self._weight(name).device) for name, w in self._pristine.items()}
-        return self
 
     def _weight(self, name: str) -> nn.Parameter:
         weight = self.layers[name].get_base_layer().weight

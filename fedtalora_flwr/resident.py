@@ -65,10 +65,13 @@ def model_of(config: RunConfig) -> AdaptedModel:
         raise ConfigError(
             f"backbone {config.backbone} reads {backbone.modality}s, dataset {source.name} holds {source.modality}s"
         )
-    model = AdaptedModel(
-        backbone, rank=config.rank, alpha=config.alpha, blocks=config.lora_blocks, targets=config.lora_targets
+    return AdaptedModel(
+        backbone.to(device_of(config)),
+        rank=config.rank,
+        alpha=config.alpha,
+        blocks=config.lora_blocks,
+        targets=config.lora_targets,
     )
-    return model.to(device_of(config))
 
 
 def device_of(config: RunConfig) -> torch.device:

@@ -29,7 +29,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class RoundLog:
-    """One line of ``rounds.jsonl``; bytes are message bytes, times are seconds, the loss is a mean over steps."""
+    """One line of ``rounds.jsonl``; bytes are message bytes, times are seconds, the loss is a mean over steps.
+
+    ``accuracy_seen_linear`` is what the trained class rows alone would give, where the head is another one.
+    """
 
     server_round: int
     task_id: int
@@ -42,6 +45,7 @@ class RoundLog:
     residual_norm: float
     exactness_error: float | None = None
     accuracy_seen: float | None = None
+    accuracy_seen_linear: float | None = None
 
 
 @dataclass
@@ -87,8 +91,9 @@ class RunFolder:
     def append_round(self, line: RoundLog) -> None:
         """Append a line to ``rounds.jsonl``; what does not apply to the round is left out."""
         values = asdict(line)
-        if line.exactness_error is None:
-            del values["exactness_error"]
+        for optional in ("exactness_error", "accuracy_seen_linear"):
+            if values[optional] is None:
+                del values[optional]
         with (self.path / "rounds.jsonl").open("a") as file:
             file.write(json.dumps(_finite(values)) + "\n")
 

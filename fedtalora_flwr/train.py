@@ -75,7 +75,7 @@ def fit(
     task_id, round_in_task
         The server's clock; the schedule and ``later-learning-rate`` follow it.
     seed
-        Of the order of examples, augmentation and dropout.
+        Of the order of examples and of augmentation.
     """
     device = next(model.parameters()).device
     rows = {name: nn.Parameter(value.to(device, copy=True)) for name, value in head.items()}
@@ -85,9 +85,8 @@ def fit(
     targets = torch.searchsorted(compared, labels)
     rng, generator = np.random.default_rng(list(seed)), torch.Generator()
     generator.manual_seed(int(rng.integers(2**62)))
-    torch.manual_seed(int(rng.integers(2**62)))  # dropout draws from the global generator
     steps = config.local_epochs * math.ceil(len(examples) / config.batch_size)
-    model.train()
+    model.eval()  # no dropout: the loss is that of the weights which are averaged, and a step is repeatable
     total_loss = torch.zeros((), device=device)
     for step, batch in enumerate(_batches(len(examples), config=config, rng=rng, device=device)):
         _schedule(optimizer, config=config, progress=round_in_task + step / steps)
@@ -95,7 +94,7 @@ def fit(
             features = model.backbone(inputs[batch], augment=config.augment, generator=generator)
         loss = F.cross_entropy(logits(rows, features.float(), compared), targets[batch])
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         total_loss += loss.detach()
     return FitResult(
@@ -115,20 +114,21 @@ def compared_classes(
 @torch.inference_mode()
 def count_correct(
     model: AdaptedModel,
-    classifier: Mapping[str, Tensor],
+    classifiers: Sequence[Mapping[str, Tensor]],
     examples: Examples,
     *,
     classes: Sequence[int],
     config: RunConfig,
-) -> int:
-    """Count examples whose class scores highest among `classes`."""
+) -> list[int]:
+    """Count, for each classifier, the examples whose class scores highest among `classes`."""
     device = next(model.parameters()).device
-    rows = {name: value.to(device) for name, value in classifier.items()}
+    on_device = [{name: value.to(device) for name, value in rows.items()} for rows in classifiers]
     compared = torch.tensor(sorted(classes), device=device)
-    hits = torch.zeros((), dtype=torch.int64, device=device)
+    hits = [0] * len(classifiers)
     for features, labels in _features(model, examples, config=config):
-        hits += (compared[logits(rows, features, compared).argmax(1)] == labels).sum()
-    return int(hits)
+        for index, rows in enumerate(on_device):
+            hits[index] += int((compared[logits(rows, features, compared).argmax(1)] == labels).sum())
+    return hits
 
 
 @torch.inference_mode()
@@ -152,8 +152,8 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 def _features(model: AdaptedModel, examples: Examples, *, config: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
     device = next(model.parameters()).device
     model.eval()
-    for start in range(0, len(examples), config.eval_batch_size):
-        part = slice(start, start + config.eval_batch_size)
+    order: Tensor = model.backbone.batch_order(examples.inputs)
+    for part in order.split(config.eval_batch_size):  # type: ignore[no-untyped-call]
         with autocast(device, config.precision):
             features = model.backbone(examples.inputs[part].to(device))
         yield features.float(), examples.labels[part].to(device)
@@ -185,4 +185,4 @@ def _batches(
     """Draw the row numbers of each step; every epoch visits all examples once."""
     for _ in range(config.local_epochs):
         order = torch.from_numpy(rng.permutation(num_examples)).to(device)
-        yield from order.split(config.batch_size)
+        yield from order.split(config.batch_size)  # type: ignore[no-untyped-call]

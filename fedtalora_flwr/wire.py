@@ -243,9 +243,7 @@ def partition_of(node_config: Mapping[str, Any], config: RunConfig) -> int:
 
 def _pack_factors(adapters: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
     return {
-        f"{factor}/{name}": getattr(pair, factor)
-        for name, pair in adapters.items()
-        for factor in ("lora_A", "lora_B")
+        f"{factor}/{name}": getattr(pair, factor) for name, pair in adapters.items() for factor in ("lora_A", "lora_B")
     }
 
 

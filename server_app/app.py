@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
 
 from fedtalora_flwr import aggregation, checkpoint, heads, wire
 from fedtalora_flwr.aggregation import GlobalState
@@ -128,7 +130,7 @@ class Server:
             mean_loss, residual_norm = float(str(metrics["mean-loss"])), float(str(metrics["residual-norm"]))
             exactness = float(str(metrics["exactness-error"])) if "exactness-error" in metrics else None
             seconds["aggregate"] = time.monotonic() - aggregating
-        matrix, sums, accuracy = self.point.matrix, self.point.sums, None
+        matrix, sums, accuracy, linear = self.point.matrix, self.point.sums, None, None
         task_ends = round_in_task + 1 == self.rounds_per_task
         if task_ends or (config.eval_every and (round_in_task + 1) % config.eval_every == 0):
             if self.head.collects_sums:
@@ -138,7 +140,7 @@ class Server:
                 seconds["wait"] += time.monotonic() - collecting
             self._show("evaluating", server_round, mean_loss=mean_loss)
             evaluating = time.monotonic()
-            evaluated = self._evaluate(task_id, sums)
+            evaluated, linear = self._evaluate(task_id, sums)
             accuracy = evaluated.accuracy_seen()[task_id]
             seconds["evaluate"] = time.monotonic() - evaluating
             if task_ends:
@@ -168,6 +170,7 @@ class Server:
                 residual_norm=residual_norm,
                 exactness_error=exactness,
                 accuracy_seen=accuracy,
+                accuracy_seen_linear=linear,
             )
         )
         checkpoint.save(self.folder.checkpoint, self.point)
@@ -187,18 +190,26 @@ class Server:
         total = self.strategy.add_sums(exchange.replies, like=self.point.sums)
         return total, exchange.bytes_up, exchange.bytes_down
 
-    def _evaluate(self, task_id: int, sums: FeatureSums) -> TaskMatrix:
-        """Count the hits on the test data of every task so far, among all classes seen so far."""
+    def _evaluate(self, task_id: int, sums: FeatureSums) -> tuple[TaskMatrix, float | None]:
+        """Count the hits on the test data of every task so far, among all classes seen so far.
+
+        Returns
+        -------
+        The matrix with its new row, and the accuracy of the trained rows where the head is built otherwise.
+        """
         state = self.strategy.state
         self.model.load(state.adapters, state.residual)
-        classifier = self.head.classifier(state.head, sums)
+        classifiers: list[Mapping[str, Tensor]] = [self.head.classifier(state.head, sums)]
+        classifiers += [state.head] if self.head.collects_sums else []
         seen = [c for task in self.tasks[: task_id + 1] for c in task]
-        correct, total = [], []
+        hits, total = [], []
         for earlier in range(task_id + 1):
             examples = test_examples(self.config, task_id=earlier)
-            correct.append(count_correct(self.model, classifier, examples, classes=seen, config=self.config))
+            hits.append(count_correct(self.model, classifiers, examples, classes=seen, config=self.config))
             total.append(len(examples))
-        return self.point.matrix.with_row(task_id, correct, total)
+        correct, *others = zip(*hits, strict=True)
+        linear = sum(others[0]) / sum(total) if others else None
+        return self.point.matrix.with_row(task_id, list(correct), total), linear
 
     def _meet(self) -> None:
         """Wait for the nodes, learn who holds what, and write the manifest."""

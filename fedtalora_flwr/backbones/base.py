@@ -58,6 +58,10 @@ class Backbone(nn.Module):
     def encode(self, split: Split, rows: NDArray[np.int64], *, source: Source) -> Tensor:
         """Read rows of a split of `source` into one CPU tensor: uint8 (N, 3, H, W) or int32 tokens (N, L)."""
 
+    def batch_order(self, inputs: Tensor) -> Tensor:
+        """Order encoded inputs (N, ...) so that batches of neighbours are cheap; (N,) int64."""
+        return torch.arange(len(inputs))
+
     @abstractmethod
     def forward(self, batch: Tensor, *, augment: str = "none", generator: torch.Generator | None = None) -> Tensor:
         """Compute features (n, d) of an encoded batch on its device, augmented as asked."""

@@ -56,6 +56,10 @@ class TextBackbone(Backbone):
         ids: Tensor = tokens["input_ids"].int()
         return ids
 
+    def batch_order(self, inputs: Tensor) -> Tensor:
+        """Put texts of like length side by side: a batch is cut to its longest text."""
+        return (inputs != self._tokenizer.pad_token_id).sum(1).argsort(stable=True)
+
     def forward(self, batch: Tensor, *, augment: str = "none", generator: torch.Generator | None = None) -> Tensor:
         """Encode tokens (n, L) into features (n, d); text has no augmentation."""
         mask = batch != self._tokenizer.pad_token_id

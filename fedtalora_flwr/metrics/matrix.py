@@ -51,9 +51,7 @@ class TaskMatrix:
             object.__setattr__(self, name, counts)
         shape = self.total.shape
         if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0 or self.correct.shape != shape:
-            raise ValueError(
-                f"correct and total must both be (T, T) with T >= 1, got {self.correct.shape} and {shape}"
-            )
+            raise ValueError(f"correct and total must both be (T, T) with T >= 1, got {self.correct.shape} and {shape}")
         if (self.correct < 0).any() or (self.correct > self.total).any():
             i, j = np.argwhere((self.correct < 0) | (self.correct > self.total))[0]
             raise ValueError(

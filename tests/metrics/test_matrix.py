@@ -12,10 +12,7 @@ SIZES = (10, 40, 50)  # unequal, so that a mean of ratios is not a ratio of sums
 @pytest.fixture
 def matrix() -> TaskMatrix:
     return (
-        TaskMatrix.empty(3)
-        .with_row(0, [9], SIZES[:1])
-        .with_row(1, [10, 20], SIZES[:2])
-        .with_row(2, [5, 24, 40], SIZES)
+        TaskMatrix.empty(3).with_row(0, [9], SIZES[:1]).with_row(1, [10, 20], SIZES[:2]).with_row(2, [5, 24, 40], SIZES)
     )
 
 

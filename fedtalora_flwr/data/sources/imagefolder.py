@@ -72,8 +72,6 @@ def _image_files(folder: Path) -> list[Path]:
     for parent, subfolders, names in os.walk(folder, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         found += [
-            Path(parent, name)
-            for name in sorted(names)
-            if name.lower().endswith(endings) and not name.startswith(".")
+            Path(parent, name) for name in sorted(names) if name.lower().endswith(endings) and not name.startswith(".")
         ]
     return found
