@@ -18,6 +18,9 @@ from fedtalora_flwr.train import compared_classes, fit, sum_features
 app = ClientApp()
 log = logging.getLogger("fedtalora.client")
 
+# A path up to its last separator; the names of folders may hold blanks and commas.
+_FOLDERS = re.compile(r"""[^\s/\\'"(;]*[/\\](?:(?:[^/\\'"(;:\n]|:(?! ))*[/\\])*""")
+
 
 class ClientError(RuntimeError):
     """What leaves the node of an error: no path, no data."""
@@ -40,7 +43,7 @@ def _discreet(handler: _Handler) -> _Handler:
         except ValueError as error:
             log.exception("refused a message")
             own = type(error).__module__.startswith("fedtalora_flwr.") or type(error) is ValueError
-            text = re.sub(r"(?:[A-Za-z]:)?[/\\](?:[^\s/\\:'\"]+[/\\])+", "", str(error))
+            text = _FOLDERS.sub("", str(error))
             raise ClientError(text if own else f"{type(error).__name__}, see the node's log") from None
         except Exception as error:
             log.exception("failed on a message")

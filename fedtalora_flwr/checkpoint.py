@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fedtalora_flwr.aggregation import GlobalState, LoraFactors
@@ -88,14 +89,22 @@ def load(folder: Path) -> Checkpoint:
     Raises
     ------
     CheckpointError
-        If there is none.
+        If there is none, or its files cannot be read.
     """
     pointer = folder / _POINTER
     if not pointer.is_file():
         raise CheckpointError(f"{folder} holds no checkpoint ({_POINTER}); the run ended before its first round did")
-    facts = json.loads(pointer.read_text())
+    try:
+        facts = json.loads(pointer.read_text())
+        path = folder / facts["tensors"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{pointer} cannot be read; start the run anew") from error
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}, to which {_POINTER} points, cannot be read; start the run anew") from error
     parts: dict[str, dict[str, Any]] = {"lora_A": {}, "lora_B": {}, "residual": {}, "head": {}, "sums": {}}
-    for key, value in load_file(folder / facts["tensors"]).items():
+    for key, value in tensors.items():
         part, _, name = key.partition("/")
         parts[part][name] = value
     adapters = {

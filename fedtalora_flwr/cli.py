@@ -80,7 +80,7 @@ def run(
     (folder / "status.json").unlink(missing_ok=True)
     run_config = folder / "run-config.toml"
     run_config.write_text(tomli_w.dumps(parsed.flat()))
-    console.print(f"run folder {folder}", highlight=False, soft_wrap=True)
+    console.print(f"run folder {folder}", highlight=False, markup=False, soft_wrap=True)
     with RunProgress(folder, console) as progress:
         try:
             result = launch(
@@ -108,7 +108,7 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run
     from fedtalora_flwr.report import print_table, read_run, write_report
 
     print_table(read_run(run_folder), console)
-    console.print(f"report {write_report(run_folder)}", highlight=False, soft_wrap=True)
+    console.print(f"report {write_report(run_folder)}", highlight=False, markup=False, soft_wrap=True)
 
 
 @cli.command()
@@ -128,7 +128,7 @@ def compare(
     comparison = compare_runs(runs, allow_different_partitions=allow_different_partitions, out=out)
     console.print(comparison.table())
     if out:
-        console.print(f"comparison {out.resolve()}", highlight=False, soft_wrap=True)
+        console.print(f"comparison {out.resolve()}", highlight=False, markup=False, soft_wrap=True)
 
 
 @cli.command()
@@ -146,6 +146,8 @@ def data(
     from fedtalora_flwr.resident import data_of
     from fedtalora_flwr.settings import app_folder, gather, preset_file
 
+    if preset and config:
+        _fail("give --preset or --config, not both")
     app = app_folder()
     file = preset_file(app, preset) if preset else config
     parsed = RunConfig.parse(gather(app, file=file, assignments=assignments))
@@ -163,18 +165,24 @@ def data(
         class_names=found.source.class_names,
         partition_hashes=hashes,
     )
-    console.print(f"picture {target.resolve()}", highlight=False, soft_wrap=True)
+    console.print(f"picture {target.resolve()}", highlight=False, markup=False, soft_wrap=True)
 
 
 @cli.command()
-def presets() -> None:
-    """List the presets and what each is."""
-    from fedtalora_flwr.settings import app_folder
+def presets(name: Annotated[str, typer.Argument(help="Print this preset's settings instead.")] = "") -> None:
+    """List the presets and what each is, or print the settings of one, a flat TOML file for flwr run --run-config."""
+    import tomli_w
+
+    from fedtalora_flwr.settings import app_folder, defaults, preset_file, read_file
     from fedtalora_flwr.settings import presets as known
 
-    for name, path in known(app_folder()).items():
+    app = app_folder()
+    if name:
+        print(tomli_w.dumps(read_file(preset_file(app, name), defaults(app))), end="")
+        return
+    for name, path in known(app).items():
         first = path.read_text().splitlines()[0]
-        console.print(f"{name:26} {first.lstrip('# ')}", highlight=False, soft_wrap=True)
+        console.print(f"{name:26} {first.lstrip('# ')}", highlight=False, markup=False, soft_wrap=True)
 
 
 @cli.command()
@@ -185,7 +193,7 @@ def doctor() -> None:
     findings = examine()
     for finding in findings:
         mark = {"ok": "[green]ok[/green]  ", "note": "[yellow]note[/yellow]", "bad": "[red]bad[/red] "}[finding.level]
-        console.print(f"{mark} {finding.subject}: {finding.text}", highlight=False, soft_wrap=True)
+        console.print(f"{mark} {_escaped(f'{finding.subject}: {finding.text}')}", highlight=False, soft_wrap=True)
     if any(finding.level == "bad" for finding in findings):
         raise typer.Exit(1)
 
@@ -217,7 +225,7 @@ def _show_result(folder: Path) -> None:
     from fedtalora_flwr.report import print_table, read_run, write_report
 
     print_table(read_run(folder), console)
-    console.print(f"report {write_report(folder)}", highlight=False, soft_wrap=True)
+    console.print(f"report {write_report(folder)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _explain_failure(folder: Path, details: str) -> None:

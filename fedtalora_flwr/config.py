@@ -210,7 +210,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval-batch-size": _at_least(1),
     "precision": _one_of("auto", "fp32", "bf16"),
     "threads": _at_least(1),
-    "seed": _at_least(0),
+    "seed": (lambda value: 0 <= value < 2**63, "at least 0 and below 2^63"),
 }
 
 

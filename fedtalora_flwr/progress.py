@@ -25,6 +25,7 @@ class RunProgress:
         self._console = console
         self._seen = _num_lines(folder / "rounds.jsonl")
         self._stamp: int | None = None
+        self._introduced = False
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -56,9 +57,24 @@ class RunProgress:
             return
         self._stamp = stamp
         status = json.loads(path.read_text())
+        self._introduce()
         self._show_rounds(status.get("num_rounds", 0))
         total, done = status.get("num_rounds"), status.get("rounds_done", 0)
         self._bar.update(self._line, description=_where(status), total=total, completed=done, facts=_facts(status))
+
+    def _introduce(self) -> None:
+        """Say once, before the first round, what is trained and sent."""
+        path = self._folder / "manifest.json"
+        if self._introduced or not path.exists():
+            return
+        self._introduced = True
+        count = json.loads(path.read_text())["parameters"]
+        self._console.print(
+            f"each client trains {count['trainable']:,} of {count['total']:,} parameters "
+            f"(LoRA {count['lora']:,}, head {count['head']:,}) and sends {count['transmitted']:,} a round",
+            highlight=False,
+            soft_wrap=True,
+        )
 
     def _show_rounds(self, num_rounds: int) -> None:
         path = self._folder / "rounds.jsonl"

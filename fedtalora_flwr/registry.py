@@ -24,7 +24,8 @@ def available(package: str) -> tuple[str, ...]:
         Dotted name, e.g. ``fedtalora_flwr.aggregation``.
     """
     modules = pkgutil.iter_modules(import_module(package).__path__)
-    return tuple(sorted(m.name for m in modules if hasattr(import_module(f"{package}.{m.name}"), "create")))
+    choices = (m.name for m in modules if hasattr(import_module(f"{package}.{m.name}"), "create"))
+    return tuple(sorted(name.replace("_", "-") for name in choices))
 
 
 def resolve(package: str, name: str) -> ModuleType:

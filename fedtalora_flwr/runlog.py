@@ -69,6 +69,11 @@ class RunFolder:
         """Folder of the checkpoint."""
         return self.path / "checkpoint"
 
+    @property
+    def holds_rounds(self) -> bool:
+        """Whether a run finished a round here: a fresh one would mix its files with that one's."""
+        return (self.checkpoint / "latest.json").is_file()
+
     def write_config(self, flat: Mapping[str, Any]) -> None:
         """Write ``config.json``."""
         self._write("config.json", dict(flat))

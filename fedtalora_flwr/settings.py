@@ -9,6 +9,7 @@ from pathlib import Path
 from fedtalora_flwr.config import ConfigError, Scalar, parse_assignment, unknown_key
 
 _PATHS = ("data-path", "test-path", "data-root", "backbone-checkpoint")
+_BASE = "base"  # of a settings file alone: the file it builds on
 
 
 def app_folder() -> Path:
@@ -57,21 +58,47 @@ def preset_file(app: Path, name: str) -> Path:
 def read_file(path: Path, known: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """Read settings from a flat TOML or JSON file (a run's ``config.json`` does).
 
+    A file may build on another one: ``base = "name"`` takes the settings of ``name.toml`` beside it, and its own win.
+
     Raises
     ------
     ConfigError
-        If the file is not there, is neither, or holds an unknown key.
+        If a file is not there, is neither, or holds an unknown key, or a file is its own base.
     """
+    settings: dict[str, Scalar] = {}
+    chain = [path]
+    while True:
+        own = _read_flat(chain[-1])
+        base = own.pop(_BASE, None)
+        for key in own:
+            if key not in known:
+                raise ConfigError(f"{chain[-1]}: {unknown_key(key, known)}")
+        settings = own | settings
+        if base is None:
+            return settings
+        chain.append(_base_file(chain[-1], base))
+        if chain[-1] in chain[:-1]:
+            raise ConfigError(f"{path}: base goes round in a circle: {' -> '.join(file.stem for file in chain)}")
+
+
+def _base_file(path: Path, base: Scalar) -> Path:
+    file = path.with_name(f"{base}.toml")
+    if not file.is_file():
+        there = ", ".join(sorted(other.stem for other in path.parent.glob("*.toml") if other != path))
+        raise ConfigError(f"{path}: base {base!r} names no file beside it; there are: {there or 'none'}")
+    return file
+
+
+def _read_flat(path: Path) -> dict[str, Scalar]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such settings file")
     try:
-        text = path.read_text()
-        settings: dict[str, Scalar] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        settings = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from None
-    for key in settings:
-        if key not in known:
-            raise ConfigError(f"{path}: {unknown_key(key, known)}")
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: holds {type(settings).__name__}; write a flat object of settings")
     return settings
 
 

@@ -141,7 +141,7 @@ def read_update(message: Message) -> tuple[ClientUpdate, float]:
             base_version=int(cast(int, metrics["base-version"])),
         )
         return update, float(cast(float, metrics["mean-loss"]))
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
         raise BadUpdate(f"reply cannot be read: {type(error).__name__} {error}") from error
 
 

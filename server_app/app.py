@@ -38,6 +38,8 @@ def main(grid: Grid, context: Context) -> None:
     config = RunConfig.parse(context.run_config)
     out = Path(config.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}").resolve()
     folder = RunFolder(out)
+    if folder.holds_rounds and not config.resume:
+        raise RunFailed(f"{out} holds a run already; choose another out, or go on with it by resume=true")
     try:
         Server(grid, config, folder).run()
     except Exception as error:
@@ -186,8 +188,7 @@ class Server:
             self.grid, self.strategy.messages(arrays, order, partitions=partitions, message_type="train.sums")
         )
         self.strategy.failures += exchange.failures
-        self.strategy.require(len(exchange.replies), order.server_round)
-        total = self.strategy.add_sums(exchange.replies, like=self.point.sums)
+        total = self.strategy.add_sums(order.server_round, exchange.replies, to=self.point.sums)
         return total, exchange.bytes_up, exchange.bytes_down
 
     def _evaluate(self, task_id: int, sums: FeatureSums) -> tuple[TaskMatrix, float | None]:
@@ -220,10 +221,13 @@ class Server:
             for node in nodes
         ]
         hellos: dict[int, wire.Hello] = {}
-        for reply in self.grid.send_and_receive(messages, timeout=self.config.round_timeout + 15):
+        replies = list(self.grid.send_and_receive(messages, timeout=self.config.round_timeout + 15))
+        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+        for reply in replies:
+            node = asked[reply.metadata.reply_to_message_id]  # an error of the server's own side names no node
             if reply.has_error():
-                raise RunFailed(f"a client cannot take part: {reply.error.reason}")
-            hellos[reply.metadata.src_node_id] = wire.read_hello(reply)
+                raise RunFailed(f"node {node} cannot take part: {reply.error.reason}")
+            hellos[node] = wire.read_hello(reply)
         self._check_partitions(hellos)
         self.strategy.meet(hellos, self.tasks)
         by_partition = sorted(hellos.values(), key=lambda hello: hello.partition_id)
@@ -236,7 +240,7 @@ class Server:
         trained = count_parameters(factors, only=sorted(self.strategy.method.trainable))
         rows = sum(value.numel() for value in self.point.state.head.values())
         parameters = {
-            "total": sum(p.numel() for p in self.model.parameters()) - lora + lora,
+            "total": sum(p.numel() for p in self.model.parameters()),
             "trainable": trained + rows,
             "transmitted": lora + rows,
             "lora": lora,

@@ -75,11 +75,22 @@ class AdapterStrategy(Strategy):
         self.participants: list[int] = []
 
     def meet(self, hellos: Mapping[int, wire.Hello], tasks: Iterable[Iterable[int]]) -> None:
-        """Learn from the first exchange who holds what (node id -> its hello)."""
+        """Learn from the first exchange who holds what (node id -> its hello).
+
+        Raises
+        ------
+        RunFailed
+            If a task that will be run is held by fewer partitions than ``min-replies``.
+        """
         self.node_of = {hello.partition_id: node for node, hello in hellos.items()}
         for task_id, classes in enumerate(tasks):
             held = {h.partition_id for h in hellos.values() if int(h.class_counts[list(classes)].sum())}
             self.holds_task[task_id] = sorted(held)
+            if task_id < self.config.last_task and len(held) < self.config.min_replies:
+                raise RunFailed(
+                    f"task {task_id} is held by {len(held)} partitions, min-replies is {self.config.min_replies}: lower "
+                    "min-replies, or spread the data over more partitions"
+                )
 
     def exchange(self, grid: Grid, messages: Iterable[Message]) -> Exchange:
         """Send messages, wait for the replies, and attribute what went wrong to partitions.
@@ -114,7 +125,8 @@ class AdapterStrategy(Strategy):
         """Draw the partitions of a round, among those that hold data of the task; the rest sit it out."""
         held = self.holds_task[task_id]
         rng = np.random.default_rng([self.config.seed, server_round])
-        count = min(len(held), max(self.config.min_replies, ceil(self.config.fraction_train * len(held))))
+        share = ceil(round(self.config.fraction_train * len(held), 6))  # 0.14 * 50 is 7.000000000000001
+        count = min(len(held), max(self.config.min_replies, share))
         return sorted(rng.choice(held, size=count, replace=False).tolist())
 
     def messages(
@@ -179,15 +191,22 @@ class AdapterStrategy(Strategy):
         self.state = new_state
         return wire.pack_state(new_state), MetricRecord(metrics)
 
-    def add_sums(self, replies: Mapping[int, Message], *, like: FeatureSums) -> FeatureSums:
-        """Add the clients' feature sums up, in order of partition id; a bad one is refused into `failures`."""
-        total = like
+    def add_sums(self, server_round: int, replies: Mapping[int, Message], *, to: FeatureSums) -> FeatureSums:
+        """Add the clients' feature sums up, in order of partition id; a bad one is refused into `failures`.
+
+        Raises
+        ------
+        RunFailed
+            If fewer than ``min-replies`` good ones remain.
+        """
+        good: list[FeatureSums] = []
         for partition, reply in replies.items():
             try:
-                total = total + wire.read_sums(reply, like=like)
+                good.append(wire.read_sums(reply, like=to))
             except BadUpdate as refusal:
                 self.failures.append(Failure(partition, f"refused: {refusal}"))
-        return total
+        self.require(len(good), server_round)
+        return sum(good, start=to)
 
     def require(self, num_good: int, server_round: int) -> None:
         """Fail the run if a round has fewer than ``min-replies`` good replies."""

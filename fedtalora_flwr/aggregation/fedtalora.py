@@ -131,15 +131,13 @@ def _truncated(
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)
     u, singular, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    root = (singular / like.scaling).sqrt()
-    columns, rows = (q_left @ u) * root, root.unsqueeze(1) * (vh @ q_right.T)  # (d_out, m), (m, d_in)
-    rank = like.rank
-    if rank > len(singular):  # fewer directions than the server's rank: the rest of the pair is zero
-        columns = torch.nn.functional.pad(columns, (0, rank - len(singular)))
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, rank - len(singular)))
-    kept = LoraFactors(rows[:rank].float(), columns[:, :rank].float(), like.scaling)
-    exact = like.scaling * (columns @ rows)
-    return kept, (exact - like.scaling * (kept.lora_B.double() @ kept.lora_A.double())).float()
+    kept = min(like.rank, int((singular > 1e-12 * singular[0]).sum()))
+    root = (singular[:kept] / like.scaling).sqrt()
+    lora_A = like.lora_A.double()  # (rank, d_in); rows that the mean does not fill stay, for a zero pair never trains
+    lora_A = torch.cat([root.unsqueeze(1) * (vh @ q_right.T)[:kept], lora_A[kept:]])
+    lora_B = torch.nn.functional.pad((q_left @ u)[:, :kept] * root, (0, like.rank - kept))  # (d_out, rank)
+    pair = LoraFactors(lora_A.float(), lora_B.float(), like.scaling)
+    return pair, (left @ right - like.scaling * (pair.lora_B.double() @ pair.lora_A.double())).float()
 
 
 def create(*, residual: str = "accumulate") -> FedTaLoRA:

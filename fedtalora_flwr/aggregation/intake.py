@@ -30,13 +30,16 @@ def check_update(state: GlobalState, update: ClientUpdate) -> None:
             raise BadUpdate(f"{name}: lora_A {a} and lora_B {b} do not fit ({d_out}, rank) @ (rank, {d_in})")
         if not 0 < theirs.scaling < float("inf"):
             raise BadUpdate(f"{name}: scaling {theirs.scaling} is not a positive number")
-        _check_finite(f"{name}.lora_A", theirs.lora_A)
-        _check_finite(f"{name}.lora_B", theirs.lora_B)
+        _check_numbers(f"{name}.lora_A", theirs.lora_A)
+        _check_numbers(f"{name}.lora_B", theirs.lora_B)
+        largest = theirs.scaling * float(theirs.lora_A.double().norm() * theirs.lora_B.double().norm())
+        if largest > torch.finfo(torch.float32).max:  # finite factors whose product would poison the residual
+            raise BadUpdate(f"{name}: lora_B @ lora_A is too large for float32, norm up to {largest:.1e}")
     for name, parameter in state.head.items():
         if update.head[name].shape != parameter.shape:
             got, want = tuple(update.head[name].shape), tuple(parameter.shape)
             raise BadUpdate(f"head {name} has shape {got}, expected {want}")
-        _check_finite(f"head {name}", update.head[name])
+        _check_numbers(f"head {name}", update.head[name])
 
 
 def _check_counts(state: GlobalState, update: ClientUpdate) -> None:
@@ -44,10 +47,12 @@ def _check_counts(state: GlobalState, update: ClientUpdate) -> None:
     num_classes = next(iter(state.head.values())).shape[0] if state.head else counts.numel()
     if tuple(counts.shape) != (num_classes,):
         raise BadUpdate(f"class counts have shape {tuple(counts.shape)}, expected ({num_classes},)")
-    if counts.is_floating_point() or counts.min() < 0 or int(counts.sum()) != update.num_examples:
-        raise BadUpdate(f"class counts do not add up to num_examples {update.num_examples}")
+    if counts.dtype != torch.int64:
+        raise BadUpdate(f"class counts hold {counts.dtype}, expected torch.int64")
     if update.num_examples < 1:
         raise BadUpdate(f"num_examples is {update.num_examples}")
+    if (counts < 0).any() or int(counts.sum()) != update.num_examples:
+        raise BadUpdate(f"class counts do not add up to num_examples {update.num_examples}")
 
 
 def _check_keys(part: str, ours: set[str], theirs: set[str]) -> None:
@@ -56,6 +61,8 @@ def _check_keys(part: str, ours: set[str], theirs: set[str]) -> None:
         raise BadUpdate(f"{part}: missing {missing}, unknown {unknown}")
 
 
-def _check_finite(name: str, tensor: torch.Tensor) -> None:
-    if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+def _check_numbers(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype != torch.float32:
+        raise BadUpdate(f"{name} holds {tensor.dtype}, expected torch.float32")
+    if not torch.isfinite(tensor).all():
         raise BadUpdate(f"{name} holds a number that is not finite")

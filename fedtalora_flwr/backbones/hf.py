@@ -41,6 +41,8 @@ class TextBackbone(Backbone):
         self.modality = "text"
         self.feature_dim = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
         self.placement = find_placement(model, blocks=_BLOCKS, roles=_ROLES)
+        if max_length > (longest := _num_positions(model)):
+            raise BackboneError(f"max-length must be at most {longest} for {type(model).__name__}, got {max_length}")
         self._tokenizer = tokenizer
         self._max_length = max_length
 
@@ -58,18 +60,26 @@ class TextBackbone(Backbone):
 
     def batch_order(self, inputs: Tensor) -> Tensor:
         """Put texts of like length side by side: a batch is cut to its longest text."""
-        return (inputs != self._tokenizer.pad_token_id).sum(1).argsort(stable=True)
+        order: Tensor = (inputs != self._tokenizer.pad_token_id).sum(1).argsort(stable=True)
+        return order
 
     def forward(self, batch: Tensor, *, augment: str = "none", generator: torch.Generator | None = None) -> Tensor:
         """Encode tokens (n, L) into features (n, d); text has no augmentation."""
         mask = batch != self._tokenizer.pad_token_id
-        longest = int(mask.sum(1).max())
+        longest = int(mask.any(0).nonzero().max()) + 1
         ids, mask = batch[:, :longest].long(), mask[:, :longest]
         hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # (n, L, d)
         weights = (mask / mask.sum(1, keepdim=True)).unsqueeze(-1).to(hidden.dtype)
         mean = (hidden * weights).sum(1)
         features: Tensor = F.normalize(mean, dim=-1) * self.feature_dim**0.5
         return features
+
+
+def _num_positions(model: nn.Module) -> int:
+    """Count the tokens that a text can have; RoBERTa and MPNet number theirs from behind the padding's."""
+    padding = model.get_submodule("embeddings.position_embeddings").padding_idx
+    total = int(model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
+    return total if padding is None else total - int(padding) - 1  # type: ignore[arg-type]
 
 
 def create(argument: str, *, max_length: int) -> TextBackbone:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedtalora_flwr.backbones.base import Backbone, find_placement
+from fedtalora_flwr.backbones.base import Backbone, BackboneError, Placement, find_placement
 from fedtalora_flwr.data import Source, Split, load_images, stored_side
 
 _BLOCKS = re.compile(r"blocks\.\d+|layers\.\d+\.blocks\.\d+")  # ViT; Swin, whose stages nest
@@ -38,6 +38,7 @@ class ImageBackbone(Backbone):
         self.modality = "image"
         self.feature_dim = int(model.num_features)  # type: ignore[arg-type]
         self.placement = find_placement(model, blocks=_BLOCKS, roles=_ROLES)
+        _require_called_qkv(model, self.placement)
         # The model as built, not its published configuration: img_size may have been set on creation.
         self.image_size = int(model.patch_embed.img_size[0])  # type: ignore[union-attr, index]
         self.register_buffer("mean", torch.tensor(mean or data["mean"]).view(1, 3, 1, 1), persistent=False)
@@ -58,6 +59,16 @@ class ImageBackbone(Backbone):
         features = self.model.forward_features((images - self.mean) / self.std)  # type: ignore[operator]
         pooled: Tensor = self.model.forward_head(features, pre_logits=True)  # type: ignore[operator]
         return pooled
+
+
+def _require_called_qkv(model: nn.Module, placement: Placement) -> None:
+    """Refuse attention (BEiT, SwinV2, EVA) that computes with the weight of qkv and never calls the layer."""
+    attention = model.get_submodule(f"{placement.blocks[0]}.attn")
+    if getattr(attention, "q_bias", None) is not None:
+        raise BackboneError(
+            f"{type(model).__name__} keeps the biases of q and v apart from its layer qkv, which LoRA could not reach; "
+            "use a ViT, DeiT or Swin (version 1)"
+        )
 
 
 def _augment(images: Tensor, *, crop: bool, generator: torch.Generator | None) -> Tensor:

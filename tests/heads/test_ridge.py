@@ -1,0 +1,104 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.linear_model import Ridge
+
+from fedtalora_flwr import heads
+from fedtalora_flwr.heads import FeatureSums, init_rows
+
+NUM_CLASSES, FEATURE_DIM = 4, 6
+
+
+def pooled(seed: int, num_examples: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    features = 1.0 + torch.randn(num_examples, FEATURE_DIM, generator=generator)
+    return features, torch.randint(0, NUM_CLASSES, (num_examples,), generator=generator)
+
+
+def sums_over(features: torch.Tensor, labels: torch.Tensor, holders: torch.Tensor) -> FeatureSums:
+    total = FeatureSums.zero(num_classes=NUM_CLASSES, feature_dim=FEATURE_DIM)
+    for holder in holders.unique():
+        mine = holders == holder
+        total = total + FeatureSums.of(features[mine], labels[mine], num_classes=NUM_CLASSES)
+    return total
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    num_clients=st.integers(1, 8),
+    ridge_lambda=st.sampled_from([1e-4, 1e-2, 1.0]),
+    by_class=st.booleans(),
+)
+def test_ridge_equals_sklearn_on_the_pooled_data_whatever_the_partition(seed, num_clients, ridge_lambda, by_class):
+    features, labels = pooled(seed)
+    generator = torch.Generator().manual_seed(seed)
+    holders = labels % num_clients if by_class else torch.randint(0, num_clients, labels.shape, generator=generator)
+    sums = sums_over(features, labels, holders)
+    rows = heads.resolve("ridge", {"ridge_lambda": ridge_lambda}).classifier({}, sums)
+
+    strength = ridge_lambda * float((features.double() ** 2).sum()) / FEATURE_DIM
+    onehot = torch.nn.functional.one_hot(labels, NUM_CLASSES).double()
+    wanted = Ridge(alpha=strength, solver="cholesky").fit(features.double().numpy(), onehot.numpy())
+    torch.testing.assert_close(rows["weight"].double(), torch.from_numpy(wanted.coef_), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rows["bias"].double(), torch.from_numpy(wanted.intercept_), rtol=1e-5, atol=1e-6)
+
+
+@given(seed=st.integers(0, 2**31), cut=st.integers(0, 60))
+def test_sums_of_two_parts_add_up_to_the_sums_of_the_whole(seed, cut):
+    features, labels = pooled(seed)
+    whole = FeatureSums.of(features, labels, num_classes=NUM_CLASSES)
+    parts = FeatureSums.of(features[:cut], labels[:cut], num_classes=NUM_CLASSES) + FeatureSums.of(
+        features[cut:], labels[cut:], num_classes=NUM_CLASSES
+    )
+    torch.testing.assert_close(parts.gram, whole.gram)
+    torch.testing.assert_close(parts.moment, whole.moment)
+
+
+def test_sums_hold_the_products_the_counts_and_the_number_of_examples():
+    sums = FeatureSums.of(torch.tensor([[2.0], [3.0], [5.0]]), torch.tensor([0, 2, 2]), num_classes=3)
+    assert sums.gram.tolist() == [[4.0 + 9.0 + 25.0, 10.0], [10.0, 3.0]]
+    assert sums.moment.tolist() == [[2.0, 1.0], [0.0, 0.0], [8.0, 2.0]]
+
+
+@given(seed=st.integers(0, 2**31), copies=st.integers(2, 5))
+def test_lambda_is_free_of_the_number_of_examples(seed, copies):
+    features, labels = pooled(seed)
+    ridge = heads.resolve("ridge", {"ridge_lambda": 0.1})
+    once = ridge.classifier({}, FeatureSums.of(features, labels, num_classes=NUM_CLASSES))
+    often = FeatureSums.of(features.repeat(copies, 1), labels.repeat(copies), num_classes=NUM_CLASSES)
+    for name, value in ridge.classifier({}, often).items():
+        torch.testing.assert_close(value, once[name])
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_lambda_keeps_its_strength_for_features_of_another_scale(scale):
+    features, labels = pooled(0)
+    ridge = heads.resolve("ridge", {"ridge_lambda": 0.01})
+    plain = ridge.classifier({}, FeatureSums.of(features, labels, num_classes=NUM_CLASSES))
+    scaled = ridge.classifier({}, FeatureSums.of(scale * features, labels, num_classes=NUM_CLASSES))
+    torch.testing.assert_close(scale * scaled["weight"], plain["weight"], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(scaled["bias"], plain["bias"], rtol=1e-3, atol=1e-5)
+
+
+def test_ridge_solves_where_fewer_examples_than_features_were_summed():
+    features, labels = pooled(1, num_examples=2)
+    rows = heads.resolve("ridge", {"ridge_lambda": 0.01}).classifier(
+        {}, FeatureSums.of(features, labels, num_classes=NUM_CLASSES)
+    )
+    assert all(torch.isfinite(value).all() for value in rows.values())
+
+
+def test_ridge_asks_for_sums_and_gives_float32_rows_of_the_classifiers_shape():
+    ridge = heads.resolve("ridge", {"ridge_lambda": 0.01})
+    assert ridge.collects_sums
+    rows = ridge.classifier({}, FeatureSums.of(*pooled(2), num_classes=NUM_CLASSES))
+    wanted = init_rows(num_classes=NUM_CLASSES, feature_dim=FEATURE_DIM)
+    assert {k: (v.shape, v.dtype) for k, v in rows.items()} == {k: (v.shape, v.dtype) for k, v in wanted.items()}
+
+
+def test_class_of_which_nothing_was_summed_scores_zero():
+    features, labels = pooled(3)
+    sums = FeatureSums.of(features, labels.clamp(max=2), num_classes=NUM_CLASSES)
+    rows = heads.resolve("ridge", {"ridge_lambda": 0.01}).classifier({}, sums)
+    assert torch.count_nonzero(rows["weight"][3]) == 0 == rows["bias"][3]

@@ -1,0 +1,131 @@
+"""A checkpoint comes back bit for bit, and a kill at any moment leaves a whole one."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedtalora_flwr import checkpoint
+from fedtalora_flwr.aggregation import GlobalState, LoraFactors
+from fedtalora_flwr.checkpoint import Checkpoint, CheckpointError
+from fedtalora_flwr.heads import FeatureSums
+from fedtalora_flwr.metrics import TaskMatrix
+
+LAYER = "blocks.0.attn.qkv"
+
+
+def make_checkpoint(server_round: int = 3, *, residual: bool = True) -> Checkpoint:
+    return Checkpoint(
+        server_round=server_round,
+        state=GlobalState(
+            adapters={LAYER: LoraFactors(torch.randn(2, 5), torch.randn(7, 2), 1.5)},
+            residual={LAYER: torch.randn(7, 5)} if residual else {},
+            head={"weight": torch.randn(4, 6), "bias": torch.randn(4)},
+            version=server_round,
+        ),
+        sums=FeatureSums.of(torch.randn(9, 6), torch.randint(0, 4, (9,)), num_classes=4),
+        matrix=TaskMatrix.empty(2).with_row(0, [3], [4]),
+        bytes_up=2**40 + 1,
+        bytes_down=17,
+        wall_seconds=0.1 + 0.2,
+        partition_hashes=("ab", "cd"),
+    )
+
+
+def assert_same(got: Checkpoint, wanted: Checkpoint) -> None:
+    for name, pair in wanted.state.adapters.items():
+        assert torch.equal(got.state.adapters[name].lora_A, pair.lora_A)
+        assert torch.equal(got.state.adapters[name].lora_B, pair.lora_B)
+        assert got.state.adapters[name].scaling == pair.scaling
+    for part in ("residual", "head"):
+        ours, theirs = getattr(got.state, part), getattr(wanted.state, part)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert got.state.version == wanted.state.version
+    assert torch.equal(got.sums.gram, wanted.sums.gram) and torch.equal(got.sums.moment, wanted.sums.moment)
+    assert got.matrix.to_json() == wanted.matrix.to_json()
+    for field in ("server_round", "bytes_up", "bytes_down", "wall_seconds", "partition_hashes"):
+        assert getattr(got, field) == getattr(wanted, field)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_checkpoint_comes_back_bit_for_bit(tmp_path, residual):
+    saved = make_checkpoint(residual=residual)
+    checkpoint.save(tmp_path / "checkpoint", saved)
+    assert_same(checkpoint.load(tmp_path / "checkpoint"), saved)
+
+
+def test_checkpoint_without_adapters_comes_back(tmp_path):
+    saved = make_checkpoint()
+    saved = replace(saved, state=GlobalState({}, head=saved.state.head))
+    checkpoint.save(tmp_path, saved)
+    assert_same(checkpoint.load(tmp_path), saved)
+
+
+def test_only_the_last_checkpoint_is_kept(tmp_path):
+    for server_round in (1, 2, 10):
+        last = make_checkpoint(server_round)
+        checkpoint.save(tmp_path, last)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest.json", "round-000010.safetensors"]
+    assert_same(checkpoint.load(tmp_path), last)
+
+
+@pytest.mark.parametrize("killed_at", ["save_file", "_flush", "write_text"])
+def test_write_that_is_cut_short_leaves_the_checkpoint_before(tmp_path, monkeypatch, killed_at):
+    before, after = make_checkpoint(1), make_checkpoint(2)
+    checkpoint.save(tmp_path, before)
+
+    def kill(*arguments, **options):
+        if killed_at == "save_file":
+            Path(arguments[1]).write_bytes(b"half a tensor")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, killed_at, kill)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, after)
+    assert_same(checkpoint.load(tmp_path), before)
+    checkpoint.save(tmp_path, after)
+    assert_same(checkpoint.load(tmp_path), after)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_folder_without_a_checkpoint_is_an_error_that_says_so(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        checkpoint.load(tmp_path / "nowhere")
+
+
+def test_pointer_to_a_file_that_is_gone_is_an_error_that_names_it(tmp_path):
+    checkpoint.save(tmp_path, make_checkpoint())
+    (tmp_path / "round-000003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"round-000003\.safetensors"):
+        checkpoint.load(tmp_path)
+
+
+def test_file_of_tensors_that_is_cut_short_is_an_error_that_names_it(tmp_path):
+    checkpoint.save(tmp_path, make_checkpoint())
+    path = tmp_path / "round-000003.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"round-000003\.safetensors"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_pointer_that_cannot_be_read_is_an_error_that_names_it(tmp_path, text):
+    checkpoint.save(tmp_path, make_checkpoint())
+    (tmp_path / "latest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"latest\.json"):
+        checkpoint.load(tmp_path)
+
+
+def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "status.json"
+    checkpoint.write_text(path, "before")
+
+    def kill(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_flush", kill)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_text(path, "after")
+    assert path.read_text() == "before"

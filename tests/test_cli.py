@@ -1,0 +1,182 @@
+"""What the command line does before and without a run: help, settings, errors and their exit status."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+
+import pytest
+
+from fedtalora_flwr import cli
+from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.settings import app_folder, defaults, presets
+
+COMMANDS = ("run", "report", "compare", "data", "presets", "doctor")
+SLOW_LIBRARIES = ("torch", "numpy", "flwr", "ray", "peft", "transformers", "datasets", "matplotlib")
+
+
+@pytest.fixture
+def fedtalora(monkeypatch, capsys, tmp_path):
+    """Run the command in an empty folder; gives exit status, output and errors with blanks as they are."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("FEDTALORA_DATA", raising=False)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedtalora", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def make_run(folder, **files):
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_help_lists_every_command_and_exits_with_0(fedtalora):
+    status, out, _ = fedtalora("--help")
+    assert status == 0
+    assert all(f" {command} " in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["run", "--list-settings"], ["presets"]])
+def test_quick_commands_import_no_slow_library(arguments):
+    code = (
+        f"import sys; sys.argv = ['fedtalora', *{arguments}]\n"
+        "from fedtalora_flwr.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        f"loaded = [name for name in {SLOW_LIBRARIES} if name in sys.modules]\n"
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_the_version_is_printed(fedtalora):
+    assert fedtalora("--version")[:2] == (0, f"fedtalora {version('fedtalora')}\n")
+
+
+def test_an_unknown_command_and_an_unknown_option_exit_with_2(fedtalora):
+    assert fedtalora("trian")[0] == 2
+    assert fedtalora("run", "--rank", "3")[0] == 2
+
+
+def test_list_settings_prints_every_setting_with_its_default(fedtalora):
+    status, out, _ = fedtalora("run", "--list-settings")
+    assert status == 0
+    assert tomllib.loads(out) == defaults(app_folder())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "learning-rat=0.1"], "unknown setting 'learning-rat'; did you mean learning-rate?"),
+        (["--set", "rank"], "--set takes key=value, got 'rank'"),
+        (["--set", "rank=0"], "rank must be at least 1, got 0"),
+        (["--set", "partition=iid", "--set", "num-tasks=0"], "num-tasks must be at least 1, got 0"),
+        (["--set", "optimizer=[adam]"], "optimizer must be one of adamw, sgd, got '[adam]'"),
+        (["--nodes", "2", "--set", "min-replies=3"], "min-replies 3 can never be met by num-clients 2; lower it"),
+        (["--preset", "clinc"], "no preset 'clinc'; there are: clinc150"),
+        (["--config", "none.toml"], "none.toml: no such settings file"),
+        (["--preset", "clinc150", "--config", "a.toml"], "give --preset or --config, not both"),
+    ],
+)
+def test_run_refuses_impossible_settings_in_one_line_with_status_2_and_no_folder(
+    fedtalora, tmp_path, arguments, message
+):
+    status, out, err = fedtalora("run", *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: {message}") and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_does_not_write_over_another_run(fedtalora, tmp_path):
+    folder = make_run(tmp_path / "mine", config={})
+    status, _, err = fedtalora("run", "--out", folder)
+    assert status == 2 and "holds a run already; choose another --out, or go on with it by --resume" in err
+
+
+def test_resume_refuses_what_is_no_run_what_is_finished_and_other_settings(fedtalora, tmp_path):
+    status, _, err = fedtalora("run", "--resume", "nothing")
+    assert status == 2 and "nothing is no run folder: it has no config.json" in err
+    finished = make_run(tmp_path / "done", config=defaults(app_folder()), metrics={})
+    status, _, err = fedtalora("run", "--resume", finished)
+    assert status == 2 and f"is finished: it has metrics.json; fedtalora report {finished} shows it" in err
+    status, _, err = fedtalora("run", "--resume", finished, "--set", "rank=3")
+    assert status == 2 and "--resume goes on with the run's own settings; give no others" in err
+
+
+def test_presets_lists_each_with_its_first_line(fedtalora):
+    status, out, _ = fedtalora("presets")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == list(presets(app_folder()))
+    assert "CLINC150: 10 tasks x 15 intents" in out
+
+
+def test_presets_with_a_name_prints_flat_settings_for_flwr_run(fedtalora):
+    status, out, _ = fedtalora("presets", "paper-tiny-imagenet-q4")
+    settings = tomllib.loads(out)
+    assert status == 0 and settings["classes-per-client"] == 4 and settings["num-clients"] == 30
+    RunConfig.parse({**defaults(app_folder()), **settings})
+    assert fedtalora("presets", "paper")[0] == 2
+
+
+def test_data_shows_who_holds_what_and_writes_the_page(fedtalora, tmp_path):
+    status, out, _ = fedtalora("data", "--set", "num-clients=3", "--out", "[who].html")
+    assert status == 0
+    assert "partition hash " in out and f"picture {tmp_path / '[who].html'}" in out
+    assert "<html" in (tmp_path / "[who].html").read_text()[:200]
+
+
+def test_data_without_out_names_the_page_after_the_data_and_png_is_a_picture(fedtalora, tmp_path):
+    assert fedtalora("data")[0] == fedtalora("data", "--out", "who.png")[0] == 0
+    assert (tmp_path / "digits-data.html").is_file()
+    assert (tmp_path / "who.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "clinc150", "--config", "a.toml"], "give --preset or --config, not both"),
+        (["--out", "who.txt"], "is written as .html, .png or .svg, got 'who.txt'"),
+        (["--set", "dataset=nothing"], "sources has no 'nothing'; choose one of: clinc150, digits"),
+        (["--set", "num-tasks=11"], "num-tasks must be in [1, 10], the classes of digits, got 11"),
+    ],
+)
+def test_data_refuses_what_cannot_be_with_status_2(fedtalora, arguments, message):
+    status, _, err = fedtalora("data", *arguments)
+    assert status == 2 and message in err
+
+
+def test_report_and_compare_on_what_is_no_run_folder_exit_with_2(fedtalora, tmp_path):
+    status, _, err = fedtalora("report", "nothing")
+    assert status == 2 and err.startswith("error: nothing is no run folder")
+    (tmp_path / "empty").mkdir()
+    status, _, err = fedtalora("report", "empty")
+    assert status == 2 and err.startswith("error: ") and "empty" in err
+    status, _, err = fedtalora("compare", "empty")
+    assert status == 2 and "compare needs two run folders or more, got 1" in err
+
+
+def test_an_error_is_shown_in_full_where_a_traceback_is_asked_for(monkeypatch):
+    monkeypatch.setenv("FEDTALORA_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["fedtalora", "report", "nothing"])
+    with pytest.raises(FileNotFoundError):
+        cli.main()
+
+
+def test_doctor_prints_a_line_for_each_finding_and_exits_by_the_worst(fedtalora, monkeypatch):
+    from fedtalora_flwr import doctor
+
+    findings = [doctor.Finding("ok", "disk", "72 GiB [free]"), doctor.Finding("note", "data", "not set")]
+    monkeypatch.setattr(doctor, "examine", lambda: findings)
+    assert fedtalora("doctor")[:2] == (0, "ok   disk: 72 GiB [free]\nnote data: not set\n")
+    findings.append(doctor.Finding("bad", "ray", "missing"))
+    status, out, _ = fedtalora("doctor")
+    assert status == 1 and out.endswith("bad  ray: missing\n")

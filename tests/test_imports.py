@@ -1,0 +1,78 @@
+"""The direction of imports, and names that say what a file is about."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "fedtalora_flwr"
+APPS = ("server_app", "client_app")
+
+# What a part of the library may import beside Python's own modules and itself: the inner parts know no outer one.
+ALLOWED = {
+    "aggregation": {"torch", "numpy", "fedtalora_flwr.registry"},
+    "metrics": {"torch", "numpy", "fedtalora_flwr.registry"},
+    "heads": {"torch", "numpy", "fedtalora_flwr.registry"},
+    "data": {"torch", "numpy", "PIL", "datasets", "sklearn", "huggingface_hub", "fedtalora_flwr.registry"},
+    "backbones": {
+        *("torch", "numpy", "timm", "transformers", "safetensors"),
+        *("fedtalora_flwr.registry", "fedtalora_flwr.data"),
+    },
+    "registry.py": set(),
+    "lora.py": {"torch", "peft", "fedtalora_flwr.aggregation", "fedtalora_flwr.backbones"},
+    "train.py": {
+        *("torch", "numpy"),
+        *(f"fedtalora_flwr.{part}" for part in ("aggregation", "config", "heads", "lora")),
+    },
+}
+VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "managers"}
+
+
+def files_of(part: str) -> list[Path]:
+    place = LIBRARY / part
+    found = [place] if place.is_file() else sorted(place.rglob("*.py"))
+    assert found, f"{place} holds no Python file"
+    return found
+
+
+def our_files() -> list[Path]:
+    return [path for folder in (LIBRARY, *(ROOT / app for app in APPS)) for path in sorted(folder.rglob("*.py"))]
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Full dotted names of what a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} has a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, modules: set[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_part_of_the_library_imports_only_what_its_place_allows(part):
+    allowed = ALLOWED[part] | {f"fedtalora_flwr.{part.removesuffix('.py')}"} | set(sys.stdlib_module_names)
+    outward = {path.name: [name for name in imports_of(path) if not within(name, allowed)] for path in files_of(part)}
+    assert {name: found for name, found in outward.items() if found} == {}
+
+
+def test_only_wire_imports_flwr_among_library_files():
+    importers = {path.name for path in LIBRARY.rglob("*.py") for name in imports_of(path) if within(name, {"flwr"})}
+    assert importers == {"wire.py"}
+
+
+def test_server_and_client_never_import_each_other_and_the_library_imports_neither():
+    for path in our_files():
+        own = {path.relative_to(ROOT).parts[0]}
+        assert not [name for name in imports_of(path) if within(name, set(APPS) - own)], path
+
+
+def test_no_module_has_a_name_that_says_nothing():
+    assert not [path for path in our_files() if VAGUE & {*path.relative_to(ROOT).parts, path.stem}]

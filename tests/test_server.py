@@ -1,0 +1,557 @@
+"""Whole runs of the real ServerApp and ClientApp in this process, on a few digits."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, Context, Message, MessageType
+from local_grid import defaults, run_server
+
+import fedtalora_flwr
+from client_app import app as client_module
+from fedtalora_flwr import checkpoint, wire
+from fedtalora_flwr.aggregation import GlobalState, resolve
+from fedtalora_flwr.backbones import vit_mini
+from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.wire import ARRAYS, HELLO, METRICS, WireError
+from server_app import app as server_module
+from server_app.strategy import AdapterStrategy, RunFailed
+
+TINY = {
+    "num-tasks": 2,
+    "max-per-class": 6,
+    "num-clients": 3,
+    "rounds-per-task": 2,
+    "test-fraction": 0.02,
+    "lora-blocks": "last:1",
+    "lora-targets": "proj",
+    "batch-size": 8,
+    "device": "cpu",
+    "partition": "iid",
+}
+SHORT = {"num-tasks": 5, "stop-after-task": 1}  # two rounds on two classes
+LAYER = "blocks.5.attn.proj"
+DEADLINE = "no reply within 600 s"
+
+ClientCall = Callable[[Message, Context], Message | None]
+run_client: ClientCall = client_module.app
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def run(out: Path, client: ClientCall = run_client, num_nodes: int | None = None, **changes: Any) -> Path:
+    settings = {key.replace("_", "-"): value for key, value in changes.items()}
+    run_server(defaults() | TINY | {"out": str(out)} | settings, client, num_nodes)
+    return out
+
+
+def read(out: Path, name: str) -> dict[str, Any]:
+    return json.loads((out / name).read_text())
+
+
+def rounds(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+
+
+def result(out: Path) -> dict[str, Any]:
+    """All that a run leaves, less its times."""
+    point = checkpoint.load(out / "checkpoint")
+    tensors = next((out / "checkpoint").glob("*.safetensors")).read_bytes()
+    lines = [{key: value for key, value in line.items() if key != "seconds"} for line in rounds(out)]
+    metrics = [line for line in (out / "metrics.json").read_text().splitlines() if "wall_seconds" not in line]
+    return {
+        "metrics": metrics,
+        "rounds": lines,
+        "tensors": tensors,
+        "facts": (point.server_round, point.state.version, point.bytes_up, point.bytes_down, point.matrix.to_json()),
+    }
+
+
+def partition_of(context: Context) -> int:
+    return int(context.node_config["partition-id"])
+
+
+def round_of(message: Message) -> int:
+    return int(message.metadata.group_id or 0)
+
+
+def meddle(
+    change: Callable[[Message], Message | None], *, partition: int = 1, kind: str = "train", server_round: int = 1
+):
+    """A client that changes one partition's reply to one message."""
+
+    def client(message: Message, context: Context) -> Message | None:
+        reply = run_client(message, context)
+        here = (message.metadata.message_type, partition_of(context), round_of(message))
+        return change(reply) if here == (kind, partition, server_round) else reply
+
+    return client
+
+
+def edit(key: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Message], Message]:
+    def edited(reply: Message) -> Message:
+        reply.content[ARRAYS][key] = Array(change(reply.content[ARRAYS][key].numpy()))
+        return reply
+
+    return edited
+
+
+def claim(key: str, value: float) -> Callable[[Message], Message]:
+    def claimed(reply: Message) -> Message:
+        reply.content[METRICS][key] = value
+        return reply
+
+    return claimed
+
+
+def lose(record: str) -> Callable[[Message], Message]:
+    def lost(reply: Message) -> Message:
+        del reply.content[record]
+        return reply
+
+    return lost
+
+
+def fill(value: float) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda array: np.full_like(array, value)
+
+
+def fail(reply: Message) -> Message:
+    raise RuntimeError("the disk is full")
+
+
+def killed_at(server_round: int, partition: int = 1) -> ClientCall:
+    def client(message: Message, context: Context) -> Message | None:
+        if (round_of(message), partition_of(context)) == (server_round, partition):
+            raise Killed
+        return run_client(message, context)
+
+    return client
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _backbone_is_built_once():
+    """Every run has settings of its own, hence a model of its own; building one takes longer than the run."""
+    built = vit_mini.create()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vit_mini, "create", lambda: deepcopy(built))
+        yield
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    return run(tmp_path_factory.mktemp("undisturbed") / "run", verify=True)
+
+
+def test_run_leaves_the_files_of_the_contract(undisturbed):
+    names = {path.name for path in undisturbed.iterdir()}
+    assert names == {"config.json", "manifest.json", "rounds.jsonl", "metrics.json", "status.json", "checkpoint"}
+    config = read(undisturbed, "config.json")
+    assert config == defaults() | TINY | {"out": str(undisturbed), "verify": True}
+
+
+def test_metrics_hold_what_the_contract_names(undisturbed):
+    metrics = read(undisturbed, "metrics.json")
+    assert set(metrics) == {
+        *("accuracy_matrix", "accuracy_seen", "faa", "aia", "forgetting"),
+        *("bytes_up_total", "bytes_down_total", "wall_seconds", "num_rounds"),
+    }
+    assert metrics["num_rounds"] == 4
+    (first, empty), (earlier, later) = metrics["accuracy_matrix"]
+    assert empty is None and all(0 <= a <= 1 for a in (first, earlier, later))
+    assert metrics["accuracy_seen"][1] == metrics["faa"]
+
+
+def test_each_round_has_a_line_with_what_the_contract_names(undisturbed):
+    lines = rounds(undisturbed)
+    assert [(line["server_round"], line["task_id"]) for line in lines] == [(1, 0), (2, 0), (3, 1), (4, 1)]
+    for line in lines:
+        assert set(line) == {
+            *("server_round", "task_id", "participants", "failures", "bytes_up", "bytes_down", "seconds"),
+            *("mean_loss", "residual_norm", "exactness_error", "accuracy_seen"),
+        }
+        assert set(line["seconds"]) == {"wait", "aggregate", "evaluate", "total"}
+        assert line["participants"] == [0, 1, 2] and line["failures"] == []
+    assert lines[-1]["mean_loss"] < lines[-2]["mean_loss"]
+    assert sum(line["bytes_up"] for line in lines) == read(undisturbed, "metrics.json")["bytes_up_total"]
+
+
+def test_manifest_says_what_ran_on_which_data(undisturbed):
+    manifest = read(undisturbed, "manifest.json")
+    assert manifest["fedtalora_version"] == fedtalora_flwr.__version__
+    assert {"python", "torch", "flwr"} <= set(manifest["versions"])
+    assert sorted(manifest["class_order"]) == list(range(10))
+    assert [c for task in manifest["tasks"] for c in task] == manifest["class_order"]
+    assert len(set(manifest["partition_hashes"])) == 3
+    assert np.sum(manifest["class_counts"], axis=0).tolist() == [6] * 10
+    assert manifest["adapted_modules"] == {LAYER: [192, 192]}
+    assert manifest["parameters"]["lora"] == 2 * 4 * 192
+
+
+def test_status_of_a_finished_run_says_done(undisturbed):
+    status = read(undisturbed, "status.json")
+    assert (status["phase"], status["rounds_done"], status["num_rounds"]) == ("done", 4, 4)
+
+
+def test_verified_run_is_exact_in_every_round_and_its_residual_grows_from_zero(undisturbed):
+    lines = rounds(undisturbed)
+    assert max(line["exactness_error"] for line in lines) < 1e-6
+    assert lines[0]["residual_norm"] > 0 or lines[1]["residual_norm"] > 0
+
+
+def test_same_settings_give_the_same_bits(undisturbed, tmp_path):
+    assert result(run(tmp_path / "again", verify=True)) == result(undisturbed)
+
+
+@pytest.mark.parametrize("server_round", [2, 3])
+def test_run_killed_within_a_round_goes_on_to_the_same_bits(undisturbed, tmp_path, server_round):
+    with pytest.raises(Killed):
+        run(tmp_path, killed_at(server_round), verify=True)
+    assert not (tmp_path / "metrics.json").exists()
+    run(tmp_path, verify=True, resume=True)
+    assert result(tmp_path) == result(undisturbed)
+
+
+def test_run_killed_between_log_and_checkpoint_repeats_that_round_and_logs_it_once(undisturbed, tmp_path, monkeypatch):
+    save = checkpoint.save
+
+    def save_or_die(folder, point):
+        if point.server_round == 3:
+            raise Killed
+        save(folder, point)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server_module.checkpoint, "save", save_or_die)
+        with pytest.raises(Killed):
+            run(tmp_path, verify=True)
+    assert len(rounds(tmp_path)) == 3
+    with (tmp_path / "rounds.jsonl").open("a") as file:
+        file.write('{"server_round": 4, "task_')  # a line that the kill cut short
+    run(tmp_path, verify=True, resume=True)
+    assert result(tmp_path) == result(undisturbed)
+
+
+def test_finished_run_that_is_resumed_plays_no_round_and_gives_the_same_result(undisturbed, tmp_path):
+    run(tmp_path, verify=True)
+
+    def client(message, context):
+        assert message.metadata.message_type == MessageType.QUERY
+        return run_client(message, context)
+
+    run(tmp_path, client, verify=True, resume=True)
+    assert result(tmp_path) == result(undisturbed)
+
+
+def test_resume_on_other_data_is_refused(tmp_path):
+    run(tmp_path, **SHORT, rounds_per_task=1)
+    with pytest.raises(RunFailed, match="was run on other data or another partition; it cannot be resumed"):
+        run(tmp_path, **SHORT, rounds_per_task=1, resume=True, seed=1)
+
+
+def test_resume_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match="holds no checkpoint"):
+        run(tmp_path, resume=True)
+
+
+def test_fresh_run_in_the_folder_of_another_is_refused_and_leaves_it_as_it_was(undisturbed):
+    before = {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()}
+    with pytest.raises(RunFailed, match="holds a run already; choose another out, or go on with it by resume=true"):
+        run(undisturbed)
+    assert {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()} == before
+
+
+class Witness:
+    """Passes messages on, and keeps states, good updates and bytes by round."""
+
+    def __init__(self, client: ClientCall, bad: tuple[int, int] | None = None) -> None:
+        self.client, self.bad = client, bad
+        self.states: dict[int, GlobalState] = {}
+        self.updates = defaultdict(list)
+        self.bytes_up: dict[int, int] = defaultdict(int)
+        self.bytes_down: dict[int, int] = defaultdict(int)
+        self.asked: dict[int, list[int]] = defaultdict(list)
+
+    def __call__(self, message: Message, context: Context) -> Message | None:
+        now, kind = round_of(message), message.metadata.message_type
+        if kind == MessageType.QUERY:
+            return self.client(message, context)
+        self.bytes_down[now] += wire.message_bytes(message)
+        self.asked[now].append(partition_of(context))
+        if kind == MessageType.TRAIN:
+            self.states[now], _ = wire.read_state(message)
+        reply = self.client(message, context)
+        if reply is not None:
+            self.bytes_up[now] += wire.message_bytes(reply)
+            if kind == MessageType.TRAIN and self.bad != (now, partition_of(context)):
+                self.updates[now].append(wire.read_update(reply)[0])
+        return reply
+
+
+BAD_CLIENTS = {
+    "raises": (fail, r"error 2: .*the disk is full"),
+    "returns nothing": (lambda reply: None, DEADLINE),
+    "returns NaN in a factor": (edit(f"lora_B/{LAYER}", fill(np.nan)), f"refused: {LAYER}.lora_B holds a number that"),
+    "returns infinity in the head": (edit("head/weight", fill(np.inf)), "refused: head weight holds a number that"),
+    "returns numbers whose product overflows": (edit(f"lora_B/{LAYER}", fill(3e38)), "is too large for float32"),
+    "returns half precision": (
+        edit("head/bias", lambda a: a.astype(np.float16)),
+        "refused: head bias holds torch.float16",
+    ),
+    "returns another shape": (edit(f"lora_A/{LAYER}", lambda a: a[:, :-1]), f"refused: {LAYER}: lora_A .* do not fit"),
+    "returns no arrays": (lose(ARRAYS), "refused: reply cannot be read: KeyError"),
+    "returns no numbers": (lose(METRICS), "refused: reply cannot be read: KeyError"),
+    "returns counts of more than it trained on": (
+        edit("counts/class", lambda a: a + 1),
+        "refused: class counts do not",
+    ),
+    "returns an infinite number of examples": (claim("num-examples", float("inf")), "refused: reply cannot be read"),
+    "speaks for another partition": (claim("partition-id", 2), "refused: speaks for partition 2, holds 1"),
+    "trained on another version": (claim("base-version", 7), "refused: trained on version 7, the server is at 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CLIENTS)
+def test_round_goes_on_without_a_client_that(name, tmp_path):
+    change, reason = BAD_CLIENTS[name]
+    witness = Witness(meddle(change), bad=(1, 1))
+    run(tmp_path, witness, **SHORT)
+    first, second = rounds(tmp_path)
+    assert first["participants"] == second["participants"] == [0, 1, 2]
+    (failure,) = first["failures"]
+    assert failure["partition_id"] == 1
+    assert re.search(reason, failure["reason"]), failure["reason"]
+    assert second["failures"] == []
+    assert [update.partition_id for update in witness.updates[1]] == [0, 2]
+    wanted, got = resolve("fedtalora").aggregate(witness.states[1], witness.updates[1]), witness.states[2]
+    assert got.version == 1
+    assert torch.equal(got.residual[LAYER], wanted.residual[LAYER])
+    assert torch.equal(got.adapters[LAYER].lora_A, wanted.adapters[LAYER].lora_A)
+    assert torch.equal(got.adapters[LAYER].lora_B, wanted.adapters[LAYER].lora_B)
+    assert all(torch.equal(got.head[key], wanted.head[key]) for key in wanted.head)
+
+
+def test_too_few_good_replies_fail_the_run_with_a_message_that_names_everyone(tmp_path):
+    def client(message, context):
+        partition, reply = partition_of(context), run_client(message, context)
+        if round_of(message) != 2:
+            return reply
+        if partition == 2:
+            return edit("head/weight", fill(np.nan))(reply)
+        return reply if partition == 0 else None
+
+    with pytest.raises(RunFailed) as failed:
+        run(tmp_path, client, **SHORT, min_replies=2)
+    message = str(failed.value)
+    assert "round 2 has 1 good replies, min-replies is 2" in message
+    assert f"partition 1: {DEADLINE}" in message
+    assert "partition 2: refused: head weight holds a number that is not finite" in message
+    assert not (tmp_path / "metrics.json").exists()
+    status = read(tmp_path, "status.json")
+    assert (status["phase"], status["message"]) == ("failed", message)
+    assert len(rounds(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(("num_nodes", "text"), [(2, "but 2 SuperNodes"), (4, "but 4 SuperNodes")])
+def test_wrong_number_of_nodes_is_an_error_that_names_the_option(tmp_path, num_nodes, text):
+    with pytest.raises(RunFailed, match=f'num-clients is 3, {text} .*--federation-config "num-supernodes=3"'):
+        run(tmp_path, num_nodes=num_nodes, node_timeout=0.1)
+    assert read(tmp_path, "status.json")["phase"] == "failed"
+
+
+def test_node_with_another_version_of_the_library_fails_the_run_before_it_begins(tmp_path):
+    def change(reply):
+        reply.content[HELLO]["library"] = "9.9"
+        return reply
+
+    with pytest.raises(WireError, match=r"the client runs fedtalora 9\.9, this side .*; install the same version"):
+        run(tmp_path, meddle(change, kind="query", server_round=0))
+    assert "9.9" in read(tmp_path, "status.json")["message"]
+
+
+def test_two_nodes_with_one_partition_fail_the_run_before_it_begins(tmp_path):
+    def change(reply):
+        reply.content[HELLO]["partition-id"] = 0
+        return reply
+
+    with pytest.raises(RunFailed, match=r"partitions \[1\] are held by no node that replied \(held: \[0, 0, 2\]\)"):
+        run(tmp_path, meddle(change, kind="query", server_round=0))
+
+
+def test_node_that_knows_another_number_of_classes_fails_the_run_before_it_begins(tmp_path):
+    change = edit("counts/class", lambda counts: counts[:-1])
+    with pytest.raises(RunFailed, match="partition 1 knows 9 classes, the server 10"):
+        run(tmp_path, meddle(change, kind="query", server_round=0))
+
+
+def test_partition_without_data_of_a_task_sits_it_out(tmp_path):
+    witness = Witness(run_client)
+    run(tmp_path, witness, **SHORT, max_per_class=1)  # two examples for three partitions
+    manifest = read(tmp_path, "manifest.json")
+    held = [p for p, counts in enumerate(manifest["class_counts"]) if sum(counts[c] for c in manifest["tasks"][0])]
+    assert len(held) == 2
+    assert [line["participants"] for line in rounds(tmp_path)] == [held, held]
+    assert sorted(witness.asked[1]) == held
+
+
+def test_task_that_too_few_partitions_hold_fails_the_run_before_it_begins(tmp_path):
+    with pytest.raises(RunFailed, match="task 0 is held by 2 partitions, min-replies is 3: lower min-replies"):
+        run(tmp_path, **SHORT, max_per_class=1, min_replies=3)
+    assert rounds(tmp_path) == []
+
+
+def test_node_that_cannot_take_part_fails_the_run_with_its_id_and_reason(tmp_path):
+    with pytest.raises(RunFailed, match="node 101 cannot take part: .*the disk is full"):
+        run(tmp_path, meddle(fail, kind="query", server_round=0))
+
+
+def test_node_that_does_not_answer_fails_the_run_with_the_partition_that_is_missing(tmp_path):
+    with pytest.raises(RunFailed, match=r"partitions \[1\] are held by no node that replied"):
+        run(tmp_path, meddle(lambda reply: None, kind="query", server_round=0))
+
+
+def make_strategy(**changes: Any) -> AdapterStrategy:
+    settings = {key.replace("_", "-"): value for key, value in changes.items()}
+    config = RunConfig.parse(defaults() | {"num-clients": 100} | settings)
+    strategy = AdapterStrategy(config=config, method=resolve("fedtalora"), state=GlobalState({}))
+    strategy.holds_task = {0: list(range(0, 100, 2)), 1: [3, 5, 8]}
+    return strategy
+
+
+def test_sample_is_seeded_and_drawn_among_the_holders_of_the_task():
+    strategy = make_strategy(fraction_train=0.2)
+    drawn = [strategy.sample(server_round, 0) for server_round in range(1, 9)]
+    assert drawn == [make_strategy(fraction_train=0.2).sample(server_round, 0) for server_round in range(1, 9)]
+    assert drawn != [make_strategy(fraction_train=0.2, seed=1).sample(server_round, 0) for server_round in range(1, 9)]
+    assert len({tuple(sample) for sample in drawn}) > 1
+    for sample in drawn:
+        assert len(sample) == 10 == len(set(sample))
+        assert sample == sorted(sample) and set(sample) <= set(strategy.holds_task[0])
+
+
+@pytest.mark.parametrize(
+    ("fraction", "task_id", "min_replies", "wanted"),
+    [(1.0, 0, 1, 50), (0.14, 0, 1, 7), (0.01, 0, 1, 1), (0.01, 0, 4, 4), (0.5, 1, 1, 2), (0.5, 1, 5, 3)],
+)
+def test_sample_is_the_fraction_of_the_holders_and_at_least_min_replies(fraction, task_id, min_replies, wanted):
+    strategy = make_strategy(fraction_train=fraction, min_replies=min_replies)
+    assert len(strategy.sample(1, task_id)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (ValueError("cannot decode /secret/dir/x.jpg: broken"), "cannot decode x.jpg: broken"),
+        (ValueError("cannot decode '/secret/my dir/x.jpg'"), "x.jpg"),
+        (ValueError(r"cannot decode C:\secret\dir\x.jpg"), "cannot decode x.jpg"),
+        (ValueError("cannot decode /secret/dir, my/x.jpg: broken"), "cannot decode x.jpg: broken"),
+        (ValueError("cannot decode secret/dir/x.jpg (in secret/y.zip); replace it"), "x.jpg (in y.zip); replace it"),
+        (FileNotFoundError(2, "No such file", "/secret/dir/x.jpg"), "FileNotFoundError, see the node's log"),
+        (RuntimeError("a patient in /secret/dir/x.jpg"), "RuntimeError, see the node's log"),
+        (UnicodeDecodeError("utf-8", b"secret dir", 0, 1, "bad"), "UnicodeDecodeError, see the node's log"),
+    ],
+)
+def test_text_of_a_clients_error_travels_without_the_folders_in_it(tmp_path, monkeypatch, error, wanted):
+    def broken(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(client_module, "fit", broken)
+    with pytest.raises(RunFailed) as failed:
+        run(tmp_path, **SHORT, num_clients=1)
+    message = str(failed.value)
+    assert wanted in message.replace("\\\\", "\\")
+    assert not {"secret", "dir", "patient"} & set(re.findall(r"\w+", message))
+
+
+@pytest.mark.parametrize("rounds_per_task", [0, 1])
+def test_ridge_head_learns_with_and_without_training_rounds(tmp_path, rounds_per_task):
+    run(tmp_path, head="ridge", rounds_per_task=rounds_per_task, max_per_class=20)
+    lines = rounds(tmp_path)
+    assert [line["task_id"] for line in lines] == [0, 1]
+    assert [line["participants"] for line in lines] == [[0, 1, 2]] * 2
+    assert all((line["mean_loss"] is None) == (rounds_per_task == 0) for line in lines)
+    assert all(line["bytes_up"] > 0 for line in lines)
+    assert read(tmp_path, "metrics.json")["faa"] > 0.6
+
+
+def test_ridge_head_does_not_depend_on_the_partition(tmp_path):
+    settings = {"head": "ridge", "rounds_per_task": 0, "max_per_class": 20}
+    even = read(run(tmp_path / "even", **settings), "metrics.json")
+    skewed = read(run(tmp_path / "skewed", **settings, partition="dirichlet", dirichlet_beta=0.1), "metrics.json")
+    assert even["accuracy_matrix"] == skewed["accuracy_matrix"]
+
+
+def test_bad_sums_are_refused_and_fail_the_run_where_too_few_are_left(tmp_path):
+    client = meddle(edit("sums/gram", fill(np.nan)), kind="train.sums")
+    settings = {"head": "ridge", "rounds_per_task": 0, **SHORT}
+    run(tmp_path / "two", client, **settings)
+    (line,) = rounds(tmp_path / "two")
+    assert line["failures"] == [{"partition_id": 1, "reason": "refused: sums hold a number that is not finite"}]
+    with pytest.raises(RunFailed, match="round 1 has 2 good replies, min-replies is 3: partition 1: refused: sums"):
+        run(tmp_path / "three", client, **settings, min_replies=3)
+
+
+@pytest.mark.parametrize("head", ["linear", "ridge"])
+def test_bytes_are_those_of_the_rounds_messages(tmp_path, head):
+    witness = Witness(run_client)
+    run(tmp_path, witness, **SHORT, head=head)
+    lines, metrics = rounds(tmp_path), read(tmp_path, "metrics.json")
+    for line in lines:
+        assert line["bytes_up"] == witness.bytes_up[line["server_round"]] > 0
+        assert line["bytes_down"] == witness.bytes_down[line["server_round"]] > 0
+    assert metrics["bytes_up_total"] == sum(witness.bytes_up.values())
+    assert metrics["bytes_down_total"] == sum(witness.bytes_down.values())
+
+
+def test_stop_after_task_ends_the_run_there_and_leaves_the_rest_of_the_matrix_empty(tmp_path):
+    run(tmp_path, num_tasks=5, stop_after_task=2, rounds_per_task=1)
+    metrics = read(tmp_path, "metrics.json")
+    assert metrics["num_rounds"] == len(rounds(tmp_path)) == 2
+    assert [a is None for a in metrics["accuracy_seen"]] == [False, False, True, True, True]
+    assert metrics["faa"] == metrics["accuracy_seen"][1]
+
+
+def test_eval_every_evaluates_between_the_ends_of_tasks_and_changes_no_result(undisturbed, tmp_path):
+    run(tmp_path, verify=True, eval_every=1)
+    assert all(line["accuracy_seen"] is not None for line in rounds(tmp_path))
+    assert [line["accuracy_seen"] is None for line in rounds(undisturbed)] == [True, False, True, False]
+    assert result(tmp_path)["metrics"] == result(undisturbed)["metrics"]
+    assert result(tmp_path)["tensors"] == result(undisturbed)["tensors"]
+
+
+def test_linear_probe_without_lora_runs_and_has_no_residual(tmp_path):
+    run(tmp_path, lora_blocks="none", verify=True)
+    lines = rounds(tmp_path)
+    assert [line["residual_norm"] for line in lines] == [0.0] * 4
+    assert [line["exactness_error"] for line in lines] == [0.0] * 4
+    assert lines[1]["mean_loss"] < lines[0]["mean_loss"]
+    assert read(tmp_path, "manifest.json")["parameters"]["lora"] == 0
+
+
+@pytest.mark.parametrize("residual", ["off", "replace"])
+def test_ablations_of_the_residual_run_and_are_seen_to_be_inexact(tmp_path, residual):
+    run(tmp_path, residual=residual, verify=True)
+    assert max(line["exactness_error"] for line in rounds(tmp_path)) > 1e-4
+    norms = [line["residual_norm"] for line in rounds(tmp_path)]
+    assert (norms == [0.0] * 4) == (residual == "off")
+
+
+def test_impossible_setting_fails_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="rank takes a whole number"):
+        run(tmp_path / "out", rank="four")
+    assert not (tmp_path / "out").exists()
+
+
+def test_failed_start_is_in_the_status_too(tmp_path):
+    with pytest.raises(ValueError, match="has no 'forest'"):
+        run(tmp_path, backbone="forest")
+    status = read(tmp_path, "status.json")
+    assert status["phase"] == "failed" and "forest" in status["message"]
