@@ -88,8 +88,8 @@ class AdapterStrategy(Strategy):
             self.holds_task[task_id] = sorted(held)
             if task_id < self.config.last_task and len(held) < self.config.min_replies:
                 raise RunFailed(
-                    f"task {task_id} is held by {len(held)} partitions, min-replies is {self.config.min_replies}: lower "
-                    "min-replies, or spread the data over more partitions"
+                    f"task {task_id} is held by {len(held)} partitions, min-replies is {self.config.min_replies}: "
+                    "lower min-replies, or spread the data over more partitions"
                 )
 
     def exchange(self, grid: Grid, messages: Iterable[Message]) -> Exchange:

@@ -409,7 +409,7 @@ def test_task_that_too_few_partitions_hold_fails_the_run_before_it_begins(tmp_pa
 
 
 def test_node_that_cannot_take_part_fails_the_run_with_its_id_and_reason(tmp_path):
-    with pytest.raises(RunFailed, match="node 101 cannot take part: .*the disk is full"):
+    with pytest.raises(RunFailed, match=r"node 101 cannot take part: .*the disk is full"):
         run(tmp_path, meddle(fail, kind="query", server_round=0))
 
 
