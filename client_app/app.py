@@ -3,13 +3,14 @@
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import wraps
 
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedtalora_flwr import aggregation, wire
+from fedtalora_flwr import aggregation, heads, wire
 from fedtalora_flwr.aggregation import ClientUpdate
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.resident import data_of, model_of, training_examples
@@ -120,11 +121,9 @@ def sums(message: Message, context: Context) -> Message:
     model = model_of(config)
     model.load(state.adapters, state.residual)
     examples = training_examples(config, partition_id=partition_id, task_id=order.task_id)
-    num_classes = len(state.head["bias"])
-    return Message(
-        wire.sums_reply(sum_features(model, examples, num_classes=num_classes, config=config)),
-        reply_to=message,
-    )
+    head = heads.resolve(config.head, asdict(config))
+    result = sum_features(model, examples, head=head, num_classes=len(state.head["bias"]), config=config)
+    return Message(wire.sums_reply(result), reply_to=message)
 
 
 def _settings(context: Context) -> tuple[RunConfig, int]:

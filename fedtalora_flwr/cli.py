@@ -62,7 +62,7 @@ def run(
             _fail(f"{resume} is finished: it has metrics.json; fedtalora report {resume} shows it")
         settings = {
             **read_file(folder / "config.json", defaults(app)),
-            "resume": (folder / "checkpoint").is_dir(),
+            "resume": (folder / "checkpoint" / "latest.json").is_file(),
         }
     else:
         if preset and config:

@@ -65,6 +65,7 @@ class RunConfig:
     lora_targets: str
     head: str
     ridge_lambda: float
+    ridge_features: int
     eval_every: int
     eval_batch_size: int
     device: str
@@ -206,6 +207,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank": _at_least(1),
     "alpha": _POSITIVE,
     "ridge-lambda": _POSITIVE,
+    "ridge-features": _at_least(0),
     "eval-every": _at_least(0),
     "eval-batch-size": _at_least(1),
     "precision": _one_of("auto", "fp32", "bf16"),

@@ -16,6 +16,7 @@ import fedtalora_flwr
 from fedtalora_flwr.checkpoint import write_text
 from fedtalora_flwr.metrics import TaskMatrix
 
+_MAY_CHANGE = {"out", "resume", "device", "cache-gb", "check-data", "round-timeout", "node-timeout", "data-root"}
 _LIBRARIES = ("torch", "flwr", "timm", "peft", "transformers", "datasets", "numpy", "ray")
 
 
@@ -77,6 +78,20 @@ class RunFolder:
     def write_config(self, flat: Mapping[str, Any]) -> None:
         """Write ``config.json``."""
         self._write("config.json", dict(flat))
+
+    def check_config(self, flat: Mapping[str, Any]) -> None:
+        """Refuse to go on with other settings than the folder's.
+
+        Raises
+        ------
+        ValueError
+            If a setting differs that may not: only where and how the run is carried out may.
+        """
+        before = json.loads((self.path / "config.json").read_text())
+        changed = [key for key in flat if key not in _MAY_CHANGE and flat[key] != before.get(key)]
+        if changed:
+            what = ", ".join(f"{key} {before.get(key)!r} -> {flat[key]!r}" for key in changed)
+            raise ValueError(f"{self.path} was run with other settings ({what}); a resumed run keeps its own")
 
     def write_manifest(self, facts: Mapping[str, Any]) -> None:
         """Write ``manifest.json``: `facts`, the versions of what ran, and the commit."""

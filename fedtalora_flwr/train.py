@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedtalora_flwr.aggregation.base import LoraFactors
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.heads import FeatureSums, logits
+from fedtalora_flwr.heads import Classifier, FeatureSums, Head, logits
 from fedtalora_flwr.lora import AdaptedModel
 
 
@@ -88,7 +88,7 @@ def fit(
     steps = config.local_epochs * math.ceil(len(examples) / config.batch_size)
     model.eval()  # no dropout: the loss is that of the weights which are averaged, and a step is repeatable
     total_loss = torch.zeros((), device=device)
-    for step, batch in enumerate(_batches(len(examples), config=config, rng=rng, device=device)):
+    for step, batch in enumerate(_batches(model, inputs, config=config, rng=rng)):
         _schedule(optimizer, config=config, progress=round_in_task + step / steps)
         with autocast(device, config.precision):
             features = model.backbone(inputs[batch], augment=config.augment, generator=generator)
@@ -114,7 +114,7 @@ def compared_classes(
 @torch.inference_mode()
 def count_correct(
     model: AdaptedModel,
-    classifiers: Sequence[Mapping[str, Tensor]],
+    classifiers: Sequence[Classifier],
     examples: Examples,
     *,
     classes: Sequence[int],
@@ -122,21 +122,24 @@ def count_correct(
 ) -> list[int]:
     """Count, for each classifier, the examples whose class scores highest among `classes`."""
     device = next(model.parameters()).device
-    on_device = [{name: value.to(device) for name, value in rows.items()} for rows in classifiers]
+    on_device = [classifier.to(device) for classifier in classifiers]
     compared = torch.tensor(sorted(classes), device=device)
     hits = [0] * len(classifiers)
     for features, labels in _features(model, examples, config=config):
-        for index, rows in enumerate(on_device):
-            hits[index] += int((compared[logits(rows, features, compared).argmax(1)] == labels).sum())
+        for index, classifier in enumerate(on_device):
+            hits[index] += int((compared[classifier.logits(features, compared).argmax(1)] == labels).sum())
     return hits
 
 
 @torch.inference_mode()
-def sum_features(model: AdaptedModel, examples: Examples, *, num_classes: int, config: RunConfig) -> FeatureSums:
-    """Sum a client's features of its data (see `FeatureSums`), on the CPU."""
-    sums = FeatureSums.zero(num_classes=num_classes, feature_dim=model.backbone.feature_dim)
+def sum_features(
+    model: AdaptedModel, examples: Examples, *, head: Head, num_classes: int, config: RunConfig
+) -> FeatureSums:
+    """Sum a client's features of its data, lifted by `head` (see `FeatureSums`), on the CPU."""
+    dim = head.lifted_dim(model.backbone.feature_dim)
+    sums = FeatureSums.zero(num_classes=num_classes, feature_dim=dim)
     for features, labels in _features(model, examples, config=config):
-        sums = sums + FeatureSums.of(features.cpu(), labels.cpu(), num_classes=num_classes)
+        sums = sums + FeatureSums.of(head.lift(features).cpu(), labels.cpu(), num_classes=num_classes)
     return sums
 
 
@@ -180,9 +183,11 @@ def _schedule(optimizer: torch.optim.Optimizer, *, config: RunConfig, progress: 
 
 
 def _batches(
-    num_examples: int, *, config: RunConfig, rng: np.random.Generator, device: torch.device
+    model: AdaptedModel, inputs: Tensor, *, config: RunConfig, rng: np.random.Generator
 ) -> Iterator[Tensor]:
-    """Draw the row numbers of each step; every epoch visits all examples once."""
+    """Draw the row numbers of each step; every epoch visits all examples once, those of like cost together."""
     for _ in range(config.local_epochs):
-        order = torch.from_numpy(rng.permutation(num_examples)).to(device)
-        yield from order.split(config.batch_size)  # type: ignore[no-untyped-call]
+        shuffled = torch.from_numpy(rng.permutation(len(inputs))).to(inputs.device)
+        order = shuffled[model.backbone.batch_order(inputs[shuffled])]
+        batches = order.split(config.batch_size)  # type: ignore[no-untyped-call]
+        yield from (batches[index] for index in rng.permutation(len(batches)))

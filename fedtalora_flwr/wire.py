@@ -181,7 +181,9 @@ def read_hello(message: Message) -> Hello:
 
 def sums_reply(sums: FeatureSums) -> RecordDict:
     """Build the content of a reply with feature sums."""
-    return RecordDict({ARRAYS: _record({"sums/gram": sums.gram, "sums/moment": sums.moment})})
+    rows, columns = torch.triu_indices(*sums.gram.shape)
+    triangle = sums.gram[rows, columns]  # the gram is symmetric: half of it says all
+    return RecordDict({ARRAYS: _record({"sums/gram": triangle, "sums/moment": sums.moment})})
 
 
 def read_sums(message: Message, *, like: FeatureSums) -> FeatureSums:
@@ -194,14 +196,17 @@ def read_sums(message: Message, *, like: FeatureSums) -> FeatureSums:
     """
     try:
         parts = _parts(message.content.array_records[ARRAYS])["sums"]
-        sums = FeatureSums(parts["gram"].double(), parts["moment"].double())
+        triangle, moment = parts["gram"].double(), parts["moment"].double()
     except (KeyError, ValueError, TypeError) as error:
         raise BadUpdate(f"sums cannot be read: {type(error).__name__} {error}") from error
-    if sums.gram.shape != like.gram.shape or sums.moment.shape != like.moment.shape:
-        raise BadUpdate(f"sums have shapes {tuple(sums.gram.shape)} and {tuple(sums.moment.shape)}")
-    if not (torch.isfinite(sums.gram).all() and torch.isfinite(sums.moment).all()):
+    rows, columns = torch.triu_indices(*like.gram.shape)
+    if triangle.shape != rows.shape or moment.shape != like.moment.shape:
+        raise BadUpdate(f"sums have shapes {tuple(triangle.shape)} and {tuple(moment.shape)}")
+    if not (torch.isfinite(triangle).all() and torch.isfinite(moment).all()):
         raise BadUpdate("sums hold a number that is not finite")
-    return sums
+    gram = torch.zeros_like(like.gram)
+    gram[rows, columns] = gram[columns, rows] = triangle
+    return FeatureSums(gram, moment)
 
 
 def message_bytes(message: Message) -> int:

@@ -5,27 +5,25 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
-from torch import Tensor
 
 from fedtalora_flwr import aggregation, checkpoint, heads, wire
 from fedtalora_flwr.aggregation import GlobalState
 from fedtalora_flwr.checkpoint import Checkpoint
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.heads import FeatureSums
+from fedtalora_flwr.heads import Classifier, FeatureSums
 from fedtalora_flwr.lora import count_parameters
 from fedtalora_flwr.metrics import TaskMatrix
 from fedtalora_flwr.resident import data_of, model_of, test_examples
-from fedtalora_flwr.runlog import Failure, RoundLog, RunFolder
+from fedtalora_flwr.runlog import RoundLog, RunFolder
 from fedtalora_flwr.train import count_correct
-from server_app.strategy import AdapterStrategy, RunFailed
+from server_app.strategy import AdapterStrategy, RunFailed, Tally
 
 app = ServerApp()
 log = logging.getLogger("fedtalora.server")
@@ -57,6 +55,25 @@ def _log_to_stream() -> None:
         ours.propagate = False
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What a round's training gave: the mean loss, the residual's Frobenius norm, the error of the aggregate."""
+
+    mean_loss: float | None = None
+    residual_norm: float = 0.0
+    exactness_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The head's sums and the hits over finished tasks, and what an evaluation in this round showed."""
+
+    sums: FeatureSums
+    matrix: TaskMatrix
+    accuracy_seen: float | None = None
+    accuracy_seen_linear: float | None = None
+
+
 class Server:
     """One run of a federation.
 
@@ -79,6 +96,9 @@ class Server:
         self.head = heads.resolve(config.head, asdict(config))
         self.tasks = self.data.stream.tasks
         self.num_rounds = config.last_task * self.rounds_per_task
+        if config.check_data:  # a bad file is found before training, not at the first evaluation
+            for task_id in range(config.last_task):
+                test_examples(config, task_id=task_id)
         self.point = self._resumed() if config.resume else self._fresh()
         method = aggregation.resolve(config.method, residual=config.residual)
         self.strategy = AdapterStrategy(config=config, method=method, state=self.point.state)
@@ -111,85 +131,76 @@ class Server:
     def _play(self, server_round: int) -> None:
         """Play one round and everything that belongs to it, then checkpoint: a kill repeats the whole round."""
         began = time.monotonic()
-        config, strategy = self.config, self.strategy
         task_id, round_in_task = divmod(server_round - 1, self.rounds_per_task)
         order = wire.RoundOrder(server_round, task_id, round_in_task)
-        strategy.failures, strategy.participants = [], []
-        bytes_up = bytes_down = 0
-        seconds = {"wait": 0.0, "aggregate": 0.0, "evaluate": 0.0}
-        mean_loss, residual_norm, exactness = None, 0.0, None
+        self.strategy.tally = tally = Tally()
         self._show("training", server_round)
-        if config.rounds_per_task:
-            arrays = wire.pack_state(strategy.state)
-            clock = ConfigRecord({"task-id": task_id, "round-in-task": round_in_task})
-            exchange = strategy.exchange(self.grid, strategy.configure_train(server_round, arrays, clock, self.grid))
-            strategy.failures += exchange.failures
-            seconds["wait"] = time.monotonic() - began
-            bytes_up, bytes_down = exchange.bytes_up, exchange.bytes_down
-            aggregating = time.monotonic()
-            _, metrics = strategy.aggregate_train(server_round, exchange.replies.values())
-            assert metrics is not None
-            mean_loss, residual_norm = float(str(metrics["mean-loss"])), float(str(metrics["residual-norm"]))
-            exactness = float(str(metrics["exactness-error"])) if "exactness-error" in metrics else None
-            seconds["aggregate"] = time.monotonic() - aggregating
-        matrix, sums, accuracy, linear = self.point.matrix, self.point.sums, None, None
-        task_ends = round_in_task + 1 == self.rounds_per_task
-        if task_ends or (config.eval_every and (round_in_task + 1) % config.eval_every == 0):
-            if self.head.collects_sums:
-                collecting = time.monotonic()
-                sums, up, down = self._collect_sums(order)
-                bytes_up, bytes_down = bytes_up + up, bytes_down + down
-                seconds["wait"] += time.monotonic() - collecting
-            self._show("evaluating", server_round, mean_loss=mean_loss)
-            evaluating = time.monotonic()
-            evaluated, linear = self._evaluate(task_id, sums)
-            accuracy = evaluated.accuracy_seen()[task_id]
-            seconds["evaluate"] = time.monotonic() - evaluating
-            if task_ends:
-                matrix = evaluated
-        seconds["total"] = time.monotonic() - began
-        self.point = Checkpoint(
+        trained = self._train(order) if self.config.rounds_per_task else Trained()
+        aggregate_seconds = time.monotonic() - began - tally.wait_seconds
+        self._show("evaluating", server_round, mean_loss=trained.mean_loss)
+        scored = self._score(order)
+        total_seconds = time.monotonic() - began
+        self.point = replace(
+            self.point,
             server_round=server_round,
-            state=strategy.state,
-            sums=sums if task_ends else self.point.sums,
-            matrix=matrix,
-            bytes_up=self.point.bytes_up + bytes_up,
-            bytes_down=self.point.bytes_down + bytes_down,
-            wall_seconds=self.point.wall_seconds + seconds["total"],
-            partition_hashes=self.point.partition_hashes,
+            state=self.strategy.state,
+            sums=scored.sums,
+            matrix=scored.matrix,
+            bytes_up=self.point.bytes_up + tally.bytes_up,
+            bytes_down=self.point.bytes_down + tally.bytes_down,
+            wall_seconds=self.point.wall_seconds + total_seconds,
         )
-        failures = sorted(strategy.failures, key=lambda failure: failure.partition_id)
-        self.folder.append_round(
-            RoundLog(
-                server_round=server_round,
-                task_id=task_id,
-                participants=strategy.participants,
-                failures=failures,
-                bytes_up=bytes_up,
-                bytes_down=bytes_down,
-                seconds=seconds,
-                mean_loss=mean_loss,
-                residual_norm=residual_norm,
-                exactness_error=exactness,
-                accuracy_seen=accuracy,
-                accuracy_seen_linear=linear,
-            )
+        line = RoundLog(
+            server_round=server_round,
+            task_id=task_id,
+            participants=sorted(tally.participants),
+            failures=sorted(tally.failures, key=lambda failure: failure.partition_id),
+            bytes_up=tally.bytes_up,
+            bytes_down=tally.bytes_down,
+            seconds={
+                "wait": tally.wait_seconds,
+                "aggregate": aggregate_seconds,
+                "evaluate": total_seconds - tally.wait_seconds - aggregate_seconds,
+                "total": total_seconds,
+            },
+            mean_loss=trained.mean_loss,
+            residual_norm=trained.residual_norm,
+            exactness_error=trained.exactness_error,
+            accuracy_seen=scored.accuracy_seen,
+            accuracy_seen_linear=scored.accuracy_seen_linear,
         )
+        self.folder.append_round(line)
         checkpoint.save(self.folder.checkpoint, self.point)
-        self._say(server_round, task_id, mean_loss, accuracy, failures, seconds["total"])
-        self._show("training", server_round, mean_loss=mean_loss)
+        self._say(line)
+        self._show("training", server_round, mean_loss=trained.mean_loss)
 
-    def _collect_sums(self, order: wire.RoundOrder) -> tuple[FeatureSums, int, int]:
+    def _train(self, order: wire.RoundOrder) -> Trained:
+        """Let a sample of the clients train, and fold their updates into the state."""
+        strategy, arrays = self.strategy, wire.pack_state(self.strategy.state)
+        clock = ConfigRecord({"task-id": order.task_id, "round-in-task": order.round_in_task})
+        replies = strategy.exchange(self.grid, strategy.configure_train(order.server_round, arrays, clock, self.grid))
+        _, metrics = strategy.aggregate_train(order.server_round, replies.values())
+        assert metrics is not None
+        return Trained(**{key.replace("-", "_"): float(str(value)) for key, value in metrics.items()})
+
+    def _score(self, order: wire.RoundOrder) -> Scored:
+        """Evaluate where it is time to; what a task's end settles is kept, what its middle shows is only logged."""
+        task_ends = order.round_in_task + 1 == self.rounds_per_task
+        due = self.config.eval_every and (order.round_in_task + 1) % self.config.eval_every == 0
+        before = Scored(sums=self.point.sums, matrix=self.point.matrix)
+        if not task_ends and not due:
+            return before
+        sums = self._collect_sums(order) if self.head.collects_sums else before.sums
+        matrix, linear = self._evaluate(order.task_id, sums)
+        kept = Scored(sums, matrix) if task_ends else before
+        return replace(kept, accuracy_seen=matrix.accuracy_seen()[order.task_id], accuracy_seen_linear=linear)
+
+    def _collect_sums(self, order: wire.RoundOrder) -> FeatureSums:
         """Add to the sums of finished tasks what all holders of this task's data sum under the new state."""
-        partitions = self.strategy.holds_task[order.task_id]
-        self.strategy.participants = sorted({*self.strategy.participants, *partitions})
-        arrays = wire.pack_state(self.strategy.state)
-        exchange = self.strategy.exchange(
-            self.grid, self.strategy.messages(arrays, order, partitions=partitions, message_type="train.sums")
-        )
-        self.strategy.failures += exchange.failures
-        total = self.strategy.add_sums(order.server_round, exchange.replies, to=self.point.sums)
-        return total, exchange.bytes_up, exchange.bytes_down
+        partitions, arrays = self.strategy.holds_task[order.task_id], wire.pack_state(self.strategy.state)
+        messages = self.strategy.messages(arrays, order, partitions=partitions, message_type="train.sums")
+        replies = self.strategy.exchange(self.grid, messages)
+        return self.strategy.add_sums(order.server_round, replies, to=self.point.sums)
 
     def _evaluate(self, task_id: int, sums: FeatureSums) -> tuple[TaskMatrix, float | None]:
         """Count the hits on the test data of every task so far, among all classes seen so far.
@@ -200,8 +211,8 @@ class Server:
         """
         state = self.strategy.state
         self.model.load(state.adapters, state.residual)
-        classifiers: list[Mapping[str, Tensor]] = [self.head.classifier(state.head, sums)]
-        classifiers += [state.head] if self.head.collects_sums else []
+        classifiers = [self.head.classifier(state.head, sums)]
+        classifiers += [Classifier(state.head)] if self.head.collects_sums and self.config.rounds_per_task else []
         seen = [c for task in self.tasks[: task_id + 1] for c in task]
         hits, total = [], []
         for earlier in range(task_id + 1):
@@ -234,7 +245,7 @@ class Server:
         hashes = tuple(hello.partition_hash for hello in by_partition)
         if self.config.resume and hashes != self.point.partition_hashes:
             raise RunFailed(f"{self.folder.path} was run on other data or another partition; it cannot be resumed")
-        self.point = Checkpoint(**{**vars(self.point), "partition_hashes": hashes})
+        self.point = replace(self.point, partition_hashes=hashes)
         factors = self.point.state.adapters
         lora = count_parameters(factors)
         trained = count_parameters(factors, only=sorted(self.strategy.method.trainable))
@@ -304,7 +315,7 @@ class Server:
                 adapters=self.model.initial_factors(seed=self.config.seed),
                 head=heads.init_rows(num_classes=num_classes, feature_dim=feature_dim),
             ),
-            sums=FeatureSums.zero(num_classes=num_classes, feature_dim=feature_dim),
+            sums=FeatureSums.zero(num_classes=num_classes, feature_dim=self.head.lifted_dim(feature_dim)),
             matrix=TaskMatrix.empty(self.config.num_tasks),
             bytes_up=0,
             bytes_down=0,
@@ -314,6 +325,7 @@ class Server:
 
     def _resumed(self) -> Checkpoint:
         point = checkpoint.load(self.folder.checkpoint)
+        self.folder.check_config(self.config.flat())
         self.folder.keep_rounds(point.server_round)
         log.info("resuming after round %d", point.server_round)
         return point
@@ -338,26 +350,18 @@ class Server:
             message="",
         )
 
-    def _say(
-        self,
-        server_round: int,
-        task_id: int,
-        mean_loss: float | None,
-        accuracy: float | None,
-        failures: list[Failure],
-        seconds: float,
-    ) -> None:
+    def _say(self, line: RoundLog) -> None:
         """Log one line a round, for whoever follows the stream."""
         log.info(
             "task %d/%d round %d/%d  loss %s  accuracy %s  %.1f s%s",
-            task_id + 1,
+            line.task_id + 1,
             self.config.last_task,
-            server_round,
+            line.server_round,
             self.num_rounds,
-            "-" if mean_loss is None else f"{mean_loss:.4f}",
-            "-" if accuracy is None else f"{accuracy:.4f}",
-            seconds,
-            "".join(f"; partition {f.partition_id} failed: {f.reason}" for f in failures),
+            "-" if line.mean_loss is None else f"{line.mean_loss:.4f}",
+            "-" if line.accuracy_seen is None else f"{line.accuracy_seen:.4f}",
+            line.seconds["total"],
+            "".join(f"; partition {f.partition_id} failed: {f.reason}" for f in line.failures),
         )
 
 

@@ -1,7 +1,8 @@
 """One exchange with the clients as a Flower strategy: what to send to whom, and what the replies mean."""
 
+import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from logging import getLogger
 from math import ceil
 
@@ -32,24 +33,27 @@ class RunFailed(RuntimeError):
     """The run cannot go on; the message says why and what to do."""
 
 
-@dataclass(frozen=True)
-class Exchange:
-    """Replies of one exchange, sorted out.
+@dataclass
+class Tally:
+    """What a round has cost so far and who failed in it, over all its exchanges.
 
     Parameters
     ----------
-    replies
-        Partition id -> reply with content, in order of partition id.
+    participants
+        Partitions that were asked.
     failures
-        Who gave no usable reply.
-    bytes_down, bytes_up
-        Of the messages sent and of the replies received.
+        Those that gave no usable reply, and why.
+    bytes_up, bytes_down
+        Of the replies received and of the messages sent.
+    wait_seconds
+        Spent waiting for replies.
     """
 
-    replies: Mapping[int, Message]
-    failures: list[Failure]
-    bytes_down: int
-    bytes_up: int
+    participants: set[int] = field(default_factory=set)
+    failures: list[Failure] = field(default_factory=list)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    wait_seconds: float = 0.0
 
 
 class AdapterStrategy(Strategy):
@@ -71,8 +75,7 @@ class AdapterStrategy(Strategy):
         self.state = state
         self.node_of: dict[int, int] = {}  # partition id -> node id
         self.holds_task: dict[int, list[int]] = {}  # task id -> partitions with data of it
-        self.failures: list[Failure] = []
-        self.participants: list[int] = []
+        self.tally = Tally()
 
     def meet(self, hellos: Mapping[int, wire.Hello], tasks: Iterable[Iterable[int]]) -> None:
         """Learn from the first exchange who holds what (node id -> its hello).
@@ -92,34 +95,33 @@ class AdapterStrategy(Strategy):
                     "lower min-replies, or spread the data over more partitions"
                 )
 
-    def exchange(self, grid: Grid, messages: Iterable[Message]) -> Exchange:
-        """Send messages, wait for the replies, and attribute what went wrong to partitions.
+    def exchange(self, grid: Grid, messages: Iterable[Message]) -> dict[int, Message]:
+        """Send messages, wait for the replies, and add the cost and the failures to the tally.
 
         A reply that comes from the server's own side (expired, node gone) names no node, so replies are tied
         to messages and not to senders.
+
+        Returns
+        -------
+        Partition id -> its reply with content, in order of partition id.
         """
+        began = time.monotonic()
         sent = list(messages)
         received = list(grid.send_and_receive(sent, timeout=self.config.round_timeout + _GRACE))
         partition_of = {node: partition for partition, node in self.node_of.items()}
         asked = {m.metadata.message_id: partition_of[m.metadata.dst_node_id] for m in sent}
-        failures = [
-            Failure(partition, f"no reply within {self.config.round_timeout:g} s")
-            for partition in asked.values()
-            if partition not in {asked[m.metadata.reply_to_message_id] for m in received}
-        ]
-        good = {}
-        for reply in received:
-            partition = asked[reply.metadata.reply_to_message_id]
-            if reply.has_error():
-                failures.append(Failure(partition, f"error {reply.error.code}: {reply.error.reason}"))
-            else:
-                good[partition] = reply
-        return Exchange(
-            replies=dict(sorted(good.items())),
-            failures=failures,
-            bytes_down=sum(wire.message_bytes(m) for m in sent),
-            bytes_up=sum(wire.message_bytes(m) for m in received),
-        )
+        replies = {asked[m.metadata.reply_to_message_id]: m for m in received}
+        for partition in asked.values():
+            if partition not in replies:
+                self.tally.failures.append(Failure(partition, f"no reply within {self.config.round_timeout:g} s"))
+            elif replies[partition].has_error():
+                error = replies[partition].error
+                self.tally.failures.append(Failure(partition, f"error {error.code}: {error.reason}"))
+        self.tally.participants.update(asked.values())
+        self.tally.bytes_down += sum(wire.message_bytes(m) for m in sent)
+        self.tally.bytes_up += sum(wire.message_bytes(m) for m in received)
+        self.tally.wait_seconds += time.monotonic() - began
+        return {partition: reply for partition, reply in sorted(replies.items()) if not reply.has_error()}
 
     def sample(self, server_round: int, task_id: int) -> list[int]:
         """Draw the partitions of a round, among those that hold data of the task; the rest sit it out."""
@@ -152,13 +154,13 @@ class AdapterStrategy(Strategy):
     ) -> Iterable[Message]:
         """Build the round's training messages; `config` carries ``task-id`` and ``round-in-task``."""
         order = wire.RoundOrder(server_round, int(str(config["task-id"])), int(str(config["round-in-task"])))
-        self.participants = self.sample(server_round, order.task_id)
-        return self.messages(arrays, order, partitions=self.participants, message_type=MessageType.TRAIN)
+        partitions = self.sample(server_round, order.task_id)
+        return self.messages(arrays, order, partitions=partitions, message_type=MessageType.TRAIN)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Fold the replies into the next state; a bad one is refused with its reason in `failures`.
+        """Fold the replies into the next state; a bad one is refused with its reason in the tally.
 
         Raises
         ------
@@ -176,7 +178,7 @@ class AdapterStrategy(Strategy):
                     raise BadUpdate(f"speaks for partition {update.partition_id}, holds {partition}")
                 check_update(self.state, update)
             except BadUpdate as refusal:
-                self.failures.append(Failure(partition, f"refused: {refusal}"))
+                self.tally.failures.append(Failure(partition, f"refused: {refusal}"))
                 continue
             updates.append(update)
             losses.append(mean_loss)
@@ -192,7 +194,7 @@ class AdapterStrategy(Strategy):
         return wire.pack_state(new_state), MetricRecord(metrics)
 
     def add_sums(self, server_round: int, replies: Mapping[int, Message], *, to: FeatureSums) -> FeatureSums:
-        """Add the clients' feature sums up, in order of partition id; a bad one is refused into `failures`.
+        """Add the clients' feature sums up, in order of partition id; a bad one is refused into the tally.
 
         Raises
         ------
@@ -204,14 +206,14 @@ class AdapterStrategy(Strategy):
             try:
                 good.append(wire.read_sums(reply, like=to))
             except BadUpdate as refusal:
-                self.failures.append(Failure(partition, f"refused: {refusal}"))
+                self.tally.failures.append(Failure(partition, f"refused: {refusal}"))
         self.require(len(good), server_round)
         return sum(good, start=to)
 
     def require(self, num_good: int, server_round: int) -> None:
         """Fail the run if a round has fewer than ``min-replies`` good replies."""
         if num_good < self.config.min_replies:
-            reasons = "; ".join(f"partition {f.partition_id}: {f.reason}" for f in self.failures) or "no client replied"
+            reasons = "; ".join(f"partition {f.partition_id}: {f.reason}" for f in self.tally.failures) or "no client replied"
             raise RunFailed(
                 f"round {server_round} has {num_good} good replies, min-replies is {self.config.min_replies}: {reasons}"
             )

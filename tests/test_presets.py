@@ -151,7 +151,7 @@ def loads_and_trains(config: RunConfig, *, num_classes: int, num_test: int) -> N
     assert 0 < result.mean_loss < 2 * math.log(len(task))
     assert all(pair.delta().any() for pair in result.adapters.values())
     test = test_examples(config, task_id=0)
-    (hits,) = count_correct(model, [result.head], test, classes=task, config=config)
+    (hits,) = count_correct(model, [heads.Classifier(result.head)], test, classes=task, config=config)
     assert 0 <= hits <= len(test) == num_test // 10
 
 

@@ -252,9 +252,28 @@ def test_finished_run_that_is_resumed_plays_no_round_and_gives_the_same_result(u
 
 
 def test_resume_on_other_data_is_refused(tmp_path):
-    run(tmp_path, **SHORT, rounds_per_task=1)
+    folder = run(tmp_path, **SHORT, rounds_per_task=1)
+    pointer = folder / "checkpoint" / "latest.json"
+    facts = json.loads(pointer.read_text())
+    facts["partition_hashes"][1] = "another"
+    pointer.write_text(json.dumps(facts))
     with pytest.raises(RunFailed, match="was run on other data or another partition; it cannot be resumed"):
-        run(tmp_path, **SHORT, rounds_per_task=1, resume=True, seed=1)
+        run(tmp_path, **SHORT, rounds_per_task=1, resume=True)
+
+
+def test_resume_with_other_settings_is_refused_naming_them(tmp_path):
+    run(tmp_path, **SHORT, rounds_per_task=1)
+    with pytest.raises(ValueError, match=r"other settings \(learning-rate 0.002 -> 0.5\)"):
+        run(tmp_path, **SHORT, rounds_per_task=1, resume=True, learning_rate=0.5)
+
+
+def test_bad_test_data_is_found_before_the_first_round(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("server_app.app.test_examples", lambda config, task_id: read.append(task_id))
+    monkeypatch.setattr("server_app.app.Server._meet", lambda self: (_ for _ in ()).throw(RunFailed("met")))
+    with pytest.raises(RunFailed, match="met"):
+        run(tmp_path, **SHORT, rounds_per_task=1)
+    assert read
 
 
 def test_resume_without_a_checkpoint_is_refused(tmp_path):

@@ -11,11 +11,12 @@ from torch import nn
 from fedtalora_flwr import train
 from fedtalora_flwr.backbones import Backbone, resolve
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.heads import FeatureSums, init_rows
+from fedtalora_flwr.heads import Classifier, FeatureSums, init_rows, resolve
 from fedtalora_flwr.lora import AdaptedModel
 from fedtalora_flwr.train import Examples, autocast, compared_classes, count_correct, fit, sum_features
 
 NUM_CLASSES, CLASSES = 6, [1, 4]  # the task's classes, not in a row and not from 0
+LINEAR = resolve("linear", {})
 SETTINGS = {"lora-blocks": "last:1", "lora-targets": "proj", "device": "cpu", "batch-size": 8, "eval-batch-size": 5}
 BOTH = frozenset({"lora_A", "lora_B"})
 
@@ -228,7 +229,7 @@ class OneNumber(nn.Module):
 
 
 def count(rows, examples, *, classes, config=None, model=None) -> int:
-    return count_correct(model or OneNumber(), [rows], examples, classes=classes, config=config or configured())[0]
+    return count_correct(model or OneNumber(), [Classifier(rows)], examples, classes=classes, config=config or configured())[0]
 
 
 def test_hits_are_counted_among_the_allowed_classes_only():
@@ -241,7 +242,8 @@ def test_hits_are_counted_among_the_allowed_classes_only():
 def test_each_of_several_classifiers_is_counted_by_itself():
     examples = Examples(torch.zeros(3, 1), torch.tensor([0, 1, 1]))
     rows = [{"weight": torch.zeros(2, 1), "bias": torch.tensor(bias)} for bias in ([1.0, 0.0], [0.0, 1.0])]
-    assert count_correct(OneNumber(), rows, examples, classes=[0, 1], config=configured()) == [1, 2]
+    classifiers = [Classifier(one) for one in rows]
+    assert count_correct(OneNumber(), classifiers, examples, classes=[0, 1], config=configured()) == [1, 2]
 
 
 def test_counting_nothing_counts_no_hit():
@@ -254,14 +256,14 @@ def test_batches_of_evaluation_do_not_change_the_count_or_the_sums(model, exampl
     both = configured(eval_batch_size=5), configured(eval_batch_size=100)
     small, large = (count(rows, examples, classes=CLASSES, config=config, model=model) for config in both)
     assert small == large
-    small, large = (sum_features(model, examples, num_classes=NUM_CLASSES, config=config) for config in both)
+    small, large = (sum_features(model, examples, head=LINEAR, num_classes=NUM_CLASSES, config=config) for config in both)
     torch.testing.assert_close(small.gram, large.gram, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(small.moment, large.moment, rtol=1e-5, atol=1e-5)
 
 
 def test_sums_of_features_are_those_of_the_features_themselves():
     examples = Examples(torch.arange(7.0).unsqueeze(1), torch.tensor([0, 1, 1, 2, 3, 3, 3]))
-    got = sum_features(OneNumber(), examples, num_classes=4, config=configured())
+    got = sum_features(OneNumber(), examples, head=LINEAR, num_classes=4, config=configured())
     wanted = FeatureSums.of(examples.inputs, examples.labels, num_classes=4)
     assert torch.equal(got.gram, wanted.gram) and torch.equal(got.moment, wanted.moment)
 

@@ -17,7 +17,7 @@ def create() -> ImageBackbone:
     weights = files("fedtalora_flwr.backbones") / "weights"
     facts = json.loads((weights / "vit_mini.json").read_text())
     arguments = {**facts["timm"], "num_classes": 0}
-    model = timm.create_model(arguments.pop("model"), **arguments)
+    model = timm.create_model(arguments.pop("model"), weight_init="skip", **arguments)
     state = load((weights / "vit_mini.safetensors").read_bytes())
     model.load_state_dict({k: v.float() for k, v in state.items() if not k.startswith("head.")})
     return ImageBackbone(model, **facts["normalisation"])

@@ -4,7 +4,7 @@ Shape names: C classes, d features, N examples.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,35 @@ class FeatureSums:
         return FeatureSums(self.gram + other.gram, self.moment + other.moment)
 
 
+def unlifted(features: Tensor) -> Tensor:
+    """Give the features (N, d) as they are."""
+    return features
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """What turns features into logits.
+
+    Parameters
+    ----------
+    rows
+        ``weight`` (C, m) and ``bias`` (C,).
+    lift
+        Features (N, d) -> the (N, m) that the rows act on.
+    """
+
+    rows: Mapping[str, Tensor]
+    lift: Callable[[Tensor], Tensor] = unlifted
+
+    def logits(self, features: Tensor, classes: Tensor) -> Tensor:
+        """Score features (N, d) against the rows of `classes` (n,) only: (N, n)."""
+        return logits(self.rows, self.lift(features), classes)
+
+    def to(self, device: torch.device) -> "Classifier":
+        """Move the rows."""
+        return Classifier({name: value.to(device) for name, value in self.rows.items()}, self.lift)
+
+
 class Head(ABC):
     """How a classifier comes from what clients train and sum.
 
@@ -68,8 +97,16 @@ class Head(ABC):
     collects_sums: bool
 
     @abstractmethod
-    def classifier(self, trained: Mapping[str, Tensor], sums: FeatureSums) -> dict[str, Tensor]:
-        """Give the classifier for inference: ``weight`` (C, d) and ``bias`` (C,), float32."""
+    def classifier(self, trained: Mapping[str, Tensor], sums: FeatureSums) -> Classifier:
+        """Give the classifier for inference, float32."""
+
+    def lift(self, features: Tensor) -> Tensor:
+        """Turn features (N, d) into those that are summed, (N, m)."""
+        return features
+
+    def lifted_dim(self, feature_dim: int) -> int:
+        """Give m for features of size d."""
+        return feature_dim
 
 
 def init_rows(*, num_classes: int, feature_dim: int) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedtalora_flwr.heads.base import FeatureSums, Head
+from fedtalora_flwr.heads.base import Classifier, FeatureSums, Head
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,9 @@ class LinearHead(Head):
 
     collects_sums: bool = False
 
-    def classifier(self, trained: Mapping[str, Tensor], sums: FeatureSums) -> dict[str, Tensor]:
+    def classifier(self, trained: Mapping[str, Tensor], sums: FeatureSums) -> Classifier:
         """Give the trained rows."""
-        return dict(trained)
+        return Classifier(trained)
 
 
 def create() -> LinearHead:

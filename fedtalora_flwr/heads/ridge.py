@@ -8,17 +8,22 @@ aggregated model, the server adds the sums up and solves
 where D is the identity but for a 0 at the bias. It is the solution on the pooled data, whoever holds what. Sums
 of earlier tasks were taken under earlier models and age as LoRA moves; ``later-learning-rate`` slows that.
 
+With ``ridge-features`` the backbone's features are first projected at random and rectified (RanPAC, arXiv
+2307.02251), which lets a linear solution separate more. The projection is seeded, so nothing of it travels.
+
 Second moments of features say more about the data than a gradient step does: only sums leave a client, but
 sums over very few examples can be telling.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from fedtalora_flwr.heads.base import FeatureSums, Head
+from fedtalora_flwr.heads.base import Classifier, FeatureSums, Head
 
 
 @dataclass(frozen=True)
@@ -30,20 +35,45 @@ class RidgeHead(Head):
     ridge_lambda
         Regularisation relative to the mean eigenvalue of the features' part of G, so that it does not depend on
         the number of examples or the scale of the features.
+    num_random
+        Random features to solve on; 0: the backbone's own.
+    seed
+        Of the projection, the same on every node.
     """
 
     ridge_lambda: float
+    num_random: int = 0
+    seed: int = 0
     collects_sums: bool = True
 
-    def classifier(self, trained: Mapping[str, Tensor], sums: FeatureSums) -> dict[str, Tensor]:
+    def classifier(self, trained: Mapping[str, Tensor], sums: FeatureSums) -> Classifier:
         """Solve for the rows, in float64."""
         squares = sums.gram.diagonal()[:-1]  # the last is the number of examples, free of the features' scale
         strength = (self.ridge_lambda * squares.mean()).expand_as(squares)
         regularised = sums.gram + torch.nn.functional.pad(strength, (0, 1)).diag()
-        rows = torch.linalg.solve(regularised, sums.moment.T).T.float()  # (C, d + 1)
-        return {"weight": rows[:, :-1].contiguous(), "bias": rows[:, -1].contiguous()}
+        rows = torch.linalg.solve(regularised, sums.moment.T).T.float()  # (C, m + 1)
+        return Classifier({"weight": rows[:, :-1].contiguous(), "bias": rows[:, -1].contiguous()}, self.lift)
+
+    def lift(self, features: Tensor) -> Tensor:
+        """Project (N, d) at random and rectify: (N, num_random)."""
+        if not self.num_random:
+            return features
+        projection = _projection(features.shape[1], self.num_random, self.seed)
+        lifted: Tensor = (features @ projection.to(features.device)).relu()
+        return lifted
+
+    def lifted_dim(self, feature_dim: int) -> int:
+        """Give the number of features that are solved on."""
+        return self.num_random or feature_dim
 
 
-def create(*, ridge_lambda: float) -> RidgeHead:
+@lru_cache(maxsize=1)
+def _projection(feature_dim: int, num_random: int, seed: int) -> Tensor:
+    """Draw a (d, num_random) projection that keeps the features' scale."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(feature_dim, num_random, generator=generator) / math.sqrt(feature_dim)
+
+
+def create(*, ridge_lambda: float, ridge_features: int = 0, seed: int = 0) -> RidgeHead:
     """Build the head."""
-    return RidgeHead(ridge_lambda=ridge_lambda)
+    return RidgeHead(ridge_lambda=ridge_lambda, num_random=ridge_features, seed=seed)

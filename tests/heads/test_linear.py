@@ -10,7 +10,7 @@ NUM_CLASSES, FEATURE_DIM = 4, 6
 def test_linear_head_classifies_with_the_trained_rows_as_they_are_and_asks_for_no_sums():
     head = heads.resolve("linear", {})
     trained = {"weight": torch.randn(NUM_CLASSES, FEATURE_DIM), "bias": torch.randn(NUM_CLASSES)}
-    rows = head.classifier(trained, FeatureSums.zero(num_classes=NUM_CLASSES, feature_dim=FEATURE_DIM))
+    rows = head.classifier(trained, FeatureSums.zero(num_classes=NUM_CLASSES, feature_dim=FEATURE_DIM)).rows
     assert not head.collects_sums
     assert rows == trained
 

@@ -35,7 +35,7 @@ def test_ridge_equals_sklearn_on_the_pooled_data_whatever_the_partition(seed, nu
     generator = torch.Generator().manual_seed(seed)
     holders = labels % num_clients if by_class else torch.randint(0, num_clients, labels.shape, generator=generator)
     sums = sums_over(features, labels, holders)
-    rows = heads.resolve("ridge", {"ridge_lambda": ridge_lambda}).classifier({}, sums)
+    rows = heads.resolve("ridge", {"ridge_lambda": ridge_lambda}).classifier({}, sums).rows
 
     strength = ridge_lambda * float((features.double() ** 2).sum()) / FEATURE_DIM
     onehot = torch.nn.functional.one_hot(labels, NUM_CLASSES).double()
@@ -67,8 +67,8 @@ def test_lambda_is_free_of_the_number_of_examples(seed, copies):
     ridge = heads.resolve("ridge", {"ridge_lambda": 0.1})
     once = ridge.classifier({}, FeatureSums.of(features, labels, num_classes=NUM_CLASSES))
     often = FeatureSums.of(features.repeat(copies, 1), labels.repeat(copies), num_classes=NUM_CLASSES)
-    for name, value in ridge.classifier({}, often).items():
-        torch.testing.assert_close(value, once[name])
+    for name, value in ridge.classifier({}, often).rows.items():
+        torch.testing.assert_close(value, once.rows[name])
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
@@ -77,22 +77,22 @@ def test_lambda_keeps_its_strength_for_features_of_another_scale(scale):
     ridge = heads.resolve("ridge", {"ridge_lambda": 0.01})
     plain = ridge.classifier({}, FeatureSums.of(features, labels, num_classes=NUM_CLASSES))
     scaled = ridge.classifier({}, FeatureSums.of(scale * features, labels, num_classes=NUM_CLASSES))
-    torch.testing.assert_close(scale * scaled["weight"], plain["weight"], rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(scaled["bias"], plain["bias"], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(scale * scaled.rows["weight"], plain.rows["weight"], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(scaled.rows["bias"], plain.rows["bias"], rtol=1e-3, atol=1e-5)
 
 
 def test_ridge_solves_where_fewer_examples_than_features_were_summed():
     features, labels = pooled(1, num_examples=2)
     rows = heads.resolve("ridge", {"ridge_lambda": 0.01}).classifier(
         {}, FeatureSums.of(features, labels, num_classes=NUM_CLASSES)
-    )
+    ).rows
     assert all(torch.isfinite(value).all() for value in rows.values())
 
 
 def test_ridge_asks_for_sums_and_gives_float32_rows_of_the_classifiers_shape():
     ridge = heads.resolve("ridge", {"ridge_lambda": 0.01})
     assert ridge.collects_sums
-    rows = ridge.classifier({}, FeatureSums.of(*pooled(2), num_classes=NUM_CLASSES))
+    rows = ridge.classifier({}, FeatureSums.of(*pooled(2), num_classes=NUM_CLASSES)).rows
     wanted = init_rows(num_classes=NUM_CLASSES, feature_dim=FEATURE_DIM)
     assert {k: (v.shape, v.dtype) for k, v in rows.items()} == {k: (v.shape, v.dtype) for k, v in wanted.items()}
 
@@ -100,5 +100,19 @@ def test_ridge_asks_for_sums_and_gives_float32_rows_of_the_classifiers_shape():
 def test_class_of_which_nothing_was_summed_scores_zero():
     features, labels = pooled(3)
     sums = FeatureSums.of(features, labels.clamp(max=2), num_classes=NUM_CLASSES)
-    rows = heads.resolve("ridge", {"ridge_lambda": 0.01}).classifier({}, sums)
+    rows = heads.resolve("ridge", {"ridge_lambda": 0.01}).classifier({}, sums).rows
     assert torch.count_nonzero(rows["weight"][3]) == 0 == rows["bias"][3]
+
+
+def test_random_features_are_the_same_on_every_node_and_separate_what_a_linear_solution_cannot():
+    features = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]])  # exclusive or
+    labels = torch.tensor([0, 0, 1, 1])
+    answers = {}
+    for num_random in (0, 50):
+        settings = {"ridge_lambda": 1e-6, "ridge_features": num_random, "seed": 3}
+        node, server = heads.resolve("ridge", settings), heads.resolve("ridge", settings)
+        sums = FeatureSums.of(node.lift(features), labels, num_classes=2)
+        assert sums.gram.shape[0] == node.lifted_dim(2) + 1
+        scores = server.classifier({}, sums).logits(features, torch.tensor([0, 1]))
+        answers[num_random] = scores.argmax(1).tolist()
+    assert answers[50] == labels.tolist() != answers[0]
