@@ -182,9 +182,7 @@ def _schedule(optimizer: torch.optim.Optimizer, *, config: RunConfig, progress: 
         group["lr"] = factor * group.setdefault("peak_lr", group["lr"])
 
 
-def _batches(
-    model: AdaptedModel, inputs: Tensor, *, config: RunConfig, rng: np.random.Generator
-) -> Iterator[Tensor]:
+def _batches(model: AdaptedModel, inputs: Tensor, *, config: RunConfig, rng: np.random.Generator) -> Iterator[Tensor]:
     """Draw the row numbers of each step; every epoch visits all examples once, those of like cost together."""
     for _ in range(config.local_epochs):
         shuffled = torch.from_numpy(rng.permutation(len(inputs))).to(inputs.device)

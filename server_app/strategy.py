@@ -213,7 +213,9 @@ class AdapterStrategy(Strategy):
     def require(self, num_good: int, server_round: int) -> None:
         """Fail the run if a round has fewer than ``min-replies`` good replies."""
         if num_good < self.config.min_replies:
-            reasons = "; ".join(f"partition {f.partition_id}: {f.reason}" for f in self.tally.failures) or "no client replied"
+            reasons = (
+                "; ".join(f"partition {f.partition_id}: {f.reason}" for f in self.tally.failures) or "no client replied"
+            )
             raise RunFailed(
                 f"round {server_round} has {num_good} good replies, min-replies is {self.config.min_replies}: {reasons}"
             )

@@ -13,6 +13,7 @@ import pytest
 import torch
 from flwr.app import Array, Context, Message, MessageType
 from local_grid import defaults, run_server
+from PIL import Image
 
 import fedtalora_flwr
 from client_app import app as client_module
@@ -20,6 +21,7 @@ from fedtalora_flwr import checkpoint, wire
 from fedtalora_flwr.aggregation import GlobalState, resolve
 from fedtalora_flwr.backbones import vit_mini
 from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.data import DataError
 from fedtalora_flwr.wire import ARRAYS, HELLO, METRICS, WireError
 from server_app import app as server_module
 from server_app.strategy import AdapterStrategy, RunFailed
@@ -267,13 +269,25 @@ def test_resume_with_other_settings_is_refused_naming_them(tmp_path):
         run(tmp_path, **SHORT, rounds_per_task=1, resume=True, learning_rate=0.5)
 
 
-def test_bad_test_data_is_found_before_the_first_round(tmp_path, monkeypatch):
-    read = []
-    monkeypatch.setattr("server_app.app.test_examples", lambda config, task_id: read.append(task_id))
-    monkeypatch.setattr("server_app.app.Server._meet", lambda self: (_ for _ in ()).throw(RunFailed("met")))
-    with pytest.raises(RunFailed, match="met"):
-        run(tmp_path, **SHORT, rounds_per_task=1)
-    assert read
+def test_a_corrupt_test_image_is_found_before_the_first_round(tmp_path):
+    for split, count in (("train", 6), ("test", 2)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "pets" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                Image.new("RGB", (9, 9), (20 * index, 0, 0)).save(folder / f"{index}.png")
+    (tmp_path / "pets" / "test" / "dog" / "1.png").write_bytes(b"no picture")
+    asked: list[str] = []
+
+    def client(message: Message, context: Context) -> Message | None:
+        asked.append(message.metadata.message_type)
+        return run_client(message, context)
+
+    data = {"dataset": "imagefolder", "data-path": str(tmp_path / "pets"), "num-tasks": 1}
+    with pytest.raises(DataError, match=r"1\.png"):
+        run(tmp_path / "run", client, **data)
+    assert MessageType.TRAIN not in asked
+    assert "1.png" in read(tmp_path / "run", "status.json")["message"]
 
 
 def test_resume_without_a_checkpoint_is_refused(tmp_path):

@@ -229,7 +229,9 @@ class OneNumber(nn.Module):
 
 
 def count(rows, examples, *, classes, config=None, model=None) -> int:
-    return count_correct(model or OneNumber(), [Classifier(rows)], examples, classes=classes, config=config or configured())[0]
+    return count_correct(
+        model or OneNumber(), [Classifier(rows)], examples, classes=classes, config=config or configured()
+    )[0]
 
 
 def test_hits_are_counted_among_the_allowed_classes_only():
@@ -256,7 +258,9 @@ def test_batches_of_evaluation_do_not_change_the_count_or_the_sums(model, exampl
     both = configured(eval_batch_size=5), configured(eval_batch_size=100)
     small, large = (count(rows, examples, classes=CLASSES, config=config, model=model) for config in both)
     assert small == large
-    small, large = (sum_features(model, examples, head=LINEAR, num_classes=NUM_CLASSES, config=config) for config in both)
+    small, large = (
+        sum_features(model, examples, head=LINEAR, num_classes=NUM_CLASSES, config=config) for config in both
+    )
     torch.testing.assert_close(small.gram, large.gram, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(small.moment, large.moment, rtol=1e-5, atol=1e-5)
 

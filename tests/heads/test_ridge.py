@@ -83,9 +83,11 @@ def test_lambda_keeps_its_strength_for_features_of_another_scale(scale):
 
 def test_ridge_solves_where_fewer_examples_than_features_were_summed():
     features, labels = pooled(1, num_examples=2)
-    rows = heads.resolve("ridge", {"ridge_lambda": 0.01}).classifier(
-        {}, FeatureSums.of(features, labels, num_classes=NUM_CLASSES)
-    ).rows
+    rows = (
+        heads.resolve("ridge", {"ridge_lambda": 0.01})
+        .classifier({}, FeatureSums.of(features, labels, num_classes=NUM_CLASSES))
+        .rows
+    )
     assert all(torch.isfinite(value).all() for value in rows.values())
 
 
