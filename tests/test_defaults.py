@@ -1,6 +1,6 @@
 """pyproject.toml is the only home of defaults, and knows the same settings as RunConfig."""
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import pytest
 from local_grid import defaults
@@ -31,7 +31,7 @@ def test_defaults_parse_and_come_back_as_they_were():
 def test_default_method_and_head_exist():
     config = RunConfig.parse(defaults())
     assert aggregation.resolve(config.method, residual=config.residual).exact
-    heads.resolve(config.head, {})
+    assert heads.resolve(config.head, asdict(config)).lifted_dim(9) > 0
 
 
 def test_fields_have_no_defaults_of_their_own():
@@ -70,12 +70,17 @@ def test_missing_key_is_named():
         ("optimizer", "adam", "optimizer must be one of adamw, sgd, got 'adam'"),
         ("stop-after-task", 6, "stop-after-task 6 is beyond num-tasks 5"),
         ("min-replies", 6, "min-replies 6 can never be met by num-clients 5"),
-        ("rounds-per-task", 0, "rounds-per-task 0 trains nothing"),
     ],
 )
 def test_impossible_value_is_refused_with_its_key_and_value(key, value, text):
     with pytest.raises(ConfigError, match=text.replace(".", r"\.")):
         RunConfig.parse(defaults() | {key: value})
+
+
+def test_a_run_without_training_rounds_needs_the_head_that_learns_without_them():
+    RunConfig.parse(defaults() | {"rounds-per-task": 0, "head": "ridge"})
+    with pytest.raises(ConfigError, match="rounds-per-task 0 trains nothing; only head = ridge"):
+        RunConfig.parse(defaults() | {"rounds-per-task": 0, "head": "linear"})
 
 
 def test_whole_number_does_for_a_float():

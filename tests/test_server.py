@@ -37,6 +37,9 @@ TINY = {
     "batch-size": 8,
     "device": "cpu",
     "partition": "iid",
+    "head": "linear",
+    "learning-rate": 0.002,
+    "later-learning-rate": 1.0,
 }
 SHORT = {"num-tasks": 5, "stop-after-task": 1}  # two rounds on two classes
 LAYER = "blocks.5.attn.proj"

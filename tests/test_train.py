@@ -8,15 +8,15 @@ import torch
 from local_grid import defaults
 from torch import nn
 
-from fedtalora_flwr import train
+from fedtalora_flwr import heads, train
 from fedtalora_flwr.backbones import Backbone, resolve
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.heads import Classifier, FeatureSums, init_rows, resolve
+from fedtalora_flwr.heads import Classifier, FeatureSums, init_rows
 from fedtalora_flwr.lora import AdaptedModel
 from fedtalora_flwr.train import Examples, autocast, compared_classes, count_correct, fit, sum_features
 
 NUM_CLASSES, CLASSES = 6, [1, 4]  # the task's classes, not in a row and not from 0
-LINEAR = resolve("linear", {})
+LINEAR = heads.resolve("linear", {})
 SETTINGS = {"lora-blocks": "last:1", "lora-targets": "proj", "device": "cpu", "batch-size": 8, "eval-batch-size": 5}
 BOTH = frozenset({"lora_A", "lora_B"})
 

@@ -161,9 +161,16 @@ def test_sums_that_lack_a_part_are_refused(key):
         wire.read_sums(reply, like=make_sums())
 
 
+def test_the_gram_travels_as_the_triangle_that_says_all_of_it():
+    sums = make_sums()
+    reply = message(wire.sums_reply(sums))
+    assert reply.content[ARRAYS]["sums/gram"].shape == (7 * 8 // 2,)
+    assert torch.equal(wire.read_sums(reply, like=sums).gram, sums.gram)
+
+
 def test_sums_of_another_shape_are_refused():
     other = FeatureSums.zero(num_classes=4, feature_dim=9)
-    with pytest.raises(BadUpdate, match=r"sums have shapes \(10, 10\) and \(4, 10\)"):
+    with pytest.raises(BadUpdate, match=r"sums have shapes \(55,\) and \(4, 10\)"):
         wire.read_sums(message(wire.sums_reply(other)), like=make_sums())
 
 
