@@ -518,6 +518,13 @@ def test_ridge_head_learns_with_and_without_training_rounds(tmp_path, rounds_per
     assert read(tmp_path, "metrics.json")["faa"] > 0.6
 
 
+def test_a_ridge_run_reports_beside_its_own_what_the_linear_head_would_have_given(undisturbed, tmp_path):
+    run(tmp_path, verify=True, head="ridge")
+    linear, ridge = rounds(undisturbed), rounds(tmp_path)
+    assert [line["accuracy_seen"] for line in linear] == [line.get("accuracy_seen_linear") for line in ridge]
+    assert [line["mean_loss"] for line in linear] == [line["mean_loss"] for line in ridge]
+
+
 def test_ridge_head_does_not_depend_on_the_partition(tmp_path):
     settings = {"head": "ridge", "rounds_per_task": 0, "max_per_class": 20}
     even = read(run(tmp_path / "even", **settings), "metrics.json")
