@@ -74,7 +74,7 @@ def benchmark_config(arguments: argparse.Namespace) -> RunConfig:
 def hand_written_rounds(config: RunConfig, *, rounds: int, processes: int) -> list[float]:
     """Time rounds of the plain loop, its clients shared out among processes as actors would be."""
     context = multiprocessing.get_context("spawn")
-    barrier, times = context.Barrier(processes + 1), []
+    barrier, times = context.Barrier(processes + 1, timeout=600), []
     workers = [
         context.Process(target=_work, args=(config, rounds, list(range(first, config.num_clients, processes)), barrier))
         for first in range(processes)

@@ -43,7 +43,7 @@ def _discreet(handler: _Handler) -> _Handler:
             return handler(message, context)
         except ValueError as error:
             log.exception("refused a message")
-            own = type(error).__module__.startswith("fedtalora_flwr.") or type(error) is ValueError
+            own = type(error).__module__.startswith("fedtalora_flwr.")
             text = _FOLDERS.sub("", str(error))
             raise ClientError(text if own else f"{type(error).__name__}, see the node's log") from None
         except Exception as error:
@@ -78,7 +78,7 @@ def train(message: Message, context: Context) -> Message:
     """Set the model to the server's state, train on this node's data of the task, send the pairs and rows back."""
     config, partition_id = _settings(context)
     state, order = wire.read_state(message)
-    method = aggregation.resolve(config.method, residual=config.residual)
+    method = aggregation.resolve(config.method, **asdict(config))
     tasks = data_of(config).stream.tasks
     examples = training_examples(config, partition_id=partition_id, task_id=order.task_id)
     model = model_of(config)

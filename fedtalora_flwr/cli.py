@@ -33,7 +33,10 @@ def run(
     nodes: Annotated[int, typer.Option(min=0, help="Number of clients, one SuperNode each (num-clients).")] = 0,
     resume: Annotated[Path | None, typer.Option(help="Go on with a run that was stopped, from its folder.")] = None,
     cpus: Annotated[int, typer.Option(min=0, help="CPUs for the clients together; 0 = all.")] = 0,
-    client_gpus: Annotated[float, typer.Option(min=0, help="GPU share of a client; 0.2 packs five on a GPU.")] = 0.0,
+    client_gpus: Annotated[
+        float,
+        typer.Option(min=-1, help="GPU share of a client; -1: 0.2 where there is a GPU."),
+    ] = -1.0,
     list_settings: Annotated[bool, typer.Option(help="Print all settings with their defaults, and stop.")] = False,
 ) -> None:
     """Run a federation in simulation: without options the demo, scikit-learn's digits over five clients.
@@ -43,7 +46,7 @@ def run(
     """
     import tomli_w
 
-    from fedtalora_flwr.config import RunConfig
+    from fedtalora_flwr.config import MAY_CHANGE_ON_RESUME, RunConfig, parse_assignment
     from fedtalora_flwr.launch import LaunchError, launch
     from fedtalora_flwr.progress import RunProgress
     from fedtalora_flwr.settings import app_folder, defaults, gather, preset_file, read_file
@@ -53,8 +56,12 @@ def run(
         _print_settings(app / "pyproject.toml")
         return
     if resume is not None:
-        if preset or config or assignments or out or nodes:
-            _fail("--resume goes on with the run's own settings; give no others")
+        changes = dict(parse_assignment(text, defaults(app)) for text in assignments)
+        if preset or config or out or nodes or not changes.keys() <= MAY_CHANGE_ON_RESUME:
+            _fail(
+                "--resume goes on with the run's own settings; --set may change only "
+                + ", ".join(sorted(MAY_CHANGE_ON_RESUME - {"out", "resume"}))
+            )
         folder = resume.resolve()
         if not (folder / "config.json").is_file():
             _fail(f"{resume} is no run folder: it has no config.json")
@@ -63,6 +70,7 @@ def run(
         settings = {
             **read_file(folder / "config.json", defaults(app)),
             "resume": (folder / "checkpoint" / "latest.json").is_file(),
+            **changes,
         }
     else:
         if preset and config:
@@ -88,7 +96,7 @@ def run(
                 run_config=run_config,
                 num_supernodes=parsed.num_clients,
                 client_cpus=min(parsed.threads, cpus or os.cpu_count() or 1),
-                client_gpus=client_gpus,
+                client_gpus=_gpu_share(client_gpus, device=parsed.device),
                 ray_cpus=cpus or os.cpu_count(),
                 work_dir=folder / "logs",
                 on_tick=progress.tick,
@@ -219,6 +227,14 @@ def main() -> None:
             raise
         errors.print(f"[red]error:[/red] {_escaped(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _gpu_share(asked: float, *, device: str) -> float:
+    """Choose the GPU share of a client: Ray hides the GPU from a client that has none of it."""
+    if asked >= 0:
+        return asked
+    gpus = Path("/proc/driver/nvidia/gpus")
+    return 0.2 if device != "cpu" and gpus.is_dir() and any(gpus.iterdir()) else 0.0
 
 
 def _show_result(folder: Path) -> None:

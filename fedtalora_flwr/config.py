@@ -9,6 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+# Where and how a run is carried out, which a resumed run may do otherwise; all else is what the run is.
+MAY_CHANGE_ON_RESUME = frozenset(
+    {"out", "resume", "device", "cache-gb", "check-data", "round-timeout", "node-timeout", "data-root"}
+)
+
 Scalar = str | int | float | bool
 
 

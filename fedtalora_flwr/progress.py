@@ -71,7 +71,8 @@ class RunProgress:
         count = json.loads(path.read_text())["parameters"]
         self._console.print(
             f"each client trains {count['trainable']:,} of {count['total']:,} parameters "
-            f"(LoRA {count['lora']:,}, head {count['head']:,}) and sends {count['transmitted']:,} a round",
+            f"(LoRA {count['lora']:,}, head {count['head']:,}) and sends {count['transmitted']:,} a round"
+            + (f", {count['sums']:,} sums at a task's end" if count.get("sums") else ""),
             highlight=False,
             soft_wrap=True,
         )

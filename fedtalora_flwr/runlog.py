@@ -14,9 +14,9 @@ from typing import Any
 
 import fedtalora_flwr
 from fedtalora_flwr.checkpoint import write_text
+from fedtalora_flwr.config import MAY_CHANGE_ON_RESUME
 from fedtalora_flwr.metrics import TaskMatrix
 
-_MAY_CHANGE = {"out", "resume", "device", "cache-gb", "check-data", "round-timeout", "node-timeout", "data-root"}
 _LIBRARIES = ("torch", "flwr", "timm", "peft", "transformers", "datasets", "numpy", "ray")
 
 
@@ -88,7 +88,7 @@ class RunFolder:
             If a setting differs that may not: only where and how the run is carried out may.
         """
         before = json.loads((self.path / "config.json").read_text())
-        changed = [key for key in flat if key not in _MAY_CHANGE and flat[key] != before.get(key)]
+        changed = [key for key in flat if key not in MAY_CHANGE_ON_RESUME and flat[key] != before.get(key)]
         if changed:
             what = ", ".join(f"{key} {before.get(key)!r} -> {flat[key]!r}" for key in changed)
             raise ValueError(f"{self.path} was run with other settings ({what}); a resumed run keeps its own")

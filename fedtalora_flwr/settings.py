@@ -121,8 +121,8 @@ def gather(app: Path, *, file: Path | None, assignments: Iterable[str]) -> dict[
         if settings[key]:
             settings[key] = _absolute(str(settings[key]))
     for key in ("dataset", "backbone"):  # hub:<name> and hf:<name> may name a local folder
-        choice, colon, argument = str(settings[key]).partition(":")
-        if colon and Path(argument).expanduser().exists():
+        choice, _, argument = str(settings[key]).partition(":")
+        if argument and Path(argument).expanduser().exists():
             settings[key] = f"{choice}:{_absolute(argument)}"
     return settings
 

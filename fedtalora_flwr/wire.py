@@ -51,7 +51,7 @@ class Hello:
     partition_id, num_partitions
         From the node's config.
     partition_hash
-        SHA-256 over the examples it holds, all tasks.
+        SHA-256 over the row numbers and labels it holds, all tasks.
     class_counts
         (C,) int64, its training examples of each class.
     """

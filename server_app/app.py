@@ -98,9 +98,10 @@ class Server:
         self.num_rounds = config.last_task * self.rounds_per_task
         if config.check_data:  # a bad file is found before training, not at the first evaluation
             for task_id in range(config.last_task):
-                test_examples(config, task_id=task_id)
+                if not len(test_examples(config, task_id=task_id)):
+                    raise RunFailed(f"task {task_id} has no test example; give test data of all classes")
         self.point = self._resumed() if config.resume else self._fresh()
-        method = aggregation.resolve(config.method, residual=config.residual)
+        method = aggregation.resolve(config.method, **asdict(config))
         self.strategy = AdapterStrategy(config=config, method=method, state=self.point.state)
 
     @property
@@ -197,6 +198,7 @@ class Server:
 
     def _collect_sums(self, order: wire.RoundOrder) -> FeatureSums:
         """Add to the sums of finished tasks what all holders of this task's data sum under the new state."""
+        self.strategy.task_id = order.task_id
         partitions, arrays = self.strategy.holds_task[order.task_id], wire.pack_state(self.strategy.state)
         messages = self.strategy.messages(arrays, order, partitions=partitions, message_type="train.sums")
         replies = self.strategy.exchange(self.grid, messages)
@@ -256,10 +258,16 @@ class Server:
             "transmitted": lora + rows,
             "lora": lora,
             "head": rows,
+            "sums": self._num_sums(),
         }
         log.info("trains %d parameters (LoRA %d, head %d) of %d", trained + rows, lora, rows, parameters["total"])
         if not self.config.resume:
             self._write_manifest(hashes, by_partition, parameters)
+
+    def _num_sums(self) -> int:
+        """Count the float64 numbers that a client sends at a task's end: half of the symmetric gram, and the moment."""
+        size = self.point.sums.gram.shape[0]
+        return size * (size + 1) // 2 + self.point.sums.moment.numel() if self.head.collects_sums else 0
 
     def _write_manifest(self, hashes: tuple[str, ...], hellos: list[wire.Hello], parameters: dict[str, int]) -> None:
         stream = self.data.stream
@@ -301,6 +309,11 @@ class Server:
             raise RunFailed(
                 f"partitions {missing} are held by no node that replied (held: {found}); give every node its own "
                 "partition-id in its node config"
+            )
+        counts = {hello.num_partitions for hello in hellos.values()}
+        if counts != {self.config.num_clients}:
+            raise RunFailed(
+                f"nodes say num-partitions {sorted(counts)}, the run has num-clients {self.config.num_clients}"
             )
         _check_same_shape(hellos, num_classes=len(self.data.source.class_names))
 

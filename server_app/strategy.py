@@ -7,9 +7,11 @@ from logging import getLogger
 from math import ceil
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
 from fedtalora_flwr import wire
 from fedtalora_flwr.aggregation import (
@@ -75,6 +77,8 @@ class AdapterStrategy(Strategy):
         self.state = state
         self.node_of: dict[int, int] = {}  # partition id -> node id
         self.holds_task: dict[int, list[int]] = {}  # task id -> partitions with data of it
+        self.counts: dict[tuple[int, int], Tensor] = {}  # (task id, partition id) -> examples of each class, (C,)
+        self.task_id = 0
         self.tally = Tally()
 
     def meet(self, hellos: Mapping[int, wire.Hello], tasks: Iterable[Iterable[int]]) -> None:
@@ -87,6 +91,10 @@ class AdapterStrategy(Strategy):
         """
         self.node_of = {hello.partition_id: node for node, hello in hellos.items()}
         for task_id, classes in enumerate(tasks):
+            for hello in hellos.values():
+                of_task = torch.zeros_like(hello.class_counts)
+                of_task[list(classes)] = hello.class_counts[list(classes)]
+                self.counts[task_id, hello.partition_id] = of_task
             held = {h.partition_id for h in hellos.values() if int(h.class_counts[list(classes)].sum())}
             self.holds_task[task_id] = sorted(held)
             if task_id < self.config.last_task and len(held) < self.config.min_replies:
@@ -154,6 +162,7 @@ class AdapterStrategy(Strategy):
     ) -> Iterable[Message]:
         """Build the round's training messages; `config` carries ``task-id`` and ``round-in-task``."""
         order = wire.RoundOrder(server_round, int(str(config["task-id"])), int(str(config["round-in-task"])))
+        self.task_id = order.task_id
         partitions = self.sample(server_round, order.task_id)
         return self.messages(arrays, order, partitions=partitions, message_type=MessageType.TRAIN)
 
@@ -177,6 +186,7 @@ class AdapterStrategy(Strategy):
                 if update.partition_id != partition:
                     raise BadUpdate(f"speaks for partition {update.partition_id}, holds {partition}")
                 check_update(self.state, update)
+                self._check_counts(partition, update.class_counts)
             except BadUpdate as refusal:
                 self.tally.failures.append(Failure(partition, f"refused: {refusal}"))
                 continue
@@ -204,11 +214,18 @@ class AdapterStrategy(Strategy):
         good: list[FeatureSums] = []
         for partition, reply in replies.items():
             try:
-                good.append(wire.read_sums(reply, like=to))
+                sums = wire.read_sums(reply, like=to)
+                self._check_counts(partition, sums.moment[:, -1])
+                good.append(sums)
             except BadUpdate as refusal:
                 self.tally.failures.append(Failure(partition, f"refused: {refusal}"))
         self.require(len(good), server_round)
         return sum(good, start=to)
+
+    def _check_counts(self, partition: int, counts: Tensor) -> None:
+        """Refuse examples of each class (C,) that are not those which the client holds of the task."""
+        if not torch.equal(counts.long(), self.counts[self.task_id, partition]):
+            raise BadUpdate("speaks of other examples than the client said it holds of this task")
 
     def require(self, num_good: int, server_round: int) -> None:
         """Fail the run if a round has fewer than ``min-replies`` good replies."""

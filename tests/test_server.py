@@ -485,11 +485,12 @@ def test_sample_is_the_fraction_of_the_holders_and_at_least_min_replies(fraction
 @pytest.mark.parametrize(
     ("error", "wanted"),
     [
-        (ValueError("cannot decode /secret/dir/x.jpg: broken"), "cannot decode x.jpg: broken"),
-        (ValueError("cannot decode '/secret/my dir/x.jpg'"), "x.jpg"),
-        (ValueError(r"cannot decode C:\secret\dir\x.jpg"), "cannot decode x.jpg"),
-        (ValueError("cannot decode /secret/dir, my/x.jpg: broken"), "cannot decode x.jpg: broken"),
-        (ValueError("cannot decode secret/dir/x.jpg (in secret/y.zip); replace it"), "x.jpg (in y.zip); replace it"),
+        (DataError("cannot decode /secret/dir/x.jpg: broken"), "cannot decode x.jpg: broken"),
+        (DataError("cannot decode '/secret/my dir/x.jpg'"), "x.jpg"),
+        (DataError(r"cannot decode C:\secret\dir\x.jpg"), "cannot decode x.jpg"),
+        (DataError("cannot decode /secret/dir, my/x.jpg: broken"), "cannot decode x.jpg: broken"),
+        (DataError("cannot decode secret/dir/x.jpg (in secret/y.zip); replace it"), "x.jpg (in y.zip); replace it"),
+        (ValueError("no number: 'a patient'"), "ValueError, see the node's log"),
         (FileNotFoundError(2, "No such file", "/secret/dir/x.jpg"), "FileNotFoundError, see the node's log"),
         (RuntimeError("a patient in /secret/dir/x.jpg"), "RuntimeError, see the node's log"),
         (UnicodeDecodeError("utf-8", b"secret dir", 0, 1, "bad"), "UnicodeDecodeError, see the node's log"),
@@ -540,6 +541,23 @@ def test_bad_sums_are_refused_and_fail_the_run_where_too_few_are_left(tmp_path):
     assert line["failures"] == [{"partition_id": 1, "reason": "refused: sums hold a number that is not finite"}]
     with pytest.raises(RunFailed, match="round 1 has 2 good replies, min-replies is 3: partition 1: refused: sums"):
         run(tmp_path / "three", client, **settings, min_replies=3)
+
+
+def test_a_client_cannot_claim_more_examples_than_it_said_it_holds(tmp_path):
+    def boast(reply: Message) -> Message:
+        reply = edit("counts/class", lambda counts: 100 * counts)(reply)
+        return claim("num-examples", 100 * reply.content[METRICS]["num-examples"])(reply)
+
+    run(tmp_path, meddle(boast), **SHORT)
+    reason = "refused: speaks of other examples than the client said it holds of this task"
+    assert rounds(tmp_path)[0]["failures"] == [{"partition_id": 1, "reason": reason}]
+
+
+def test_sums_over_other_examples_than_the_client_holds_are_refused(tmp_path):
+    double = edit("sums/moment", lambda moment: 2 * moment)
+    run(tmp_path, meddle(double, kind="train.sums", server_round=2), **SHORT, head="ridge")
+    (failure,) = rounds(tmp_path)[1]["failures"]
+    assert failure["partition_id"] == 1 and "other examples than the client said" in failure["reason"]
 
 
 @pytest.mark.parametrize("head", ["linear", "ridge"])

@@ -48,6 +48,8 @@ class TextBackbone(Backbone):
 
     def encode(self, split: Split, rows: NDArray[np.int64], *, source: Source) -> Tensor:
         """Tokenise texts into int32 (N, L), padded to the longest of them."""
+        if not len(rows):  # the tokenizer takes no empty list; a partition may be empty
+            return torch.zeros(0, 1, dtype=torch.int32)
         tokens = self._tokenizer(
             list(split.read(rows)),
             padding=True,

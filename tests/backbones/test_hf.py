@@ -137,3 +137,8 @@ def test_max_length_is_limited_by_the_encoders_positions(folders, family):
 def test_a_folder_that_holds_no_encoder_is_an_error_that_says_what_to_give(tmp_path):
     with pytest.raises(BackboneError, match=r"cannot be had: .*give hf: a folder with config.json"):
         encoder(tmp_path)
+
+
+def test_no_text_at_all_encodes_to_no_row_for_a_client_that_sits_a_task_out(folders):
+    backbone = encoder(next(iter(folders.values())))
+    assert encode(backbone, []).shape == (0, 1)

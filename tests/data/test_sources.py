@@ -463,3 +463,13 @@ def test_the_real_tiny_imagenet_has_a_hundred_novel_classes(settings, real_data)
     assert np.bincount(source.test.labels).tolist() == [50] * 100
     assert source.class_names[0] == "tailed frog"
     assert {image.size for image in source.test.read(np.array([4_999, 0]))} == {(64, 64)}
+
+
+def test_tiny_imagenet_of_all_classes_leaves_those_out_that_the_shipped_backbone_knows(tmp_path, write_images):
+    names = [f"n{index:08d}" for index in range(200)]
+    for split, labels in (("train", [3, 0, 1, 4, 2]), ("val", [4, 3, 0])):  # 0, 1 and 2 are base classes
+        write_images(tmp_path / "tiny-imagenet" / f"{split}.parquet", labels, names=names)
+    settings = {"data_root": str(tmp_path), "test_fraction": 0.2, "max_per_class": 0, "seed": 0}
+    source = load_source("tiny-imagenet", settings)
+    assert source.class_names == ("n00000003", "n00000004")
+    assert source.train.labels.tolist() == [0, 1] and source.test.labels.tolist() == [1, 0]
