@@ -141,4 +141,6 @@ def test_a_folder_that_holds_no_encoder_is_an_error_that_says_what_to_give(tmp_p
 
 def test_no_text_at_all_encodes_to_no_row_for_a_client_that_sits_a_task_out(folders):
     backbone = encoder(next(iter(folders.values())))
-    assert encode(backbone, []).shape == (0, 1)
+    split = Split(np.zeros(2, dtype=np.int64), lambda rows: ["never read"] * len(rows))
+    none = np.zeros(0, dtype=np.int64)
+    assert backbone.encode(split, none, source=Source("made", "text", ("a",), split, split)).shape == (0, 1)
