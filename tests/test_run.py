@@ -74,7 +74,7 @@ def test_aggregation_in_a_real_run_is_exact(undisturbed: tuple[Path, str, int]) 
     folder, _, _ = undisturbed
     lines = [json.loads(text) for text in (folder / "rounds.jsonl").read_text().splitlines()]
     assert max(line["exactness_error"] for line in lines) < 1e-6
-    assert all(line["residual_norm"] > 0 for line in lines)
+    assert lines[-1]["residual_norm"] > 0
 
 
 def test_a_run_killed_in_the_middle_of_a_round_resumes_to_the_same_metrics(
