@@ -46,32 +46,20 @@ def run(
     """
     import tomli_w
 
-    from fedtalora_flwr.config import MAY_CHANGE_ON_RESUME, RunConfig, parse_assignment
+    from fedtalora_flwr.config import RunConfig
     from fedtalora_flwr.launch import LaunchError, launch
     from fedtalora_flwr.progress import RunProgress
-    from fedtalora_flwr.settings import app_folder, defaults, gather, preset_file, read_file
+    from fedtalora_flwr.settings import app_folder, gather, preset_file, resumed
 
     app = app_folder()
     if list_settings:
         _print_settings(app / "pyproject.toml")
         return
     if resume is not None:
-        changes = dict(parse_assignment(text, defaults(app)) for text in assignments)
-        if preset or config or out or nodes or not changes.keys() <= MAY_CHANGE_ON_RESUME:
-            _fail(
-                "--resume goes on with the run's own settings; --set may change only "
-                + ", ".join(sorted(MAY_CHANGE_ON_RESUME - {"out", "resume"}))
-            )
+        if preset or config or out or nodes:
+            _fail("--resume goes on with the run's own settings; give no --preset, --config, --out or --nodes")
         folder = resume.resolve()
-        if not (folder / "config.json").is_file():
-            _fail(f"{resume} is no run folder: it has no config.json")
-        if (folder / "metrics.json").is_file():
-            _fail(f"{resume} is finished: it has metrics.json; fedtalora report {resume} shows it")
-        settings = {
-            **read_file(folder / "config.json", defaults(app)),
-            "resume": (folder / "checkpoint" / "latest.json").is_file(),
-            **changes,
-        }
+        settings = resumed(app, folder, assignments=assignments)
     else:
         if preset and config:
             _fail("give --preset or --config, not both")

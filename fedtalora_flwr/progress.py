@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from fedtalora_flwr.words import human_bytes, human_time
+
 
 class RunProgress:
     """Follow ``status.json`` and ``rounds.jsonl`` of a run folder.
@@ -84,24 +86,6 @@ class RunProgress:
             line = json.loads(text)
             self._console.print(_round_line(line, num_rounds), highlight=False, soft_wrap=True)
         self._seen = len(lines)
-
-
-def human_bytes(num_bytes: float) -> str:
-    """Word a number of bytes with a decimal unit, e.g. ``12.3 MB``."""
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.2f} GB"
-
-
-def human_time(seconds: float) -> str:
-    """Word a duration, e.g. ``3 min 20 s``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _where(status: dict[str, Any]) -> str:

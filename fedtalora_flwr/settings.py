@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from fedtalora_flwr.config import ConfigError, Scalar, parse_assignment, unknown_key
+from fedtalora_flwr.config import MAY_CHANGE_ON_RESUME, ConfigError, Scalar, parse_assignment, unknown_key
 
 _PATHS = ("data-path", "test-path", "data-root", "backbone-checkpoint")
 _BASE = "base"  # of a settings file alone: the file it builds on
@@ -125,6 +125,28 @@ def gather(app: Path, *, file: Path | None, assignments: Iterable[str]) -> dict[
         if argument and Path(argument).expanduser().exists():
             settings[key] = f"{choice}:{_absolute(argument)}"
     return settings
+
+
+def resumed(app: Path, folder: Path, *, assignments: Iterable[str]) -> dict[str, Scalar]:
+    """Give the settings with which a stopped run goes on: its own, but for what may change.
+
+    Raises
+    ------
+    ConfigError
+        If the folder holds no run or a finished one, or an assignment changes what the run is.
+    """
+    known = defaults(app)
+    changes = dict(parse_assignment(text, known) for text in assignments)
+    if not changes.keys() <= MAY_CHANGE_ON_RESUME:
+        allowed = ", ".join(sorted(MAY_CHANGE_ON_RESUME - {"out", "resume"}))
+        raise ConfigError(f"--resume goes on with the run's own settings; --set may change only {allowed}")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} is no run folder: it has no config.json")
+    if (folder / "metrics.json").is_file():
+        raise ConfigError(f"{folder} is finished: it has metrics.json; fedtalora report {folder} shows it")
+    # A run that was stopped before its first checkpoint begins anew.
+    started = (folder / "checkpoint" / "latest.json").is_file()
+    return {**read_file(folder / "config.json", known), "resume": started, **changes}
 
 
 def _absolute(path: str) -> str:

@@ -1,0 +1,27 @@
+"""Pictures of a run: each a pure function of arrays to a matplotlib figure, and `to_svg` to put it in a page.
+
+Only this package imports matplotlib, and it never touches pyplot, so nothing global is left behind. The same
+arrays give the same bytes. Text stays text: a reader can search it, and a browser sets it in its own font.
+"""
+
+from matplotlib.figure import Figure
+
+from fedtalora_flwr.figures.accuracy import accuracy_matrix, accuracy_over_tasks
+from fedtalora_flwr.figures.classes import class_map, shows_classes
+from fedtalora_flwr.figures.rounds import bytes_per_round, exactness_error, loss, residual_norm, seconds_per_round
+from fedtalora_flwr.figures.svg import to_file, to_svg
+
+__all__ = [
+    "Figure",
+    "accuracy_matrix",
+    "accuracy_over_tasks",
+    "bytes_per_round",
+    "class_map",
+    "exactness_error",
+    "loss",
+    "residual_norm",
+    "seconds_per_round",
+    "shows_classes",
+    "to_file",
+    "to_svg",
+]

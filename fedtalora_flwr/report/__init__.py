@@ -1,0 +1,22 @@
+"""Read a run folder and show it: one HTML file that opens offline, tables in a terminal, runs side by side.
+
+A run may have stopped anywhere, so everything but ``config.json`` may be missing; what is there is shown.
+Tasks count from 1 on a page and in a table, from 0 in the files.
+"""
+
+from fedtalora_flwr.report.comparison import Comparison, compare
+from fedtalora_flwr.report.holdings import data_table, write_data_page
+from fedtalora_flwr.report.page import write_report
+from fedtalora_flwr.report.record import RunRecord, read_run
+from fedtalora_flwr.report.terminal import print_table
+
+__all__ = [
+    "Comparison",
+    "RunRecord",
+    "compare",
+    "data_table",
+    "print_table",
+    "read_run",
+    "write_data_page",
+    "write_report",
+]

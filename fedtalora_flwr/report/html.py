@@ -1,0 +1,51 @@
+"""Fill in and write the pages, each one file that opens offline."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from fedtalora_flwr import figures
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Hold a figure of a page with its words."""
+
+    title: str
+    caption: str
+    svg: Markup
+    wide: bool
+
+
+def picture(figure: figures.Figure, *, name: str, title: str, caption: str, wide: bool = False) -> Picture:
+    """Put a matplotlib figure into words and SVG."""
+    return Picture(title, caption, Markup(figures.to_svg(figure, name=name, title=title)), wide)
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in a template of this package."""
+    # Class names, failure reasons and settings come from other machines: everything is escaped but our SVGs.
+    environment = Environment(
+        loader=PackageLoader("fedtalora_flwr"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(values)
+
+
+def write_whole(path: Path, content: str) -> Path:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(content, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,270 @@
+"""Write the page of one run."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedtalora_flwr import figures
+from fedtalora_flwr.report.holdings import class_picture
+from fedtalora_flwr.report.html import Picture, picture, render, write_whole
+from fedtalora_flwr.report.measures import count, duration, percent, points
+from fedtalora_flwr.report.record import NOT_A_SETTING_OF_THE_METHOD, RunRecord, number, read_run, setting_text
+from fedtalora_flwr.words import human_bytes
+
+_LONGEST_ON_A_COMMAND_LINE = 80
+_MOST_FAILURES_SHOWN = 200
+
+
+def write_report(path: Path | str) -> Path:
+    """Write ``report.html`` into a run folder and return its path.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `read_run`.
+    """
+    run = read_run(path)
+    failures = _failures(run)
+    command, left_out = _command(run)
+    content = render(
+        "report.html.j2",
+        title=f"{run.name} · fedtalora",
+        run=run,
+        subtitle=_subtitle(run),
+        cards=_cards(run),
+        sections=[
+            {"title": "Accuracy", "pictures": _accuracy_pictures(run)},
+            {"title": "Training", "pictures": _training_pictures(run)},
+            {"title": "Who held which classes", "pictures": _class_pictures(run)},
+            {"title": "Communication and time", "pictures": _cost_pictures(run)},
+        ],
+        failures=failures[:_MOST_FAILURES_SHOWN],
+        num_failures=len(failures),
+        parameters=_parameters(run),
+        modules=[
+            {"name": name, "shape": " × ".join(str(size) for size in shape)}
+            for name, shape in (run.manifest.get("adapted_modules") or {}).items()
+        ],
+        settings=[(key, setting_text(value) or '""') for key, value in sorted(run.config.items())],
+        command=command,
+        left_out=left_out,
+        provenance=_provenance(run),
+        partition_hashes=run.manifest.get("partition_hashes") or [],
+    )
+    return write_whole(run.path / "report.html", content)
+
+
+def _subtitle(run: RunRecord) -> str:
+    config = run.config
+    stream = f"{run.num_tasks} task{'' if run.num_tasks == 1 else 's'}"
+    parts = [config.get("method"), config.get("dataset"), config.get("backbone"), stream]
+    if "num-clients" in config:
+        parts.append(f"{config['num-clients']} clients")
+    if "partition" in config:
+        parts.append(f"{config['partition']} partition")
+    return " · ".join(str(part) for part in parts if part)
+
+
+def _cards(run: RunRecord) -> list[dict[str, str]]:
+    complete = run.state == "complete"
+    seen = run.accuracy_seen()
+    trained = f"after task {len(seen)} of {run.num_tasks}" if seen else "not measured yet"
+    up, down = run.metric("bytes_up_total"), run.metric("bytes_down_total")
+    participants = {p for line in run.rounds for p in line.get("participants") or ()}
+    return [
+        _card(
+            "Final accuracy" if complete else "Accuracy so far",
+            percent(run.metric("faa")),
+            f"{'FAA: ' if complete else ''}all classes seen, {trained}",
+        ),
+        _card(
+            "Average accuracy",
+            percent(run.metric("aia")),
+            "AIA: mean over the tasks of the accuracy after each",
+        ),
+        _card(
+            "Forgetting",
+            points(run.metric("forgetting")),
+            "points lost since a task's best; lower is better",
+        ),
+        _card("Traffic", human_bytes(up + down), f"{human_bytes(up)} up, {human_bytes(down)} down"),
+        _card(
+            "Time",
+            duration(run.metric("wall_seconds")),
+            "wall clock, whole run" if complete else "the recorded rounds together",
+        ),
+        _card("Rounds", count(run.metric("num_rounds")), f"{len(participants)} clients took part"),
+    ]
+
+
+def _card(label: str, value: str, hint: str) -> dict[str, str]:
+    return {"label": label, "value": value, "hint": hint}
+
+
+def _accuracy_pictures(run: RunRecord) -> list[Picture]:
+    pictures = []
+    accuracy = run.accuracy()
+    if np.isfinite(accuracy).any():
+        pictures.append(
+            picture(
+                figures.accuracy_matrix(accuracy),
+                name="matrix",
+                title="Accuracy on each task after each task",
+                caption="Per cent of a task's test data (column) that the model gets right after training up "
+                "to a task (row), with all classes seen so far to choose from. Down a column: how a task "
+                "fares as others follow. The diagonal: how well each task was learned at first. Darker is "
+                "better; most tones lie near 100 %.",
+            )
+        )
+    if seen := run.accuracy_seen():
+        pictures.append(
+            picture(
+                figures.accuracy_over_tasks({run.name: seen}, num_tasks=run.num_tasks),
+                name="seen",
+                title="Accuracy over the stream",
+                caption="Per cent of the test data of all classes seen so far that the model gets right "
+                "after each task. The last point is FAA, the mean of the points is AIA.",
+            )
+        )
+    return pictures
+
+
+def _clock(run: RunRecord) -> dict[str, Any]:
+    return {
+        "rounds": [line["server_round"] for line in run.rounds],
+        "task_ids": [line["task_id"] for line in run.rounds],
+    }
+
+
+def _training_pictures(run: RunRecord) -> list[Picture]:
+    described = (
+        (
+            "mean_loss",
+            figures.loss,
+            "Training loss",
+            "Mean cross-entropy (nats) of the participants' training steps in each round. Shaded bands are "
+            "tasks; it jumps where new classes arrive.",
+        ),
+        (
+            "residual_norm",
+            figures.residual_norm,
+            "Aggregation residual",
+            "Frobenius norm of the cumulative residual (no unit), over all adapted modules: what averaging "
+            "the factors alone would have lost of the mean of the clients' products so far.",
+        ),
+        (
+            "exactness_error",
+            figures.exactness_error,
+            "Exactness error",
+            "Relative Frobenius distance, in the worst layer, of what the new global model has learned to "
+            "the weighted mean of the clients' full weights (no unit, log scale). Rounding alone leaves "
+            "about 1e-7. A hollow dot at the lower edge is exactly 0.",
+        ),
+    )
+    return [
+        picture(
+            draw(run.column(key), **_clock(run)),
+            name=key,
+            title=title,
+            caption=caption,
+            wide=key == "exactness_error",
+        )
+        for key, draw, title, caption in described
+        if np.isfinite(run.column(key)).any()
+    ]
+
+
+def _class_pictures(run: RunRecord) -> list[Picture]:
+    manifest = run.manifest
+    if not manifest.get("class_counts") or not manifest.get("tasks"):
+        return []
+    return [class_picture(manifest["class_counts"], manifest["tasks"], manifest.get("class_names") or [])]
+
+
+def _cost_pictures(run: RunRecord) -> list[Picture]:
+    if not run.rounds:
+        return []
+    parts = {part: np.nan_to_num(run.seconds(part)) for part in ("wait", "aggregate", "evaluate")}
+    rest = np.nan_to_num(run.seconds("total")) - sum(parts.values())
+    if rest.sum() > 0.01 * sum(part.sum() for part in parts.values()):
+        parts["other"] = np.maximum(rest, 0)
+    return [
+        picture(
+            figures.bytes_per_round(run.column("bytes_up"), run.column("bytes_down"), **_clock(run)),
+            name="bytes",
+            title="Bytes on the wire",
+            caption="Left: bytes of all clients in each round, what the server sent stacked on what it got. "
+            "Right: the same, summed since the start. Decimal units (1 MB is 1,000,000 bytes).",
+            wide=True,
+        ),
+        picture(
+            figures.seconds_per_round(parts, **_clock(run)),
+            name="seconds",
+            title="Time of a round",
+            caption="Seconds at the server: waiting for the clients (their training and the network), adding "
+            "up their updates, evaluating. The rounds that evaluate stand out.",
+            wide=True,
+        ),
+    ]
+
+
+def _failures(run: RunRecord) -> list[dict[str, Any]]:
+    return [
+        {
+            "server_round": line["server_round"],
+            "task": line["task_id"] + 1,
+            "client": "unknown" if failure.get("partition_id") is None else f"client {failure['partition_id']}",
+            "reason": str(failure.get("reason") or "no reason given")[:2000],
+        }
+        for line in run.rounds
+        for failure in line.get("failures") or ()
+    ]
+
+
+def _parameters(run: RunRecord) -> list[dict[str, str]]:
+    counts = run.manifest.get("parameters") or {}
+    total = number(counts.get("total"))
+    return [
+        {
+            "name": key.replace("_", " ").replace("-", " "),
+            "count": count(number(num)),
+            "share": "–" if not total > 0 else f"{100 * number(num) / total:.2f} %",
+        }
+        for key, num in counts.items()
+    ]
+
+
+def _command(run: RunRecord) -> tuple[str, list[str]]:
+    """Return the command that does the run again, and the settings that are too long for it."""
+    pairs, left_out = [], []
+    for key, value in sorted(run.config.items()):
+        pair = f"{key}={setting_text(value)}"
+        if key in NOT_A_SETTING_OF_THE_METHOD:
+            continue
+        if len(pair) > _LONGEST_ON_A_COMMAND_LINE or "\n" in pair:
+            left_out.append(key)
+        else:
+            pairs.append(f"--set {shlex.quote(pair)}")
+    lines, line = [], "fedtalora run"
+    for pair in pairs:
+        if len(line) + len(pair) > 110:
+            lines.append(line)
+            line = "   "
+        line = f"{line} {pair}"
+    return " \\\n".join([*lines, line]), left_out
+
+
+def _provenance(run: RunRecord) -> list[tuple[str, str]]:
+    manifest = run.manifest
+    named = {
+        "run folder": run.path,
+        "started at": manifest.get("started_at"),
+        "fedtalora": manifest.get("fedtalora_version"),
+        "git commit": manifest.get("git_commit"),
+        "seed": manifest.get("seed", run.config.get("seed")),
+        "partition hash": manifest.get("partition_hash"),
+        **(manifest.get("versions") or {}),
+    }
+    return [(key, "–" if value in (None, "") else str(value)) for key, value in named.items()]
