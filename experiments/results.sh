@@ -24,6 +24,8 @@ tiny pooled seed=0 $pooled
 for seed in 1 2; do
     clinc s$seed seed=$seed
     clinc off-s$seed seed=$seed residual=off
+    tiny s$seed seed=$seed
+    tiny off-s$seed seed=$seed residual=off
 done
 clinc joint seed=0 num-tasks=1 $pooled  # all data at once, the same passes over it
 tiny joint seed=0 num-tasks=1 $pooled
