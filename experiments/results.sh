@@ -14,22 +14,22 @@ pooled="num-clients=1 partition=iid"
 clinc() { play "clinc150-$1" clinc150 "${@:2}"; }
 tiny() { play "tiny-imagenet-$1" tiny-imagenet "${@:2}"; }
 clinc s0 seed=0 verify=true
-clinc frozen seed=0 rounds-per-task=0
 clinc off-s0 seed=0 residual=off verify=true
+clinc frozen seed=0 rounds-per-task=0
 clinc pooled seed=0 $pooled
-tiny s0 seed=0 verify=true
-tiny frozen seed=0 rounds-per-task=0
-tiny off-s0 seed=0 residual=off verify=true
-tiny pooled seed=0 $pooled
+clinc joint seed=0 num-tasks=1 $pooled  # all data at once, the same passes over it
 for seed in 1 2; do
     clinc s$seed seed=$seed
     clinc off-s$seed seed=$seed residual=off
+    clinc frozen-s$seed seed=$seed rounds-per-task=0
+done
+tiny s0 seed=0 verify=true
+tiny off-s0 seed=0 residual=off verify=true
+tiny frozen seed=0 rounds-per-task=0
+tiny pooled seed=0 $pooled
+tiny joint seed=0 num-tasks=1 $pooled
+for seed in 1 2; do
     tiny s$seed seed=$seed
     tiny off-s$seed seed=$seed residual=off
+    tiny frozen-s$seed seed=$seed rounds-per-task=0
 done
-clinc joint seed=0 num-tasks=1 $pooled  # all data at once, the same passes over it
-tiny joint seed=0 num-tasks=1 $pooled
-clinc plain-ridge seed=0 ridge-features=0
-tiny plain-ridge seed=0 ridge-features=0
-clinc frozen-plain-ridge seed=0 ridge-features=0 rounds-per-task=0
-tiny frozen-plain-ridge seed=0 ridge-features=0 rounds-per-task=0
