@@ -13,7 +13,8 @@ from flwr.clientapp import ClientApp
 from fedtalora_flwr import aggregation, heads, wire
 from fedtalora_flwr.aggregation import ClientUpdate
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.resident import data_of, model_of, training_examples
+from fedtalora_flwr.resident import base_store, data_of, model_of, training_examples
+from fedtalora_flwr.residual import BaseMissing
 from fedtalora_flwr.train import compared_classes, fit, sum_features
 
 app = ClientApp()
@@ -68,6 +69,7 @@ def hello(message: Message, context: Context) -> Message:
         num_partitions=int(str(context.node_config.get("num-partitions", config.num_clients))),
         partition_hash=data.stream.partition_hash(data.source.train.labels, partition_id),
         class_counts=torch.as_tensor(counts, dtype=torch.int64),
+        held=tuple(base_store(config).digests()),
     )
     return Message(wire.hello_reply(reply), reply_to=message)
 
@@ -77,12 +79,16 @@ def hello(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Set the model to the server's state, train on this node's data of the task, send the pairs and rows back."""
     config, partition_id = _settings(context)
-    state, order = wire.read_state(message)
+    state, parcel, order = wire.read_state(message)
+    try:
+        base = base_store(config).reach(parcel)
+    except BaseMissing as missing:
+        return _without_base(missing, message)
     method = aggregation.resolve(config.method, **asdict(config))
     tasks = data_of(config).stream.tasks
     examples = training_examples(config, partition_id=partition_id, task_id=order.task_id)
     model = model_of(config)
-    model.load(state.adapters, state.residual)
+    model.load(state.adapters, base.residual)
     class_counts = torch.bincount(examples.labels, minlength=len(state.head["bias"]))
     result = fit(
         model,
@@ -108,8 +114,14 @@ def train(message: Message, context: Context) -> Message:
         class_counts=class_counts,
         base_version=state.version,
     )
-    scaling = config.alpha / config.rank
-    return Message(wire.update_reply(update, mean_loss=result.mean_loss, scaling=scaling), reply_to=message)
+    reply = wire.update_reply(
+        update,
+        like=state,
+        mean_loss=result.mean_loss,
+        scaling=config.alpha / config.rank,
+        wire_dtype=config.wire_dtype,
+    )
+    return Message(reply, reply_to=message)
 
 
 @app.train("sums")
@@ -117,13 +129,23 @@ def train(message: Message, context: Context) -> Message:
 def sums(message: Message, context: Context) -> Message:
     """Sum this node's features of the task under the server's state."""
     config, partition_id = _settings(context)
-    state, order = wire.read_state(message)
+    state, parcel, order = wire.read_state(message)
+    try:
+        base = base_store(config).reach(parcel)
+    except BaseMissing as missing:
+        return _without_base(missing, message)
     model = model_of(config)
-    model.load(state.adapters, state.residual)
+    model.load(state.adapters, base.residual)
     examples = training_examples(config, partition_id=partition_id, task_id=order.task_id)
     head = heads.resolve(config.head, asdict(config))
-    result = sum_features(model, examples, head=head, num_classes=len(state.head["bias"]), config=config)
+    num_classes = len(data_of(config).source.class_names)
+    result = sum_features(model, examples, head=head, num_classes=num_classes, config=config)
     return Message(wire.sums_reply(result), reply_to=message)
+
+
+def _without_base(missing: BaseMissing, message: Message) -> Message:
+    log.info("asks for the base: %s", missing)
+    return Message(wire.base_missing_reply(missing.held), reply_to=message)
 
 
 def _settings(context: Context) -> tuple[RunConfig, int]:

@@ -6,6 +6,7 @@ whole checkpoint, the last or the one before.
 
 import json
 import os
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedtalora_flwr.aggregation import GlobalState, LoraFactors
+from fedtalora_flwr.aggregation import GlobalState, LoraFactors, Step
 from fedtalora_flwr.heads import FeatureSums
 from fedtalora_flwr.metrics import TaskMatrix
 
@@ -60,6 +61,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     tensors |= {f"lora_B/{name}": pair.lora_B for name, pair in state.adapters.items()}
     tensors |= {f"residual/{name}": value for name, value in state.residual.items()}
     tensors |= {f"head/{name}": value for name, value in state.head.items()}
+    tensors |= {f"owed_left/{name}": step.left for name, step in state.owed.items()}
+    tensors |= {f"owed_right/{name}": step.right for name, step in state.owed.items()}
     tensors |= {"sums/gram": checkpoint.sums.gram, "sums/moment": checkpoint.sums.moment}
     name = f"round-{checkpoint.server_round:06d}.safetensors"
     temporary = folder / f"{name}.part"
@@ -103,7 +106,7 @@ def load(folder: Path) -> Checkpoint:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}, to which {_POINTER} points, cannot be read; start the run anew") from error
-    parts: dict[str, dict[str, Any]] = {"lora_A": {}, "lora_B": {}, "residual": {}, "head": {}, "sums": {}}
+    parts: defaultdict[str, dict[str, Any]] = defaultdict(dict)
     for key, value in tensors.items():
         part, _, name = key.partition("/")
         parts[part][name] = value
@@ -111,9 +114,10 @@ def load(folder: Path) -> Checkpoint:
         name: LoraFactors(parts["lora_A"][name], parts["lora_B"][name], scaling)
         for name, scaling in facts["scaling"].items()
     }
+    owed = {name: Step(left, parts["owed_right"][name]) for name, left in parts["owed_left"].items()}
     return Checkpoint(
         server_round=facts["server_round"],
-        state=GlobalState(adapters, parts["residual"], parts["head"], facts["version"]),
+        state=GlobalState(adapters, parts["residual"], parts["head"], facts["version"], owed=owed),
         sums=FeatureSums(parts["sums"]["gram"], parts["sums"]["moment"]),
         matrix=TaskMatrix.from_json(facts["matrix"]),
         bytes_up=facts["bytes_up"],

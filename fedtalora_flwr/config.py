@@ -11,7 +11,7 @@ from typing import Any
 
 # Where and how a run is carried out, which a resumed run may do otherwise; all else is what the run is.
 MAY_CHANGE_ON_RESUME = frozenset(
-    {"out", "resume", "device", "cache-gb", "check-data", "round-timeout", "node-timeout", "data-root"}
+    {"out", "resume", "device", "cache-gb", "base-cache-gb", "check-data", "round-timeout", "node-timeout", "data-root"}
 )
 
 Scalar = str | int | float | bool
@@ -27,6 +27,7 @@ class RunConfig:
 
     method: str
     residual: str
+    residual_energy: float
     verify: bool
     dataset: str
     data_path: str
@@ -38,6 +39,7 @@ class RunConfig:
     max_per_class: int
     check_data: bool
     cache_gb: float
+    base_cache_gb: float
     num_tasks: int
     stop_after_task: int
     task_order: str
@@ -47,6 +49,7 @@ class RunConfig:
     num_clients: int
     fraction_train: float
     min_replies: int
+    wire_dtype: str
     round_timeout: float
     node_timeout: float
     rounds_per_task: int
@@ -183,9 +186,11 @@ _NOT_NEGATIVE: tuple[Callable[[Any], bool], str] = (lambda value: 0 <= value < f
 
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "residual": _one_of("accumulate", "replace", "off"),
+    "residual-energy": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "test-fraction": (lambda value: 0 < value < 1, "between 0 and 1"),
     "max-per-class": _at_least(0),
     "cache-gb": _POSITIVE,
+    "base-cache-gb": _NOT_NEGATIVE,
     "num-tasks": _at_least(1),
     "stop-after-task": _at_least(0),
     "task-order": _one_of("seeded", "given", "domain"),
@@ -194,6 +199,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num-clients": _at_least(1),
     "fraction-train": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "min-replies": _at_least(1),
+    "wire-dtype": _one_of("fp32", "fp16"),
     "round-timeout": _POSITIVE,
     "node-timeout": _POSITIVE,
     "rounds-per-task": _at_least(0),

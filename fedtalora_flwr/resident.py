@@ -1,11 +1,13 @@
-"""What a process builds from the settings once and keeps: data, model, decoded examples.
+"""What a process builds from the settings once and keeps: data, model, decoded examples, bases.
 
 The virtual clients of a simulation actor share these; the model is set from the server's state before each use.
 """
 
+import os
 from collections.abc import Hashable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from fedtalora_flwr.config import ConfigError, RunConfig
 from fedtalora_flwr.data import Source, TaskStream, build_stream, load_source
 from fedtalora_flwr.data.source import Split
 from fedtalora_flwr.lora import AdaptedModel
+from fedtalora_flwr.residual import BaseStore
 from fedtalora_flwr.train import Examples
 
 
@@ -103,6 +106,17 @@ def test_examples(config: RunConfig, *, task_id: int) -> Examples:
     """Decode the test data of a task, or take it from memory."""
     data = data_of(config)
     return _decoded(config, "test", data.stream.test_rows(data.source.test.labels, task_id), key=(task_id,))
+
+
+def base_store(config: RunConfig) -> BaseStore:
+    """Open the bases that this machine's clients hold, in ``$FEDTALORA_CACHE``, else ``~/.cache/fedtalora``."""
+    folder = os.environ.get("FEDTALORA_CACHE") or Path.home() / ".cache" / "fedtalora"
+    return _base_store(Path(folder) / "bases", int(config.base_cache_gb * 2**30))
+
+
+@lru_cache(maxsize=1)
+def _base_store(folder: Path, limit_bytes: int) -> BaseStore:
+    return BaseStore(folder, limit_bytes=limit_bytes)
 
 
 def _decoded(config: RunConfig, which: str, rows: np.ndarray, *, key: tuple[int, ...]) -> Examples:

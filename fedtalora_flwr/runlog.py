@@ -32,7 +32,9 @@ class Failure:
 class RoundLog:
     """One line of ``rounds.jsonl``; bytes are message bytes, times are seconds, the loss is a mean over steps.
 
-    ``accuracy_seen_linear`` is what the trained class rows alone would give, where the head is another one.
+    ``resent`` are partitions that had lost the base and got it once more; ``kept_energy`` is the share of the
+    residual's energy that was sent, where ``residual-energy`` is below 1. ``accuracy_seen_linear`` is what the
+    trained class rows alone would give, where the head is another one.
     """
 
     server_round: int
@@ -44,6 +46,8 @@ class RoundLog:
     seconds: Mapping[str, float]
     mean_loss: float | None
     residual_norm: float
+    resent: Sequence[int] = ()
+    kept_energy: float | None = None
     exactness_error: float | None = None
     accuracy_seen: float | None = None
     accuracy_seen_linear: float | None = None
@@ -111,8 +115,8 @@ class RunFolder:
     def append_round(self, line: RoundLog) -> None:
         """Append a line to ``rounds.jsonl``; what does not apply to the round is left out."""
         values = asdict(line)
-        for optional in ("exactness_error", "accuracy_seen_linear"):
-            if values[optional] is None:
+        for optional in ("resent", "kept_energy", "exactness_error", "accuracy_seen_linear"):
+            if values[optional] in (None, [], ()):
                 del values[optional]
         with (self.path / "rounds.jsonl").open("a") as file:
             file.write(json.dumps(_finite(values)) + "\n")

@@ -1,10 +1,12 @@
 """Between Flower's records and our types: the only library file that imports flwr.
 
-An array's key is its part and its place: ``lora_A/<module>``, ``lora_B/<module>``, ``residual/<module>``,
-``head/<parameter>``. Scalars travel in config and metric records under kebab-case keys.
+An array's key is its part and its place: ``lora_A/<module>``, ``lora_B/<module>``, ``head/<parameter>``; of the
+base (see `Parcel`) ``left <i>/<module>`` and ``right <i>/<module>`` for the i-th step, ``dense/<module>``. Scalars
+travel in config and metric records under kebab-case keys.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,11 +16,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from torch import Tensor
 
 import fedtalora_flwr
-from fedtalora_flwr.aggregation import BadUpdate, ClientUpdate, GlobalState, LoraFactors
+from fedtalora_flwr.aggregation import BadUpdate, ClientUpdate, GlobalState, LoraFactors, Step
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.heads import FeatureSums
+from fedtalora_flwr.residual import Parcel
 
-ARRAYS, ORDER, METRICS, HELLO = "arrays", "order", "metrics", "hello"
+ARRAYS, ORDER, METRICS, HELLO, BASE, BASE_ARRAYS = "arrays", "order", "metrics", "hello", "base", "base-arrays"
 
 
 class WireError(ValueError):
@@ -54,37 +57,69 @@ class Hello:
         SHA-256 over the row numbers and labels it holds, all tasks.
     class_counts
         (C,) int64, its training examples of each class.
+    held
+        Digests of the bases that it holds from before, if it was there when the run was begun.
     """
 
     partition_id: int
     num_partitions: int
     partition_hash: str
     class_counts: Tensor  # (C,)
+    held: tuple[str, ...] = ()
 
 
-def pack_state(state: GlobalState) -> ArrayRecord:
-    """Put a state's tensors into one record; share it among messages, it is serialised once."""
+def pack_state(state: GlobalState, *, classes: Sequence[int] = ()) -> ArrayRecord:
+    """Put the shared tensors of a state into one record; share it among messages, it is serialised once.
+
+    Parameters
+    ----------
+    state
+        Its residual is left out: it travels as a `Parcel`, as far as a client needs it.
+    classes
+        The class rows of the head that the clients need.
+    """
     tensors = _pack_factors(state.adapters)
-    tensors |= {f"residual/{name}": value for name, value in state.residual.items()}
-    tensors |= {f"head/{name}": value for name, value in state.head.items()}
+    if classes:
+        rows = torch.tensor(sorted(classes))
+        tensors |= {f"head/{name}": value[rows] for name, value in state.head.items()}
+        tensors["rows/class"] = rows.int()
     return _record(tensors)
 
 
-def state_message(arrays: ArrayRecord, order: RoundOrder, *, scaling: float, version: int) -> RecordDict:
-    """Build the content of a training message."""
+def pack_parcel(parcel: Parcel) -> ArrayRecord:
+    """Put the tensors of a parcel into one record, for all messages to clients that hold the same base."""
+    tensors = {f"dense/{name}": value for name, value in parcel.dense.items()}
+    for index, step in enumerate(parcel.steps):
+        tensors |= {f"left {index}/{name}": change.left for name, change in step.items()}
+        tensors |= {f"right {index}/{name}": change.right for name, change in step.items()}
+    return _record(tensors)
+
+
+def state_message(
+    arrays: ArrayRecord, order: RoundOrder, *, scaling: float, version: int, num_classes: int
+) -> RecordDict:
+    """Build the content of a training message, but for the base (see `add_parcel`)."""
     settings: dict[str, Any] = {
         "server-round": order.server_round,
         "task-id": order.task_id,
         "round-in-task": order.round_in_task,
         "scaling": scaling,
         "version": version,
+        "num-classes": num_classes,
         "library": fedtalora_flwr.__version__,
     }
     return RecordDict({ARRAYS: arrays, ORDER: ConfigRecord(settings)})
 
 
-def read_state(message: Message) -> tuple[GlobalState, RoundOrder]:
-    """Read a training message on the client.
+def add_parcel(content: RecordDict, parcel: Parcel, arrays: ArrayRecord) -> RecordDict:
+    """Give a message's content with what its client needs to reach the base; `arrays` is the packed parcel."""
+    return RecordDict({**content, BASE: ConfigRecord({"chain": " ".join(parcel.chain)}), BASE_ARRAYS: arrays})
+
+
+def read_state(message: Message) -> tuple[GlobalState, Parcel, RoundOrder]:
+    """Read a training message on the client: the state without its residual, and how to reach that.
+
+    Head rows that were not sent are zero.
 
     Raises
     ------
@@ -94,35 +129,81 @@ def read_state(message: Message) -> tuple[GlobalState, RoundOrder]:
     settings = message.content.config_records[ORDER]
     check_library(str(settings["library"]), whose="server")
     parts = _parts(message.content.array_records[ARRAYS])
+    head, rows = parts.get("head", {}), parts.get("rows", {}).get("class", torch.zeros(0)).long()
+    num_classes = cast(int, settings["num-classes"])
     state = GlobalState(
         adapters=_factors(parts, scaling=cast(float, settings["scaling"])),
-        residual=parts.get("residual", {}),
-        head=parts.get("head", {}),
+        head={
+            name: value.new_zeros(num_classes, *value.shape[1:]).index_copy_(0, rows, value)
+            for name, value in head.items()
+        },
         version=cast(int, settings["version"]),
     )
-    clock = {key: cast(int, settings[key]) for key in ("server-round", "task-id", "round-in-task")}
-    return state, RoundOrder(clock["server-round"], clock["task-id"], clock["round-in-task"])
-
-
-def update_reply(update: ClientUpdate, *, mean_loss: float, scaling: float) -> RecordDict:
-    """Build the content of a training reply."""
-    tensors = _pack_factors(update.adapters)
-    tensors |= {f"head/{name}": value for name, value in update.head.items()}
-    tensors["counts/class"] = update.class_counts
-    metrics = MetricRecord(
-        {
-            "partition-id": update.partition_id,
-            "num-examples": update.num_examples,
-            "base-version": update.base_version,
-            "scaling": scaling,
-            "mean-loss": mean_loss,
-        }
+    chain = str(message.content.config_records[BASE]["chain"]).split()
+    base = _parts(message.content.array_records[BASE_ARRAYS])
+    steps = tuple(
+        {name: Step(left, base[f"right {index}"][name]) for name, left in base.get(f"left {index}", {}).items()}
+        for index in range(len(chain) - 1)
     )
-    return RecordDict({ARRAYS: _record(tensors), METRICS: metrics})
+    clock = {key: cast(int, settings[key]) for key in ("server-round", "task-id", "round-in-task")}
+    return (
+        state,
+        Parcel(tuple(chain), steps, base.get("dense", {})),
+        RoundOrder(clock["server-round"], clock["task-id"], clock["round-in-task"]),
+    )
 
 
-def read_update(message: Message) -> tuple[ClientUpdate, float]:
-    """Read a training reply: the update and its mean loss.
+def base_missing_reply(held: Sequence[str]) -> RecordDict:
+    """Build the reply of a client that cannot reach the base; `held` are the digests of those it has."""
+    return RecordDict({BASE: ConfigRecord({"held": " ".join(held)})})
+
+
+def read_base_missing(message: Message) -> list[str] | None:
+    """Give the digests held by a client that could not reach the base, or None for any other reply."""
+    if BASE not in message.content.config_records:
+        return None
+    return str(message.content.config_records[BASE].get("held", "")).split()
+
+
+def update_reply(
+    update: ClientUpdate, *, like: GlobalState, mean_loss: float, scaling: float, wire_dtype: str = "fp32"
+) -> RecordDict:
+    """Build the content of a training reply: the factors, and the head rows of the classes trained on.
+
+    Parameters
+    ----------
+    update
+        What was trained.
+    like
+        What it started from.
+    mean_loss
+        Over the client's steps.
+    scaling
+        Of all its pairs.
+    wire_dtype
+        ``fp32`` sends the numbers as they are. ``fp16`` sends their change since `like`, each tensor times a
+        power of two that takes its largest number near the top of half precision.
+    """
+    trained = update.class_counts.nonzero().flatten()
+    tensors = _trained(update.adapters, update.head, trained)
+    metrics: dict[str, Any] = {
+        "partition-id": update.partition_id,
+        "num-examples": update.num_examples,
+        "base-version": update.base_version,
+        "scaling": scaling,
+        "mean-loss": mean_loss,
+    }
+    if wire_dtype == "fp16":
+        origin = _trained(like.adapters, like.head, trained)
+        halves = {key: _to_half(value - origin[key]) for key, value in tensors.items()}
+        tensors = {key: half for key, (half, _) in halves.items()}
+        metrics["exponents"] = [halves[key][1] for key in sorted(halves)]
+    tensors |= {"counts/class": trained.int(), "counts/examples": update.class_counts[trained].int()}
+    return RecordDict({ARRAYS: _record(tensors), METRICS: MetricRecord(metrics)})
+
+
+def read_update(message: Message, *, like: GlobalState) -> tuple[ClientUpdate, float]:
+    """Read a training reply: the update and its mean loss. Head rows that were not sent are those of `like`.
 
     Raises
     ------
@@ -132,16 +213,25 @@ def read_update(message: Message) -> tuple[ClientUpdate, float]:
     try:
         metrics = message.content.metric_records[METRICS]
         parts = _parts(message.content.array_records[ARRAYS])
+        num_classes = len(next(iter(like.head.values()))) if like.head else 0
+        trained = _class_numbers(parts["counts"].pop("class"), num_classes)
+        counts = torch.zeros(num_classes, dtype=torch.int64)
+        counts[trained] = parts.pop("counts")["examples"].long()
+        if "exponents" in metrics:
+            origin = _trained(like.adapters, like.head, trained)
+            parts = _from_halves(parts, cast(list[int], metrics["exponents"]), origin)
         update = ClientUpdate(
             partition_id=int(cast(int, metrics["partition-id"])),
             num_examples=int(cast(int, metrics["num-examples"])),
             adapters=_factors(parts, scaling=float(cast(float, metrics["scaling"]))),
-            head=parts.get("head", {}),
-            class_counts=parts["counts"]["class"],
+            head={name: _with_rows(like.head, name, trained, rows) for name, rows in parts.get("head", {}).items()},
+            class_counts=counts,
             base_version=int(cast(int, metrics["base-version"])),
         )
         return update, float(cast(float, metrics["mean-loss"]))
-    except (KeyError, ValueError, TypeError, IndexError, OverflowError) as error:
+    except BadUpdate:
+        raise
+    except (KeyError, ValueError, TypeError, IndexError, OverflowError, RuntimeError) as error:
         raise BadUpdate(f"reply cannot be read: {type(error).__name__} {error}") from error
 
 
@@ -152,6 +242,7 @@ def hello_reply(hello: Hello) -> RecordDict:
             "partition-id": hello.partition_id,
             "num-partitions": hello.num_partitions,
             "partition-hash": hello.partition_hash,
+            "held": " ".join(hello.held),
             "library": fedtalora_flwr.__version__,
         }
     )
@@ -174,16 +265,18 @@ def read_hello(message: Message) -> Hello:
             num_partitions=int(cast(int, settings["num-partitions"])),
             partition_hash=str(settings["partition-hash"]),
             class_counts=_parts(message.content.array_records[ARRAYS])["counts"]["class"],
+            held=tuple(str(settings["held"]).split()),
         )
     except KeyError as error:
         raise WireError(f"the first reply lacks {error}") from error
 
 
 def sums_reply(sums: FeatureSums) -> RecordDict:
-    """Build the content of a reply with feature sums."""
+    """Build the content of a reply with feature sums: half of the symmetric gram, and the rows that are not zero."""
     rows, columns = torch.triu_indices(*sums.gram.shape)
-    triangle = sums.gram[rows, columns]  # the gram is symmetric: half of it says all
-    return RecordDict({ARRAYS: _record({"sums/gram": triangle, "sums/moment": sums.moment})})
+    held = sums.moment[:, -1].nonzero().flatten()  # the last feature is the constant 1: it counts the examples
+    tensors = {"sums/gram": sums.gram[rows, columns], "sums/moment": sums.moment[held], "sums/class": held.int()}
+    return RecordDict({ARRAYS: _record(tensors)})
 
 
 def read_sums(message: Message, *, like: FeatureSums) -> FeatureSums:
@@ -197,16 +290,17 @@ def read_sums(message: Message, *, like: FeatureSums) -> FeatureSums:
     try:
         parts = _parts(message.content.array_records[ARRAYS])["sums"]
         triangle, moment = parts["gram"].double(), parts["moment"].double()
+        held = _class_numbers(parts["class"], len(like.moment))
     except (KeyError, ValueError, TypeError) as error:
         raise BadUpdate(f"sums cannot be read: {type(error).__name__} {error}") from error
     rows, columns = torch.triu_indices(*like.gram.shape)
-    if triangle.shape != rows.shape or moment.shape != like.moment.shape:
+    if triangle.shape != rows.shape or moment.shape != (len(held), like.moment.shape[1]):
         raise BadUpdate(f"sums have shapes {tuple(triangle.shape)} and {tuple(moment.shape)}")
     if not (torch.isfinite(triangle).all() and torch.isfinite(moment).all()):
         raise BadUpdate("sums hold a number that is not finite")
     gram = torch.zeros_like(like.gram)
     gram[rows, columns] = gram[columns, rows] = triangle
-    return FeatureSums(gram, moment)
+    return FeatureSums(gram, torch.zeros_like(like.moment).index_copy_(0, held, moment))
 
 
 def message_bytes(message: Message) -> int:
@@ -250,6 +344,51 @@ def _pack_factors(adapters: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
     return {
         f"{factor}/{name}": getattr(pair, factor) for name, pair in adapters.items() for factor in ("lora_A", "lora_B")
     }
+
+
+def _trained(adapters: Mapping[str, LoraFactors], head: Mapping[str, Tensor], classes: Tensor) -> dict[str, Tensor]:
+    return _pack_factors(adapters) | {f"head/{name}": value[classes] for name, value in head.items()}
+
+
+def _to_half(change: Tensor) -> tuple[Tensor, int]:
+    """Scale a tensor by 2^exponent into half precision; the largest number comes to rest in (2^14, 2^15]."""
+    largest = float(change.abs().max()) if change.numel() else 0.0
+    exponent = 15 - math.ceil(math.log2(largest)) if 0 < largest < math.inf else 0
+    return (change.double() * 2.0**exponent).half(), exponent
+
+
+def _from_halves(
+    parts: Mapping[str, Mapping[str, Tensor]], exponents: Sequence[int], origin: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    halves = {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
+    whole: dict[str, dict[str, Tensor]] = {}
+    for key, exponent in zip(sorted(halves), exponents, strict=True):
+        half, start = halves[key], origin[key]
+        if half.shape != start.shape:
+            raise ValueError(f"{key} has shape {tuple(half.shape)}, expected {tuple(start.shape)}")
+        part, _, name = key.partition("/")
+        whole.setdefault(part, {})[name] = (start.double() + half.double() * 2.0**-exponent).float()
+    return whole
+
+
+def _class_numbers(sent: Tensor, num_classes: int) -> Tensor:
+    """Check a list of classes: rising, each in [0, num_classes)."""
+    classes = sent.long().flatten()
+    if len(classes) and (min(classes) < 0 or max(classes) >= num_classes or (classes.diff() <= 0).any()):
+        raise ValueError(f"classes must rise within 0-{num_classes - 1}")
+    return classes
+
+
+def _with_rows(head: Mapping[str, Tensor], name: str, classes: Tensor, rows: Tensor) -> Tensor:
+    """Fill a client's rows into the broadcast parameter; a row of another kind is refused by name."""
+    if name not in head:
+        return rows
+    wanted = (len(classes), *head[name].shape[1:])
+    if rows.dtype != head[name].dtype:
+        raise BadUpdate(f"head {name} holds {rows.dtype}, expected {head[name].dtype}")
+    if rows.shape != wanted:
+        raise BadUpdate(f"head {name} has shape {tuple(rows.shape)}, expected {wanted}")
+    return head[name].index_copy(0, classes, rows)
 
 
 def _factors(parts: Mapping[str, Mapping[str, Tensor]], *, scaling: float) -> dict[str, LoraFactors]:

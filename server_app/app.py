@@ -57,10 +57,11 @@ def _log_to_stream() -> None:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a round's training gave: the mean loss, the residual's Frobenius norm, the error of the aggregate."""
+    """What a round's training gave: its fields are those of `RoundLog`."""
 
     mean_loss: float | None = None
     residual_norm: float = 0.0
+    kept_energy: float | None = None
     exactness_error: float | None = None
 
 
@@ -166,6 +167,8 @@ class Server:
             },
             mean_loss=trained.mean_loss,
             residual_norm=trained.residual_norm,
+            kept_energy=trained.kept_energy,
+            resent=sorted(tally.resent),
             exactness_error=trained.exactness_error,
             accuracy_seen=scored.accuracy_seen,
             accuracy_seen_linear=scored.accuracy_seen_linear,
@@ -177,10 +180,12 @@ class Server:
 
     def _train(self, order: wire.RoundOrder) -> Trained:
         """Let a sample of the clients train, and fold their updates into the state."""
-        strategy, arrays = self.strategy, wire.pack_state(self.strategy.state)
+        strategy, seen = self.strategy, self.config.loss_classes == "seen"
+        classes = [c for task in self.tasks[0 if seen else order.task_id : order.task_id + 1] for c in task]
+        arrays = wire.pack_state(strategy.state, classes=classes)
         clock = ConfigRecord({"task-id": order.task_id, "round-in-task": order.round_in_task})
         replies = strategy.exchange(self.grid, strategy.configure_train(order.server_round, arrays, clock, self.grid))
-        _, metrics = strategy.aggregate_train(order.server_round, replies.values())
+        _, metrics = strategy.aggregate_train(order.server_round, (reply for _, reply in replies))
         assert metrics is not None
         return Trained(**{key.replace("-", "_"): float(str(value)) for key, value in metrics.items()})
 

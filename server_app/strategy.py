@@ -1,7 +1,7 @@
 """One exchange with the clients as a Flower strategy: what to send to whom, and what the replies mean."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from logging import getLogger
 from math import ceil
@@ -21,13 +21,16 @@ from fedtalora_flwr.aggregation import (
     GlobalState,
     check_update,
     exactness_error,
+    kept_energy,
 )
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.heads import FeatureSums
+from fedtalora_flwr.residual import Ledger
 from fedtalora_flwr.runlog import Failure
 
 log = getLogger("fedtalora.server")
 
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between two looks for replies, a twentieth of the wait so far
 _GRACE = 15.0  # seconds beyond a message's time to live, so that its expiry is reported and not just silence
 
 
@@ -49,6 +52,8 @@ class Tally:
         Of the replies received and of the messages sent.
     wait_seconds
         Spent waiting for replies.
+    resent
+        Partitions that had lost the base and were sent it once more.
     """
 
     participants: set[int] = field(default_factory=set)
@@ -56,6 +61,7 @@ class Tally:
     bytes_up: int = 0
     bytes_down: int = 0
     wait_seconds: float = 0.0
+    resent: set[int] = field(default_factory=set)
 
 
 class AdapterStrategy(Strategy):
@@ -78,8 +84,11 @@ class AdapterStrategy(Strategy):
         self.node_of: dict[int, int] = {}  # partition id -> node id
         self.holds_task: dict[int, list[int]] = {}  # task id -> partitions with data of it
         self.counts: dict[tuple[int, int], Tensor] = {}  # (task id, partition id) -> examples of each class, (C,)
+        self.tasks: tuple[tuple[int, ...], ...] = ()
         self.task_id = 0
         self.tally = Tally()
+        self.ledger = Ledger(state.residual)
+        self._records: dict[int, ArrayRecord] = {}  # id of a parcel of the ledger -> its arrays
 
     def meet(self, hellos: Mapping[int, wire.Hello], tasks: Iterable[Iterable[int]]) -> None:
         """Learn from the first exchange who holds what (node id -> its hello).
@@ -90,7 +99,10 @@ class AdapterStrategy(Strategy):
             If a task that will be run is held by fewer partitions than ``min-replies``.
         """
         self.node_of = {hello.partition_id: node for node, hello in hellos.items()}
-        for task_id, classes in enumerate(tasks):
+        self.tasks = tuple(tuple(classes) for classes in tasks)
+        for hello in hellos.values():
+            self.ledger.report(hello.partition_id, hello.held)
+        for task_id, classes in enumerate(self.tasks):
             for hello in hellos.values():
                 of_task = torch.zeros_like(hello.class_counts)
                 of_task[list(classes)] = hello.class_counts[list(classes)]
@@ -103,33 +115,77 @@ class AdapterStrategy(Strategy):
                     "lower min-replies, or spread the data over more partitions"
                 )
 
-    def exchange(self, grid: Grid, messages: Iterable[Message]) -> dict[int, Message]:
-        """Send messages, wait for the replies, and add the cost and the failures to the tally.
+    def exchange(self, grid: Grid, messages: Iterable[Message]) -> Iterator[tuple[int, Message]]:
+        """Send messages and give the replies with content, while the tally takes the cost and the failures.
 
         A reply that comes from the server's own side (expired, node gone) names no node, so replies are tied
-        to messages and not to senders.
+        to messages and not to senders. A client that has lost the base is sent it once more.
 
-        Returns
-        -------
-        Partition id -> its reply with content, in order of partition id.
+        Yields
+        ------
+        Partition id and its reply in order of partition id, each as soon as all before it are settled, so that
+        they are read while others still train.
         """
-        began = time.monotonic()
-        sent = list(messages)
-        received = list(grid.send_and_receive(sent, timeout=self.config.round_timeout + _GRACE))
         partition_of = {node: partition for partition, node in self.node_of.items()}
-        asked = {m.metadata.message_id: partition_of[m.metadata.dst_node_id] for m in sent}
-        replies = {asked[m.metadata.reply_to_message_id]: m for m in received}
-        for partition in asked.values():
-            if partition not in replies:
-                self.tally.failures.append(Failure(partition, f"no reply within {self.config.round_timeout:g} s"))
-            elif replies[partition].has_error():
-                error = replies[partition].error
-                self.tally.failures.append(Failure(partition, f"error {error.code}: {error.reason}"))
-        self.tally.participants.update(asked.values())
-        self.tally.bytes_down += sum(wire.message_bytes(m) for m in sent)
-        self.tally.bytes_up += sum(wire.message_bytes(m) for m in received)
-        self.tally.wait_seconds += time.monotonic() - began
-        return {partition: reply for partition, reply in sorted(replies.items()) if not reply.has_error()}
+        sent = sorted(messages, key=lambda message: partition_of[message.metadata.dst_node_id])
+        order = [partition_of[message.metadata.dst_node_id] for message in sent]
+        asked = dict(zip(self._push(grid, sent), sent, strict=True))
+        self.tally.participants.update(order)
+        began = time.monotonic()
+        settled: dict[int, Message | None] = {}
+        for partition in order:
+            while partition not in settled:
+                waited = time.monotonic() - began
+                if waited > self.config.round_timeout + _GRACE:
+                    for message in asked.values():
+                        late = partition_of[message.metadata.dst_node_id]
+                        self._settle(settled, late, f"no reply within {self.config.round_timeout:g} s")
+                    break
+                self._pull(grid, asked, partition_of, settled)
+                if partition not in settled:
+                    time.sleep(min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, waited / 20)))
+                self.tally.wait_seconds += time.monotonic() - began - waited
+            if reply := settled.pop(partition):
+                yield partition, reply
+
+    def _push(self, grid: Grid, messages: list[Message]) -> list[str]:
+        grid.push_messages(messages)
+        self.tally.bytes_down += sum(wire.message_bytes(message) for message in messages)
+        return [message.metadata.message_id for message in messages]
+
+    def _pull(
+        self,
+        grid: Grid,
+        asked: dict[str, Message],
+        partition_of: Mapping[int, int],
+        settled: dict[int, Message | None],
+    ) -> None:
+        """Take in the replies that are there; `asked` loses those that are answered."""
+        for reply in grid.pull_messages(list(asked)):
+            self.tally.bytes_up += wire.message_bytes(reply)
+            message = asked.pop(reply.metadata.reply_to_message_id)
+            partition = partition_of[message.metadata.dst_node_id]
+            if reply.has_error():
+                self._settle(settled, partition, f"error {reply.error.code}: {reply.error.reason}")
+            elif (held := wire.read_base_missing(reply)) is None:
+                self.ledger.acknowledge(partition)
+                settled[partition] = reply
+            elif partition in self.tally.resent:
+                self._settle(settled, partition, "cannot be brought to the server's base")
+            else:
+                self.tally.resent.add(partition)
+                self.ledger.report(partition, held)
+                again = self._addressed(
+                    message.content,
+                    partition,
+                    message_type=message.metadata.message_type,
+                    group_id=message.metadata.group_id,
+                )
+                asked[self._push(grid, [again])[0]] = again
+
+    def _settle(self, settled: dict[int, Message | None], partition: int, reason: str) -> None:
+        settled[partition] = None
+        self.tally.failures.append(Failure(partition, reason))
 
     def sample(self, server_round: int, task_id: int) -> list[int]:
         """Draw the partitions of a round, among those that hold data of the task; the rest sit it out."""
@@ -142,20 +198,30 @@ class AdapterStrategy(Strategy):
     def messages(
         self, arrays: ArrayRecord, order: wire.RoundOrder, *, partitions: Iterable[int], message_type: str
     ) -> list[Message]:
-        """Address one message with the state to each partition; the arrays are shared, not copied."""
+        """Address a message to each partition: the shared arrays, and what it needs to reach the base."""
         content = wire.state_message(
-            arrays, order, scaling=self.config.alpha / self.config.rank, version=self.state.version
+            arrays,
+            order,
+            scaling=self.config.alpha / self.config.rank,
+            version=self.state.version,
+            num_classes=sum(len(classes) for classes in self.tasks),
         )
         return [
-            Message(
-                RecordDict(dict(content)),
-                dst_node_id=self.node_of[partition],
-                message_type=message_type,
-                group_id=str(order.server_round),
-                ttl=self.config.round_timeout,
-            )
+            self._addressed(content, partition, message_type=message_type, group_id=str(order.server_round))
             for partition in partitions
         ]
+
+    def _addressed(self, content: RecordDict, partition: int, *, message_type: str, group_id: str) -> Message:
+        parcel = self.ledger.parcel(partition)
+        if id(parcel) not in self._records:
+            self._records[id(parcel)] = wire.pack_parcel(parcel)
+        return Message(
+            wire.add_parcel(content, parcel, self._records[id(parcel)]),
+            dst_node_id=self.node_of[partition],
+            message_type=message_type,
+            group_id=group_id,
+            ttl=self.config.round_timeout,
+        )
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -182,7 +248,7 @@ class AdapterStrategy(Strategy):
         for reply in replies:
             partition = partition_of[reply.metadata.src_node_id]
             try:
-                update, mean_loss = wire.read_update(reply)
+                update, mean_loss = wire.read_update(reply, like=self.state)
                 if update.partition_id != partition:
                     raise BadUpdate(f"speaks for partition {update.partition_id}, holds {partition}")
                 check_update(self.state, update)
@@ -198,29 +264,34 @@ class AdapterStrategy(Strategy):
             "mean-loss": float(np.average(losses, weights=[u.num_examples for u in updates])),
             "residual-norm": sum(float(r.norm()) ** 2 for r in new_state.residual.values()) ** 0.5,
         }
+        if self.config.residual_energy < 1:
+            metrics["kept-energy"] = kept_energy(new_state.step, new_state.owed)
         if self.config.verify:
             metrics["exactness-error"] = exactness_error(self.state, updates, new_state)
         self.state = new_state
+        self.ledger.advance(new_state.residual, new_state.step)
+        self._records.clear()
         return wire.pack_state(new_state), MetricRecord(metrics)
 
-    def add_sums(self, server_round: int, replies: Mapping[int, Message], *, to: FeatureSums) -> FeatureSums:
-        """Add the clients' feature sums up, in order of partition id; a bad one is refused into the tally.
+    def add_sums(self, server_round: int, replies: Iterable[tuple[int, Message]], *, to: FeatureSums) -> FeatureSums:
+        """Add the clients' feature sums up as they come, in order of partition id; a bad one is refused.
 
         Raises
         ------
         RunFailed
             If fewer than ``min-replies`` good ones remain.
         """
-        good: list[FeatureSums] = []
-        for partition, reply in replies.items():
+        total, num_good = to, 0
+        for partition, reply in replies:
             try:
                 sums = wire.read_sums(reply, like=to)
                 self._check_counts(partition, sums.moment[:, -1])
-                good.append(sums)
             except BadUpdate as refusal:
                 self.tally.failures.append(Failure(partition, f"refused: {refusal}"))
-        self.require(len(good), server_round)
-        return sum(good, start=to)
+                continue
+            total, num_good = total + sums, num_good + 1
+        self.require(num_good, server_round)
+        return total
 
     def _check_counts(self, partition: int, counts: Tensor) -> None:
         """Refuse examples of each class (C,) that are not those which the client holds of the task."""

@@ -63,8 +63,9 @@ class LocalGrid(Grid):
                 reply = self.client(inner, self.contexts[message.metadata.dst_node_id])
             except Exception as error:
                 reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, repr(error)), reply_to=message)
-            if reply is not None:
-                self._replies[message_id] = reply
+            if reply is None:  # what the SuperLink answers for a client when the message's time is over
+                reply = Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, "no reply in time"), reply_to=message)
+            self._replies[message_id] = reply
             ids.append(message_id)
         return ids
 

@@ -1,20 +1,23 @@
 """What goes onto the wire comes off it bit for bit, and what cannot be read is refused and not guessed."""
 
+import numpy as np
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from local_grid import defaults
 
 import fedtalora_flwr
 from fedtalora_flwr import wire
-from fedtalora_flwr.aggregation import BadUpdate, ClientUpdate, GlobalState, LoraFactors
+from fedtalora_flwr.aggregation import BadUpdate, ClientUpdate, GlobalState, LoraFactors, Step
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.heads import FeatureSums
+from fedtalora_flwr.residual import ZERO, Parcel
 from fedtalora_flwr.wire import ARRAYS, HELLO, METRICS, ORDER, RoundOrder, WireError
 
 D_OUT, D_IN, RANK, SCALING = 7, 5, 2, 1.5
 LAYER = "blocks.0.attn.qkv"
+AT_ZERO = Parcel((ZERO.digest,))
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +45,19 @@ def make_sums() -> FeatureSums:
     return FeatureSums.of(torch.randn(9, 6), torch.randint(0, 4, (9,)), num_classes=4)
 
 
+def make_state(num_classes: int = 4) -> GlobalState:
+    return GlobalState(make_pairs(), head={"weight": torch.randn(num_classes, 6), "bias": torch.randn(num_classes)})
+
+
 def update_message() -> Message:
-    return message(wire.update_reply(make_update(), mean_loss=0.25, scaling=SCALING))
+    return message(wire.update_reply(make_update(), like=make_state(), mean_loss=0.25, scaling=SCALING))
+
+
+def state_message(state: GlobalState, parcel: Parcel = AT_ZERO, *, classes=range(4)) -> Message:
+    content = wire.state_message(
+        wire.pack_state(state, classes=classes), RoundOrder(9, 2, 1), scaling=SCALING, version=4, num_classes=4
+    )
+    return message(wire.add_parcel(content, parcel, wire.pack_parcel(parcel)))
 
 
 def assert_same_pairs(got, wanted):
@@ -59,39 +73,95 @@ def assert_same_tensors(got, wanted):
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize("residual", [{}, {LAYER: torch.randn(D_OUT, D_IN)}], ids=["without residual", "with residual"])
-def test_state_and_clock_come_off_the_wire_as_they_went_on(residual):
-    state = GlobalState(make_pairs(), residual, make_head(), version=4)
-    content = wire.state_message(wire.pack_state(state), RoundOrder(9, 2, 1), scaling=SCALING, version=4)
-    got, order = wire.read_state(message(content))
+def test_state_and_clock_come_off_the_wire_as_they_went_on():
+    state = GlobalState(make_pairs(), head=make_head(), version=4)
+    got, parcel, order = wire.read_state(state_message(state))
     assert_same_pairs(got.adapters, state.adapters)
-    assert_same_tensors(got.residual, residual)
     assert_same_tensors(got.head, state.head)
     assert (got.version, order) == (4, RoundOrder(server_round=9, task_id=2, round_in_task=1))
+    assert (parcel.chain, parcel.steps, parcel.dense) == ((ZERO.digest,), (), {})
+
+
+def test_parcel_comes_off_the_wire_as_it_went_on():
+    steps = tuple({LAYER: Step(torch.randn(D_OUT, m), torch.randn(m, D_IN))} for m in (2, 3))
+    dense = {"blocks.0.mlp.fc1": torch.randn(4, 3)}
+    _, got, _ = wire.read_state(state_message(make_state(), Parcel(("a", "b", "c"), steps, dense)))
+    assert got.chain == ("a", "b", "c")
+    assert_same_tensors(got.dense, dense)
+    for mine, theirs in zip(steps, got.steps, strict=True):
+        assert torch.equal(mine[LAYER].left, theirs[LAYER].left)
+        assert torch.equal(mine[LAYER].right, theirs[LAYER].right)
+
+
+def test_only_the_class_rows_that_are_needed_travel_down():
+    state = GlobalState(make_pairs(), head=make_head())
+    content = state_message(state, classes=[3, 1])
+    assert content.content[ARRAYS]["head/weight"].shape == (2, 6)
+    got, _, _ = wire.read_state(content)
+    assert torch.equal(got.head["weight"][[1, 3]], state.head["weight"][[1, 3]])
+    assert got.head["weight"].shape == (4, 6) and not got.head["weight"][[0, 2]].any()
 
 
 def test_state_without_adapters_comes_off_the_wire_as_it_went_on():
     state = GlobalState({}, head=make_head())
-    content = wire.state_message(wire.pack_state(state), RoundOrder(1, 0, 0), scaling=SCALING, version=0)
-    got, _ = wire.read_state(message(content))
-    assert got.adapters == got.residual == {}
+    got, _, _ = wire.read_state(state_message(state))
+    assert got.adapters == {}
     assert_same_tensors(got.head, state.head)
 
 
-def test_update_comes_off_the_wire_as_it_went_on():
-    update = make_update()
-    got, mean_loss = wire.read_update(message(wire.update_reply(update, mean_loss=0.25, scaling=SCALING)))
-    assert_same_pairs(got.adapters, update.adapters)
-    assert_same_tensors(got.head, update.head)
+def test_client_that_cannot_reach_the_base_says_which_it_holds():
+    assert wire.read_base_missing(message(wire.base_missing_reply(["a", "b"]))) == ["a", "b"]
+    assert wire.read_base_missing(update_message()) is None
+
+
+@pytest.mark.parametrize("wire_dtype", ["fp32", "fp16"])
+def test_update_comes_off_the_wire_with_the_rows_of_the_classes_it_was_trained_on(wire_dtype):
+    update, state = make_update(), make_state()
+    reply = wire.update_reply(update, like=state, mean_loss=0.25, scaling=SCALING, wire_dtype=wire_dtype)
+    assert reply[ARRAYS]["head/weight"].shape == (3, 6)
+    got, mean_loss = wire.read_update(message(reply), like=state)
+    close = {"rtol": 0, "atol": 0} if wire_dtype == "fp32" else {"rtol": 0, "atol": 5e-3}
+    torch.testing.assert_close(got.adapters[LAYER].lora_A, update.adapters[LAYER].lora_A, **close)
+    torch.testing.assert_close(got.adapters[LAYER].lora_B, update.adapters[LAYER].lora_B, **close)
+    trained = [0, 2, 3]
+    for name in update.head:
+        torch.testing.assert_close(got.head[name][trained], update.head[name][trained], **close)
+        assert torch.equal(got.head[name][1], state.head[name][1])
     assert torch.equal(got.class_counts, update.class_counts) and got.class_counts.dtype == torch.int64
     assert (got.partition_id, got.num_examples, got.base_version, mean_loss) == (3, 7, 5, 0.25)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e30])
+def test_half_precision_keeps_eleven_bits_of_a_change_of_any_size(scale):
+    state, change = make_state(), scale * torch.randn(RANK, D_IN)
+    pair = state.adapters[LAYER]
+    state = GlobalState({LAYER: LoraFactors(torch.zeros(RANK, D_IN), pair.lora_B, SCALING)}, head=state.head)
+    moved = {LAYER: LoraFactors(change, pair.lora_B, SCALING)}
+    update = ClientUpdate(3, 7, moved, dict(state.head), torch.tensor([7, 0, 0, 0]), base_version=0)
+    reply = wire.update_reply(update, like=state, mean_loss=0.0, scaling=SCALING, wire_dtype="fp16")
+    got, _ = wire.read_update(message(reply), like=state)
+    error = (got.adapters[LAYER].lora_A - change).double().norm() / change.double().norm()
+    assert error < 2**-11
+    assert torch.equal(got.adapters[LAYER].lora_B, pair.lora_B)  # what did not move stays as it was, bit for bit
+
+
+def test_half_precision_halves_the_message():
+    pairs = {LAYER: LoraFactors(torch.randn(8, 192), torch.randn(576, 8), SCALING)}
+    state = GlobalState(pairs, head=make_head())
+    update = ClientUpdate(3, 7, pairs, make_head(), torch.tensor([7, 0, 0, 0]), base_version=0)
+    full, half = (
+        wire.message_bytes(message(wire.update_reply(update, like=state, mean_loss=0.0, scaling=1.0, wire_dtype=dtype)))
+        for dtype in ("fp32", "fp16")
+    )
+    assert half < 0.55 * full
+
+
 def test_hello_comes_off_the_wire_as_it_went_on():
-    hello = wire.Hello(2, 5, "abc123", torch.tensor([1, 0, 7]))
+    hello = wire.Hello(2, 5, "abc123", torch.tensor([1, 0, 7]), ("d1", "d2"))
     got = wire.read_hello(message(wire.hello_reply(hello)))
     assert torch.equal(got.class_counts, hello.class_counts)
     assert (got.partition_id, got.num_partitions, got.partition_hash) == (2, 5, "abc123")
+    assert got.held == ("d1", "d2")
 
 
 def test_sums_come_off_the_wire_in_float64():
@@ -106,7 +176,7 @@ def test_update_that_lacks_a_record_is_refused(part):
     reply = update_message()
     del reply.content[part]
     with pytest.raises(BadUpdate, match=f"reply cannot be read: KeyError .*{part}"):
-        wire.read_update(reply)
+        wire.read_update(reply, like=make_state())
 
 
 @pytest.mark.parametrize("key", ["partition-id", "num-examples", "base-version", "scaling", "mean-loss"])
@@ -114,15 +184,15 @@ def test_update_that_lacks_a_number_is_refused(key):
     reply = update_message()
     del reply.content[METRICS][key]
     with pytest.raises(BadUpdate, match=f"reply cannot be read: KeyError '{key}'"):
-        wire.read_update(reply)
+        wire.read_update(reply, like=make_state())
 
 
-@pytest.mark.parametrize("key", ["counts/class", f"lora_A/{LAYER}", f"lora_B/{LAYER}"])
+@pytest.mark.parametrize("key", ["counts/class", "counts/examples", f"lora_A/{LAYER}", f"lora_B/{LAYER}"])
 def test_update_that_lacks_an_array_is_refused(key):
     reply = update_message()
     del reply.content[ARRAYS][key]
     with pytest.raises(BadUpdate, match="reply cannot be read"):
-        wire.read_update(reply)
+        wire.read_update(reply, like=make_state())
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), [1, 2]])
@@ -130,7 +200,7 @@ def test_update_whose_number_is_no_number_is_refused(value):
     reply = update_message()
     reply.content[METRICS]["num-examples"] = value
     with pytest.raises(BadUpdate, match="reply cannot be read"):
-        wire.read_update(reply)
+        wire.read_update(reply, like=make_state())
 
 
 def test_update_whose_array_is_cut_short_is_refused():
@@ -138,22 +208,37 @@ def test_update_whose_array_is_cut_short_is_refused():
     array = reply.content[ARRAYS][f"lora_A/{LAYER}"]
     array.data = array.data[:-4]
     with pytest.raises(BadUpdate, match="reply cannot be read"):
-        wire.read_update(reply)
+        wire.read_update(reply, like=make_state())
 
 
 def test_update_whose_array_has_a_foreign_kind_of_storage_is_refused():
     reply = update_message()
     reply.content[ARRAYS][f"lora_A/{LAYER}"].stype = "pickle"
     with pytest.raises(BadUpdate, match="reply cannot be read"):
-        wire.read_update(reply)
+        wire.read_update(reply, like=make_state())
 
 
 def test_empty_reply_is_refused():
     with pytest.raises(BadUpdate, match="reply cannot be read"):
-        wire.read_update(message(RecordDict()))
+        wire.read_update(message(RecordDict()), like=make_state())
 
 
-@pytest.mark.parametrize("key", ["sums/gram", "sums/moment"])
+@pytest.mark.parametrize("classes", [[0, 2, 9], [2, 0, 3], [0, 0, 3], [-1, 2, 3]])
+def test_update_with_classes_that_cannot_be_is_refused(classes):
+    reply = update_message()
+    reply.content[ARRAYS]["counts/class"] = Array(np.array(classes))
+    with pytest.raises(BadUpdate, match="classes must rise within 0-3"):
+        wire.read_update(reply, like=make_state())
+
+
+def test_only_the_moment_rows_of_classes_held_travel():
+    sums = FeatureSums.of(torch.randn(3, 6), torch.tensor([2, 2, 0]), num_classes=4)
+    reply = message(wire.sums_reply(sums))
+    assert reply.content[ARRAYS]["sums/moment"].shape == (2, 7)
+    assert torch.equal(wire.read_sums(reply, like=sums).moment, sums.moment)
+
+
+@pytest.mark.parametrize("key", ["sums/gram", "sums/moment", "sums/class"])
 def test_sums_that_lack_a_part_are_refused(key):
     reply = message(wire.sums_reply(make_sums()))
     del reply.content[ARRAYS][key]
@@ -169,8 +254,8 @@ def test_the_gram_travels_as_the_triangle_that_says_all_of_it():
 
 
 def test_sums_of_another_shape_are_refused():
-    other = FeatureSums.zero(num_classes=4, feature_dim=9)
-    with pytest.raises(BadUpdate, match=r"sums have shapes \(55,\) and \(4, 10\)"):
+    other = FeatureSums.of(torch.randn(5, 9), torch.randint(0, 4, (5,)), num_classes=4)
+    with pytest.raises(BadUpdate, match=r"sums have shapes \(55,\) and \(\d, 10\)"):
         wire.read_sums(message(wire.sums_reply(other)), like=make_sums())
 
 
@@ -182,11 +267,11 @@ def test_sums_that_are_not_finite_are_refused():
 
 
 def test_client_refuses_a_server_of_another_library_version():
-    content = wire.state_message(wire.pack_state(GlobalState({})), RoundOrder(1, 0, 0), scaling=1.0, version=0)
-    content[ORDER]["library"] = "9.9"
+    content = state_message(make_state())
+    content.content[ORDER]["library"] = "9.9"
     ours = fedtalora_flwr.__version__
     with pytest.raises(WireError, match=rf"the server runs fedtalora 9\.9, this side {ours}; install the same version"):
-        wire.read_state(message(content))
+        wire.read_state(content)
 
 
 def test_server_refuses_a_client_of_another_library_version():

@@ -5,6 +5,7 @@ from typing import Any
 from fedtalora_flwr import registry
 from fedtalora_flwr.aggregation.base import Aggregator, ClientUpdate, GlobalState, LoraFactors
 from fedtalora_flwr.aggregation.intake import BadUpdate, check_update
+from fedtalora_flwr.aggregation.step import Step, kept_energy
 from fedtalora_flwr.aggregation.verify import exactness_error
 
 __all__ = [
@@ -13,9 +14,11 @@ __all__ = [
     "ClientUpdate",
     "GlobalState",
     "LoraFactors",
+    "Step",
     "available",
     "check_update",
     "exactness_error",
+    "kept_energy",
     "resolve",
 ]
 

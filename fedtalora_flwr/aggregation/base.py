@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fedtalora_flwr.aggregation.step import Step
+
 
 @dataclass(frozen=True)
 class LoraFactors:
@@ -54,12 +56,19 @@ class GlobalState:
         The classifier's parameters, classes along the first dimension: (C, ...).
     version
         Number of aggregations behind this state.
+    step
+        What the last aggregation added to each module's residual, in factors, for the wire: where a module has
+        one, ``residual = step.added_to(previous residual)``, bit for bit. A module without one is sent dense.
+    owed
+        What truncation has left out of the residual so far; it stays on the server and joins the next step.
     """
 
     adapters: Mapping[str, LoraFactors]
     residual: Mapping[str, Tensor] = field(default_factory=dict)
     head: Mapping[str, Tensor] = field(default_factory=dict)
     version: int = 0
+    step: Mapping[str, Step] = field(default_factory=dict)
+    owed: Mapping[str, Step] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

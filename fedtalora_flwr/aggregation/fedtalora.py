@@ -9,11 +9,14 @@ so that ``W_0 + R_{t+1} + s Bbar Abar`` equals the weighted mean of the clients'
 ``W_0 + R_t + s B_k A_k``, for any subset of clients and any weights. The centred sum equals the paper's
 ``sum_k p_k B_k A_k - Bbar Abar`` and stays accurate where that difference of near-equal products cancels.
 
+The step from R_t to R_{t+1} has rank (K-1) r. Where factors of that rank hold fewer numbers than the dense
+matrix they are kept as such, and are what travels (see `Step`).
+
 Clients of different rank are accepted: then the broadcast pair is the best approximation of the exact mean
-at the server's rank (truncated SVD), and the residual takes all that it leaves out.
+at the server's rank (truncated SVD), and the step takes all that it leaves out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -29,8 +32,10 @@ from fedtalora_flwr.aggregation.base import (
     in_summation_order,
 )
 from fedtalora_flwr.aggregation.head import average_class_rows
+from fedtalora_flwr.aggregation.step import Step, added, by_strength, on_grid, pays, strongest
 
 Residual = Literal["accumulate", "replace", "off"]
+_WIDEST = 4096  # inner size of one product: bounds the memory beside the factors, whatever the number of clients
 
 
 @dataclass(frozen=True)
@@ -42,15 +47,19 @@ class FedTaLoRA(Aggregator):
     residual
         ``accumulate``: exact in every round. ``replace``: the residual of the last round only, the literal
         reading of the paper. ``off``: none, plain FedAvg of the factors. The last two are ablations.
+    residual_energy
+        The share of a step's squared norm that is sent at least, in (0, 1]; what is left out is owed, and joins
+        the next step. 1 sends all of it.
     """
 
     residual: Residual = "accumulate"
+    residual_energy: float = 1.0
     trainable: frozenset[str] = frozenset({"lora_A", "lora_B"})
 
     @property
     def exact(self) -> bool:  # type: ignore[override]
         """Whether the aggregate equals FedAvg of the effective weights."""
-        return self.residual == "accumulate"
+        return self.residual == "accumulate" and self.residual_energy == 1
 
     def aggregate(self, state: GlobalState, updates: Sequence[ClientUpdate]) -> GlobalState:
         """Fold the updates into a new state (see the module's equation).
@@ -69,25 +78,36 @@ class FedTaLoRA(Aggregator):
         """
         updates = in_summation_order(updates)
         weights = example_weights(updates)
-        adapters, residual = {}, {}
+        adapters: dict[str, LoraFactors] = {}
+        residual: dict[str, Tensor] = {}
+        steps: dict[str, Step] = {}
+        owed: dict[str, Step] = {}
         for name, broadcast in state.adapters.items():
             factors = [update.adapters[name] for update in updates]
             adapters[name], lost = average_factors(factors, weights, like=broadcast)
-            if self.residual == "accumulate" and name in state.residual:
-                residual[name] = state.residual[name] + lost
-            elif self.residual != "off":
-                residual[name] = lost
+            if self.residual == "off":
+                continue
+            if self.residual_energy < 1:
+                lost, owed[name] = strongest(lost, owed=state.owed.get(name), energy=self.residual_energy)
+            if self.residual == "replace":
+                residual[name] = added(lost, to=None)
+                continue
+            residual[name] = added(lost, to=state.residual.get(name))
+            if isinstance(lost, Step):
+                steps[name] = lost
         return GlobalState(
             adapters=adapters,
             residual=residual,
             head=average_class_rows(state.head, updates),
             version=state.version + 1,
+            step=steps,
+            owed=owed,
         )
 
 
 def average_factors(
     factors: Sequence[LoraFactors], weights: Sequence[float], *, like: LoraFactors
-) -> tuple[LoraFactors, Tensor]:
+) -> tuple[LoraFactors, Step | Tensor]:
     """Average one layer's factors.
 
     Parameters
@@ -101,53 +121,93 @@ def average_factors(
 
     Returns
     -------
-    The averaged pair, and what it loses against the mean of the products: a (d_out, d_in) float32 tensor with
-    ``sum_k p_k delta_k = average.delta() + lost``.
+    The averaged pair, and what it loses against the mean of the products,
+    ``sum_k p_k delta_k - average.delta()``: a `Step` where factors hold fewer numbers, else (d_out, d_in) float32.
     """
-    if all(f.rank == like.rank and f.scaling == like.scaling for f in factors):
-        return _centred(factors, weights, like=like)
-    return _truncated(factors, weights, like=like)
-
-
-def _centred(
-    factors: Sequence[LoraFactors], weights: Sequence[float], *, like: LoraFactors
-) -> tuple[LoraFactors, Tensor]:
     p = torch.tensor(weights, dtype=torch.float64).view(-1, 1, 1)  # (K, 1, 1)
-    lora_A = torch.stack([f.lora_A for f in factors]).double()  # (K, rank, d_in)
-    lora_B = torch.stack([f.lora_B for f in factors]).double()  # (K, d_out, rank)
-    mean = LoraFactors((p * lora_A).sum(0).float(), (p * lora_B).sum(0).float(), like.scaling)
-    spread_A = (lora_A - mean.lora_A).flatten(0, 1)  # (K rank, d_in)
-    spread_B = (p * (lora_B - mean.lora_B)).transpose(0, 1).flatten(1)  # (d_out, K rank)
-    # The spreads are differences taken in float64, so one float32 product keeps their accuracy.
-    return mean, like.scaling * (spread_B.float() @ spread_A.float())
+    if not all(f.rank == like.rank and f.scaling == like.scaling for f in factors):
+        return _best_of_rank(factors, p, like=like)
+    mean = _mean(factors, p, like=like)
+    if pays((len(factors) - 1) * like.rank, (like.lora_B.shape[0], like.lora_A.shape[1])):
+        return mean, _lost_in_factors(factors, p, mean=mean)
+    return mean, _lost_dense(factors, p, mean=mean)
 
 
-def _truncated(
-    factors: Sequence[LoraFactors], weights: Sequence[float], *, like: LoraFactors
-) -> tuple[LoraFactors, Tensor]:
+def _mean(factors: Sequence[LoraFactors], p: Tensor, *, like: LoraFactors) -> LoraFactors:
+    lora_A = torch.zeros_like(like.lora_A, dtype=torch.float64)
+    lora_B = torch.zeros_like(like.lora_B, dtype=torch.float64)
+    for some in _parts(len(factors), rank=like.rank):
+        lora_A += (p[some] * torch.stack([f.lora_A for f in factors[some]])).sum(0)
+        lora_B += (p[some] * torch.stack([f.lora_B for f in factors[some]])).sum(0)
+    return LoraFactors(lora_A.float(), lora_B.float(), like.scaling)
+
+
+def _lost_in_factors(factors: Sequence[LoraFactors], p: Tensor, *, mean: LoraFactors) -> Step:
+    root = p.sqrt()
+    spread_A = root * (torch.stack([f.lora_A for f in factors]) - mean.lora_A.double())  # (K, rank, d_in)
+    spread_B = root * (torch.stack([f.lora_B for f in factors]) - mean.lora_B.double())  # (K, d_out, rank)
+    left = _one_less(spread_B, root).transpose(0, 1).flatten(1)  # (d_out, (K-1) rank)
+    right = _one_less(spread_A, root).flatten(0, 1)  # ((K-1) rank, d_in)
+    return on_grid(mean.scaling * left, right)
+
+
+def _one_less(spread: Tensor, root: Tensor) -> Tensor:
+    """Turn K spreads with ``sum_k root_k spread_k = 0`` into K-1 with the same products.
+
+    A reflection over the clients takes the unit vector `root` to the first axis (up to its sign), so that the
+    first spread becomes that zero sum; as it is orthogonal, ``sum_k spread_B_k spread_A_k`` stays.
+    """
+    normal = root.clone()
+    normal[0] += 1
+    along = (normal * spread).sum(0) * (2 / normal.square().sum())
+    return spread[1:] - normal[1:] * along
+
+
+def _lost_dense(factors: Sequence[LoraFactors], p: Tensor, *, mean: LoraFactors) -> Tensor:
+    lost = torch.zeros(mean.lora_B.shape[0], mean.lora_A.shape[1])
+    for some in _parts(len(factors), rank=mean.rank):
+        spread_A = torch.stack([f.lora_A for f in factors[some]]) - mean.lora_A.double()
+        spread_B = p[some] * (torch.stack([f.lora_B for f in factors[some]]) - mean.lora_B.double())
+        # The spreads are differences taken in float64, so one float32 product keeps their accuracy.
+        lost.addmm_(spread_B.transpose(0, 1).flatten(1).float(), spread_A.flatten(0, 1).float())
+    return lost.mul_(mean.scaling)
+
+
+def _parts(num_clients: int, *, rank: int) -> Iterator[slice]:
+    """Cut the clients so that a part's stacked factors have an inner size of at most `_WIDEST`."""
+    size = max(1, _WIDEST // rank)
+    return (slice(start, start + size) for start in range(0, num_clients, size))
+
+
+def _best_of_rank(factors: Sequence[LoraFactors], p: Tensor, *, like: LoraFactors) -> tuple[LoraFactors, Step | Tensor]:
     # The exact mean is left @ right with inner size sum_k rank_k; its SVD needs only the small core.
-    left = torch.cat([p * f.scaling * f.lora_B.double() for p, f in zip(weights, factors, strict=True)], 1)
+    left = torch.cat([p_k * f.scaling * f.lora_B.double() for p_k, f in zip(p, factors, strict=True)], 1)
     right = torch.cat([f.lora_A.double() for f in factors], 0)
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right.T)
-    u, singular, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    kept = min(like.rank, int((singular > 1e-12 * singular[0]).sum()))
-    root = (singular[:kept] / like.scaling).sqrt()
+    left, right = by_strength(left, right)
+    kept = min(like.rank, left.shape[1])
     lora_A = like.lora_A.double()  # (rank, d_in); rows that the mean does not fill stay, for a zero pair never trains
-    lora_A = torch.cat([root.unsqueeze(1) * (vh @ q_right.T)[:kept], lora_A[kept:]])
-    lora_B = torch.nn.functional.pad((q_left @ u)[:, :kept] * root, (0, like.rank - kept))  # (d_out, rank)
-    pair = LoraFactors(lora_A.float(), lora_B.float(), like.scaling)
-    return pair, (left @ right - like.scaling * (pair.lora_B.double() @ pair.lora_A.double())).float()
+    lora_A = torch.cat([right[:kept] / like.scaling**0.5, lora_A[kept:]])
+    lora_B = torch.nn.functional.pad(left[:, :kept] / like.scaling**0.5, (0, like.rank - kept))  # (d_out, rank)
+    rest = on_grid(left[:, kept:], right[kept:])
+    lost = rest if pays(left.shape[1] - kept, rest.shape) else rest.added_to(None)
+    return LoraFactors(lora_A.float(), lora_B.float(), like.scaling), lost
 
 
-def create(*, residual: str = "accumulate") -> FedTaLoRA:
-    """Build the method from the setting ``residual``.
+def create(*, residual: str = "accumulate", residual_energy: float = 1.0) -> FedTaLoRA:
+    """Build the method from the settings ``residual`` and ``residual-energy``.
 
     Raises
     ------
     ValueError
-        If `residual` is none of accumulate, replace, off.
+        If `residual` is none of accumulate, replace, off, or `residual_energy` is not in (0, 1], or below 1
+        without an accumulating residual.
     """
     if residual not in get_args(Residual):
         raise ValueError(f"residual must be one of {', '.join(get_args(Residual))}, got {residual!r}")
-    return FedTaLoRA(residual=residual)  # type: ignore[arg-type]
+    if not 0 < residual_energy <= 1:
+        raise ValueError(f"residual-energy must be in (0, 1], got {residual_energy}")
+    if residual_energy < 1 and residual != "accumulate":
+        raise ValueError(
+            f"residual-energy below 1 owes the rest to later rounds: residual must be accumulate, got {residual!r}"
+        )
+    return FedTaLoRA(residual=residual, residual_energy=residual_energy)  # type: ignore[arg-type]

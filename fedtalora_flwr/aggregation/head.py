@@ -28,11 +28,13 @@ def average_class_rows(head: Mapping[str, Tensor], updates: Sequence[ClientUpdat
     """
     counts = torch.stack([u.class_counts for u in updates]).double()  # (K, C)
     totals = counts.sum(0)  # (C,)
-    weights = counts / totals.clamp(min=1)  # (K, C)
+    clients, classes = counts.nonzero(as_tuple=True)  # (n,) each: who trained which class, client by client
+    weights = counts[clients, classes] / totals[classes]  # (n,)
     averaged = {}
     for name, broadcast in head.items():
-        rows = torch.stack([u.head[name] for u in updates]).double()  # (K, C, ...)
-        mean = torch.einsum("kc,kc...->c...", weights, rows)
+        rows = torch.cat([u.head[name][u.class_counts > 0] for u in updates]).double()  # (n, ...)
+        rows *= weights.view(-1, *[1] * (rows.dim() - 1))
+        mean = torch.zeros_like(broadcast, dtype=torch.float64).index_add_(0, classes, rows)
         untrained = (totals == 0).view(-1, *[1] * (broadcast.dim() - 1))
         averaged[name] = torch.where(untrained, broadcast.double(), mean).to(broadcast.dtype)
     return averaged

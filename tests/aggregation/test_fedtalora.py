@@ -57,7 +57,7 @@ def test_residual_is_the_mean_of_products_less_the_product_of_means_and_not_its_
     updates = [client(0, 30, [[1.0, 0.0, 0.0]], [[4.0], [0.0]]), client(1, 10, [[0.0, 2.0, 0.0]], [[0.0], [8.0]])]
     residual = resolve("fedtalora").aggregate(start(d_out=2, d_in=3), updates).residual["fc"]
     # mean of products [[3, 0, 0], [0, 4, 0]], product of means [[2.25, 1.5, 0], [1.5, 1, 0]]
-    assert residual.tolist() == [[0.75, -1.5, 0.0], [-1.5, 3.0, 0.0]]
+    assert residual.tolist() == [pytest.approx([0.75, -1.5, 0.0]), pytest.approx([-1.5, 3.0, 0.0])]
 
 
 def test_residual_of_a_square_layer_is_not_transposed():
@@ -73,7 +73,7 @@ def test_residual_carries_the_scaling():
         client(1, 10, [[0.0, 2.0, 0.0]], [[0.0], [8.0]], scaling=8.0),
     ]
     residual = resolve("fedtalora").aggregate(start(d_out=2, d_in=3, scaling=8.0), updates).residual["fc"]
-    assert residual.tolist() == [[6.0, -12.0, 0.0], [-12.0, 24.0, 0.0]]
+    assert residual.tolist() == [pytest.approx([6.0, -12.0, 0.0]), pytest.approx([-12.0, 24.0, 0.0])]
 
 
 def test_residual_accumulates_over_rounds_and_does_not_replace():

@@ -1,0 +1,129 @@
+"""What one aggregation adds to the residual, in factors whose product has the same bits on every machine.
+
+The server adds a step to its residual, and so does every client; both must end with the same base, bit for bit,
+whatever their BLAS, threads or device. So the factors lie on a grid: each number is an integer of at most b bits
+times one power of two, with ``m 2^(2 b) <= 2^53`` for the inner size m. Then every partial sum of
+``left @ right`` in float64 is exact, in any order, and rounding it to float32 gives one answer. The grid is as
+fine as float32 (b = 24) for m <= 32 and 22 bits at m = 512; it changes a step by about 1e-7 of its norm.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """A change ``left @ right`` of one layer's residual.
+
+    Parameters
+    ----------
+    left
+        (d_out, m) float32.
+    right
+        (m, d_in) float32.
+    """
+
+    left: Tensor  # (d_out, m)
+    right: Tensor  # (m, d_in)
+
+    @property
+    def numel(self) -> int:
+        """Numbers in both factors: m (d_out + d_in)."""
+        return self.left.numel() + self.right.numel()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The layer's (d_out, d_in)."""
+        return self.left.shape[0], self.right.shape[1]
+
+    def added_to(self, residual: Tensor | None) -> Tensor:
+        """Add the step to a (d_out, d_in) float32 residual, or to zero; the argument is not changed."""
+        dense = (self.left.double() @ self.right.double()).float()
+        return dense if residual is None else dense.add_(residual)
+
+    def energy(self) -> float:
+        """Squared Frobenius norm of the product, from the factors alone."""
+        left, right = self.left.double(), self.right.double()
+        return float(((left.T @ left) * (right @ right.T)).sum())
+
+
+def added(change: Step | Tensor, *, to: Tensor | None) -> Tensor:
+    """Add a change, in factors or dense, to a (d_out, d_in) residual or to zero."""
+    if isinstance(change, Step):
+        return change.added_to(to)
+    return change if to is None else to + change
+
+
+def on_grid(left: Tensor, right: Tensor) -> Step:
+    """Round float64 factors to the grid on which their product is exact (see the module's first lines)."""
+    bits = min(24, (53 - math.ceil(math.log2(max(1, left.shape[1])))) // 2)
+    return Step(_rounded(left, bits=bits), _rounded(right, bits=bits))
+
+
+def pays(inner: int, shape: tuple[int, int]) -> bool:
+    """Tell whether factors of this inner size hold fewer numbers than the dense (d_out, d_in) matrix."""
+    return inner * sum(shape) < math.prod(shape)
+
+
+def by_strength(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Rewrite a float64 product by its SVD: orthogonal columns and rows, the strongest first, zeros left out.
+
+    Only the small core is decomposed, after a QR of each factor; the singular values are shared out evenly.
+    """
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right.T)
+    u, singular, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    there = int((singular > 1e-12 * singular[:1]).sum())
+    root = singular[:there].sqrt()
+    return (q_left @ u[:, :there]) * root, root.unsqueeze(1) * (vh[:there] @ q_right.T)
+
+
+def strongest(lost: Step | Tensor, *, owed: Step | None, energy: float) -> tuple[Step | Tensor, Step]:
+    """Split a change and what is owed from before into what is sent now and what is owed next.
+
+    Parameters
+    ----------
+    lost
+        What the last aggregation lost.
+    owed
+        What was left out so far.
+    energy
+        The share of the squared Frobenius norm that is sent at least, in (0, 1).
+
+    Returns
+    -------
+    What is sent, dense where factors would not be smaller, in which case nothing is owed; and the rest.
+    """
+    if isinstance(lost, Tensor):
+        return (lost if owed is None else owed.added_to(lost)), _nothing(lost.shape[0], lost.shape[1])
+    if owed is not None:
+        lost = Step(torch.cat([lost.left, owed.left], 1), torch.cat([lost.right, owed.right], 0))
+    left, right = by_strength(lost.left.double(), lost.right.double())
+    squares = left.square().sum(0) ** 2  # squared singular values, each being shared out evenly
+    kept = min(len(squares), int((squares.cumsum(0) < energy * squares.sum()).sum()) + 1)
+    if not pays(kept, lost.shape):
+        return lost.added_to(None), _nothing(*lost.shape)
+    return on_grid(left[:, :kept], right[:kept]), Step(left[:, kept:].float(), right[kept:].float())
+
+
+def _nothing(d_out: int, d_in: int) -> Step:
+    return Step(torch.zeros(d_out, 0), torch.zeros(0, d_in))
+
+
+def kept_energy(sent: Mapping[str, Step], owed: Mapping[str, Step]) -> float:
+    """Give the share of the energy that was sent, over all layers; what is sent and owed is orthogonal."""
+    there = sum(step.energy() for step in sent.values())
+    missing = sum(step.energy() for step in owed.values())
+    return there / (there + missing) if missing else 1.0
+
+
+def _rounded(factor: Tensor, *, bits: int) -> Tensor:
+    largest = float(factor.abs().max()) if factor.numel() else 0.0
+    if largest == 0.0:
+        return factor.float()
+    spacing = 2.0 ** (math.ceil(math.log2(largest)) - bits)
+    return (factor / spacing).round_().mul_(spacing).float()

@@ -1,0 +1,145 @@
+"""A client's bases: the last one in memory, the last few on its own disk.
+
+A deployed client is a new process for every message, so the base must outlive it. A file is named by its
+content's SHA-256, which is checked when it is read: a damaged one is as good as none, and the server is asked.
+The clients of one machine share the folder, for what they hold is the same.
+"""
+
+import logging
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fedtalora_flwr.residual.base import ZERO, Base, Parcel
+
+log = logging.getLogger("fedtalora.client")
+
+_KEPT = 2  # files that stay whatever their size: the newest base, and the one before for a server that was killed
+_ABANDONED = 3600.0  # seconds after which a half-written file has no writer any more
+
+
+class BaseMissing(ValueError):
+    """The server's base cannot be reached from what is held.
+
+    Parameters
+    ----------
+    text
+        Why.
+    held
+        Digests that the server may start from instead; none asks for the whole base.
+    """
+
+    def __init__(self, text: str, *, held: list[str]) -> None:
+        super().__init__(text)
+        self.held = held
+
+
+class BaseStore:
+    """The bases that a client holds.
+
+    Parameters
+    ----------
+    folder
+        Made when the first base is written. A folder that cannot be written is told in the log, and the client
+        goes on without one.
+    limit_bytes
+        Files above it are removed, the longest unused first, down to two.
+    """
+
+    def __init__(self, folder: Path, *, limit_bytes: int) -> None:
+        self.folder, self.limit_bytes = folder, limit_bytes
+        self._last = ZERO
+
+    def digests(self) -> list[str]:
+        """List what is held, in memory and on disk."""
+        return sorted({ZERO.digest, self._last.digest, *(path.stem for path, _ in self._files())})
+
+    def reach(self, parcel: Parcel) -> Base:
+        """Reach the server's base from the nearest one held, and keep it.
+
+        Raises
+        ------
+        BaseMissing
+            If no base held is on the chain, or what it leads to is not the server's base.
+        """
+        start = next((base for digest in reversed(parcel.chain) if (base := self._find(digest))), None)
+        if start is not None and start.digest == parcel.target:
+            self._last = start
+            return start
+        if start is None and (parcel.steps or not parcel.dense):
+            wanted = ", ".join(digest[:12] for digest in parcel.chain)
+            # Only what is in memory is sure: an older file may be damaged too, and the server is asked but once.
+            raise BaseMissing(f"holds none of the bases {wanted}", held=[ZERO.digest, self._last.digest])
+        base = parcel.applied_to(start or ZERO)
+        if base.digest != parcel.target:
+            self._forget(start or ZERO)
+            raise BaseMissing(f"came to base {base.digest[:12]}, the server is at {parcel.target[:12]}", held=[])
+        self._last = base
+        self._write(base)
+        return base
+
+    def _find(self, digest: str) -> Base | None:
+        for base in (self._last, ZERO):
+            if base.digest == digest:
+                return base
+        path = self._path(digest)
+        try:
+            base = Base(load_file(path))
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError) as error:
+            log.warning("%s cannot be read and is removed: %s", path, error)
+            path.unlink(missing_ok=True)
+            return None
+        if base.digest != digest:
+            log.warning("%s is damaged and is removed", path)
+            path.unlink(missing_ok=True)
+            return None
+        os.utime(path)
+        return base
+
+    def _write(self, base: Base) -> None:
+        path = self._path(base.digest)
+        if path.exists():
+            return
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: value.contiguous() for name, value in base.residual.items()}, part)
+            part.replace(path)  # not flushed to the disk: a torn file is found out by its hash
+            self._make_room()
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                part.unlink()
+            log.warning("the base is not kept on disk, a restarted client will ask for it whole: %s", error)
+
+    def _make_room(self) -> None:
+        used = 0
+        for index, (path, size) in enumerate(self._files()):
+            used += size
+            if index >= _KEPT and used > self.limit_bytes:
+                path.unlink(missing_ok=True)
+        for part in self.folder.glob(".*.part"):
+            with suppress(FileNotFoundError):
+                if time.time() - part.stat().st_mtime > _ABANDONED:
+                    part.unlink()
+
+    def _forget(self, base: Base) -> None:
+        self._last = ZERO
+        self._path(base.digest).unlink(missing_ok=True)
+
+    def _files(self) -> list[tuple[Path, int]]:
+        """List the files and their sizes, the last used first; another client may remove one meanwhile."""
+        found = []
+        for path in self.folder.glob("*.safetensors"):
+            with suppress(FileNotFoundError):
+                found.append((path, path.stat()))
+        found.sort(key=lambda entry: -entry[1].st_mtime_ns)
+        return [(path, facts.st_size) for path, facts in found]
+
+    def _path(self, digest: str) -> Path:
+        return self.folder / f"{digest}.safetensors"
