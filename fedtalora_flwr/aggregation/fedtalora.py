@@ -143,24 +143,25 @@ def _mean(factors: Sequence[LoraFactors], p: Tensor, *, like: LoraFactors) -> Lo
 
 
 def _lost_in_factors(factors: Sequence[LoraFactors], p: Tensor, *, mean: LoraFactors) -> Step:
-    root = p.sqrt()
-    spread_A = root * (torch.stack([f.lora_A for f in factors]) - mean.lora_A.double())  # (K, rank, d_in)
-    spread_B = root * (torch.stack([f.lora_B for f in factors]) - mean.lora_B.double())  # (K, d_out, rank)
-    left = _one_less(spread_B, root).transpose(0, 1).flatten(1)  # (d_out, (K-1) rank)
-    right = _one_less(spread_A, root).flatten(0, 1)  # ((K-1) rank, d_in)
-    return on_grid(mean.scaling * left, right)
+    spread_A = torch.stack([f.lora_A for f in factors]).double().sub_(mean.lora_A)  # (K, rank, d_in)
+    spread_B = torch.stack([f.lora_B for f in factors]).double().sub_(mean.lora_B)  # (K, d_out, rank)
+    right = _one_less(spread_A, p).flatten(0, 1)  # ((K-1) rank, d_in)
+    left = _one_less(spread_B, p).transpose(0, 1).flatten(1)  # (d_out, (K-1) rank)
+    return on_grid(left.mul_(mean.scaling), right)
 
 
-def _one_less(spread: Tensor, root: Tensor) -> Tensor:
-    """Turn K spreads with ``sum_k root_k spread_k = 0`` into K-1 with the same products.
+def _one_less(spread: Tensor, p: Tensor) -> Tensor:
+    """Weigh K spreads whose mean is zero by ``sqrt(p_k)``, and turn them into K-1 with the same products.
 
-    A reflection over the clients takes the unit vector `root` to the first axis (up to its sign), so that the
-    first spread becomes that zero sum; as it is orthogonal, ``sum_k spread_B_k spread_A_k`` stays.
+    A reflection over the clients takes the unit vector ``sqrt(p)`` to the first axis (up to its sign), so that the
+    first spread becomes ``sum_k p_k spread_k``, zero; as it is orthogonal, ``sum_k spread_B_k spread_A_k`` stays.
     """
-    normal = root.clone()
+    root = p.sqrt()
+    normal = root.flatten().clone()
     normal[0] += 1
-    along = (normal * spread).sum(0) * (2 / normal.square().sum())
-    return spread[1:] - normal[1:] * along
+    rows = spread.mul_(root).flatten(1)  # (K, rank d)
+    along = (normal @ rows).mul_(2 / normal.square().sum())
+    return rows[1:].addr_(normal[1:], along, alpha=-1).view(-1, *spread.shape[1:])
 
 
 def _lost_dense(factors: Sequence[LoraFactors], p: Tensor, *, mean: LoraFactors) -> Tensor:

@@ -1,10 +1,10 @@
 """What one aggregation adds to the residual, in factors whose product has the same bits on every machine.
 
 The server adds a step to its residual, and so does every client; both must end with the same base, bit for bit,
-whatever their BLAS, threads or device. So the factors lie on a grid: each number is an integer of at most b bits
-times one power of two, with ``m 2^(2 b) <= 2^53`` for the inner size m. Then every partial sum of
-``left @ right`` in float64 is exact, in any order, and rounding it to float32 gives one answer. The grid is as
-fine as float32 (b = 24) for m <= 32 and 22 bits at m = 512; it changes a step by about 1e-7 of its norm.
+whatever their BLAS, threads or device. So the factors lie on a grid: integers of at most 24 bits times one power
+of two, with rows of `left` and columns of `right` no longer than 2^26 of their units. By Cauchy and Schwarz every
+partial sum of ``left @ right`` in float64 is then an integer below 2^53, exact in any order, and rounding it to
+float32 gives one answer. The grid changes a step by about 1e-7 of its norm.
 """
 
 import math
@@ -59,9 +59,8 @@ def added(change: Step | Tensor, *, to: Tensor | None) -> Tensor:
 
 
 def on_grid(left: Tensor, right: Tensor) -> Step:
-    """Round float64 factors to the grid on which their product is exact (see the module's first lines)."""
-    bits = min(24, (53 - math.ceil(math.log2(max(1, left.shape[1])))) // 2)
-    return Step(_rounded(left, bits=bits), _rounded(right, bits=bits))
+    """Round float64 factors, in place, to the grid on which their product is exact (see the module's first lines)."""
+    return Step(_rounded(left, inner=1), _rounded(right, inner=0))
 
 
 def pays(inner: int, shape: tuple[int, int]) -> bool:
@@ -121,9 +120,12 @@ def kept_energy(sent: Mapping[str, Step], owed: Mapping[str, Step]) -> float:
     return there / (there + missing) if missing else 1.0
 
 
-def _rounded(factor: Tensor, *, bits: int) -> Tensor:
-    largest = float(factor.abs().max()) if factor.numel() else 0.0
+def _rounded(factor: Tensor, *, inner: int) -> Tensor:
+    """Round in place along the grid, and give the float32 that holds it; `inner` is the dimension summed over."""
+    low, high = factor.aminmax() if factor.numel() else (0.0, 0.0)
+    largest = max(-float(low), float(high))
     if largest == 0.0:
         return factor.float()
-    spacing = 2.0 ** (math.ceil(math.log2(largest)) - bits)
-    return (factor / spacing).round_().mul_(spacing).float()
+    longest = float(factor.norm(dim=inner).max())
+    spacing = 2.0 ** max(math.ceil(math.log2(largest)) - 24, math.ceil(math.log2(longest)) - 26)
+    return factor.mul_(1 / spacing).round_().mul_(spacing).float()
