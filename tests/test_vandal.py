@@ -27,14 +27,14 @@ class Wound:
 WOUNDS = {
     "transposed residual": Wound(
         FEDTALORA,
-        "return mean, like.scaling * (spread_B.float() @ spread_A.float())",
-        "return mean, like.scaling * (spread_B.float() @ spread_A.float()).T",
+        "return lost.mul_(mean.scaling)",
+        "return lost.mul_(mean.scaling).T",
         "tests/aggregation/test_fedtalora.py::test_residual_of_a_square_layer_is_not_transposed",
     ),
     "missing scaling of the residual": Wound(
         FEDTALORA,
-        "return mean, like.scaling * (spread_B.float() @ spread_A.float())",
-        "return mean, spread_B.float() @ spread_A.float()",
+        "return on_grid(left.mul_(mean.scaling), right)",
+        "return on_grid(left, right)",
         "tests/aggregation/test_fedtalora.py::test_residual_carries_the_scaling",
     ),
     "missing scaling of the product": Wound(
@@ -45,8 +45,8 @@ WOUNDS = {
     ),
     "replaced instead of accumulated": Wound(
         FEDTALORA,
-        "residual[name] = state.residual[name] + lost",
-        "residual[name] = lost",
+        "residual[name] = added(lost, to=state.residual.get(name))",
+        "residual[name] = added(lost, to=None)",
         "tests/aggregation/test_fedtalora.py::test_residual_accumulates_over_rounds_and_does_not_replace",
     ),
     "unweighted mean": Wound(
@@ -63,8 +63,8 @@ WOUNDS = {
     ),
     "plain mean of the heads": Wound(
         "fedtalora_flwr/aggregation/head.py",
-        "weights = counts / totals.clamp(min=1)",
-        "weights = torch.full_like(counts, 1 / len(updates))",
+        "weights = counts[clients, classes] / totals[classes]",
+        "weights = torch.full_like(counts[clients, classes], 1 / len(updates))",
         "tests/aggregation/test_class_rows.py::test_class_row_is_averaged_over_the_clients_that_hold_the_class",
     ),
     "added instead of set": Wound(
