@@ -111,7 +111,7 @@ def test_resume_refuses_what_is_no_run_what_is_finished_and_other_settings(fedta
     status, _, err = fedtalora("run", "--resume", finished, "--set", "rank=3")
     assert (
         status == 2
-        and "--resume goes on with the run's own settings; --set may change only cache-gb, check-data, data-root, "
+        and "--resume goes on with the run's own settings; --set may change only base-cache-gb, cache-gb, check-data, "
         in err
     )
 
