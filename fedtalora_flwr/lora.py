@@ -7,11 +7,15 @@ state *sets* ``W = W_0 + R``, so that loading twice equals loading once.
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners import lora as peft_lora
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fedtalora_flwr.aggregation.base import LoraFactors
 from fedtalora_flwr.backbones.base import Backbone, Placement
@@ -49,6 +53,49 @@ class SplitQKV(nn.Module):
         return torch.cat([self.get_submodule(name)(x) for name in _PARTS_OF_QKV], dim=-1)
 
 
+class FusedLinear(peft_lora.Linear):  # type: ignore[misc]  # PEFT is untyped
+    """PEFT's LoRA on a Linear, computed as one node of autograd's graph.
+
+    PEFT's own forward makes a node of each of its seven operations, four of them passes over (N, d_out) that only
+    scale, cast or add. Here the low-rank term is added into the output of the frozen product where that lies.
+    """
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """Compute ``x W^T + bias + scaling (x A^T) B^T`` for x (..., d_in); under autocast PEFT's way."""
+        if torch.is_autocast_enabled(x.device.type):
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        base = self.get_base_layer()
+        lora_A, lora_B = self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight
+        return _AdaptedProduct.apply(x, base.weight, base.bias, lora_A, lora_B, self.scaling[_ADAPTER])  # type: ignore[no-any-return]
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """The product of `FusedLinear`; the frozen weight and bias get no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (N, d_in)
+        inner = rows @ lora_A.T  # (N, rank)
+        output = F.linear(rows, weight, bias).addmm_(inner, lora_B.T, alpha=scaling)
+        ctx.save_for_backward(rows, inner, weight, lora_A, lora_B)
+        ctx.scaling = scaling  # type: ignore[attr-defined]
+        return output.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, inner, weight, lora_A, lora_B = ctx.saved_tensors
+        wants_x, _, _, wants_A, wants_B, _ = ctx.needs_input_grad
+        of_output = gradient.reshape(-1, gradient.shape[-1])  # (N, d_out)
+        of_inner = (of_output @ lora_B).mul_(ctx.scaling)  # (N, rank)
+        of_x = (of_output @ weight).addmm_(of_inner, lora_A).view(*gradient.shape[:-1], -1) if wants_x else None
+        of_A = of_inner.T @ rows if wants_A else None
+        of_B = (of_output.T @ inner).mul_(ctx.scaling) if wants_B else None
+        return of_x, None, None, of_A, of_B, None
+
+
 class AdaptedModel(nn.Module):
     """A frozen backbone with one trainable LoRA pair on each chosen Linear.
 
@@ -75,6 +122,7 @@ class AdaptedModel(nn.Module):
         backbone.requires_grad_(False)
         if names:
             config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)
+            config._register_custom_module({nn.Linear: FusedLinear})
             inject_adapter_in_model(config, backbone.model, adapter_name=_ADAPTER)
         self.backbone = backbone
         self.rank = rank
@@ -117,7 +165,10 @@ class AdaptedModel(nn.Module):
         """
         for name, layer in self.layers.items():
             weight, pristine = self._weight(name), self._pristine[name]
-            weight.copy_(pristine + residual[name].to(weight.device) if name in residual else pristine)
+            if name in residual:
+                torch.add(pristine, residual[name].to(weight.device), out=weight.data)
+            else:
+                weight.copy_(pristine)
             layer.lora_A[_ADAPTER].weight.copy_(adapters[name].lora_A)
             layer.lora_B[_ADAPTER].weight.copy_(adapters[name].lora_B)
 

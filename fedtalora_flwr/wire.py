@@ -6,13 +6,18 @@ travel in config and metric records under kebab-case keys.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    no_object_id_recompute,
+)
 from torch import Tensor
 
 import fedtalora_flwr
@@ -303,11 +308,22 @@ def read_sums(message: Message, *, like: FeatureSums) -> FeatureSums:
     return FeatureSums(gram, torch.zeros_like(like.moment).index_copy_(0, held, moment))
 
 
-def message_bytes(message: Message) -> int:
-    """Count the bytes of a message's records."""
-    if not message.has_content():
-        return 0
-    return sum(record.count_bytes() for record in message.content.values())
+def message_bytes(messages: Iterable[Message]) -> int:
+    """Count the bytes that Flower moves for messages, whether or not a network is between the two sides.
+
+    Flower takes a message's content apart into objects, named by the hash of what they hold, and moves a tree of the
+    names and every object once. Messages may share records: these are taken apart once, and count for each.
+    """
+    total = 0
+    sizes: dict[str, int] = {}  # object id -> bytes
+    with no_object_id_recompute():
+        for message in messages:
+            if not message.has_content():
+                continue
+            objects = get_all_nested_objects(message.content)
+            sizes |= {name: len(objects[name].deflate()) for name in objects.keys() - sizes.keys()}
+            total += get_object_tree(message.content).ByteSize() + sum(sizes[name] for name in objects)
+    return total
 
 
 def check_library(version: str, *, whose: str) -> None:

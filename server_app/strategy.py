@@ -150,7 +150,7 @@ class AdapterStrategy(Strategy):
 
     def _push(self, grid: Grid, messages: list[Message]) -> list[str]:
         grid.push_messages(messages)
-        self.tally.bytes_down += sum(wire.message_bytes(message) for message in messages)
+        self.tally.bytes_down += wire.message_bytes(messages)
         return [message.metadata.message_id for message in messages]
 
     def _pull(
@@ -161,8 +161,9 @@ class AdapterStrategy(Strategy):
         settled: dict[int, Message | None],
     ) -> None:
         """Take in the replies that are there; `asked` loses those that are answered."""
-        for reply in grid.pull_messages(list(asked)):
-            self.tally.bytes_up += wire.message_bytes(reply)
+        replies = list(grid.pull_messages(list(asked)))
+        self.tally.bytes_up += wire.message_bytes(replies)
+        for reply in replies:
             message = asked.pop(reply.metadata.reply_to_message_id)
             partition = partition_of[message.metadata.dst_node_id]
             if reply.has_error():

@@ -173,7 +173,9 @@ def start_launcher(work_dir: Path) -> Launcher:
     work_dir.mkdir(exist_ok=True)
     marker = work_dir / "asleep"
     toml = f'behaviour = "sleep"\nmarker = "{marker}"'
-    code = f"import pathlib, test_launch; test_launch.run_app(pathlib.Path({str(work_dir)!r}), {toml!r})"
+    code = "import pathlib, signal, test_launch\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in background
+    code += f"test_launch.run_app(pathlib.Path({str(work_dir)!r}), {toml!r})"
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     with (work_dir / "launcher.log").open("w") as log:
         process = subprocess.Popen(

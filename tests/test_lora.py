@@ -6,12 +6,20 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 
 from fedtalora_flwr.aggregation import LoraFactors
 from fedtalora_flwr.backbones import Placement
 from fedtalora_flwr.backbones.images import ImageBackbone
-from fedtalora_flwr.lora import AdaptedModel, PlacementError, chosen_blocks, chosen_roles, count_parameters
+from fedtalora_flwr.lora import (
+    AdaptedModel,
+    PlacementError,
+    _AdaptedProduct,
+    chosen_blocks,
+    chosen_roles,
+    count_parameters,
+)
 
 DIM, DEPTH, RANK, ALPHA = 12, 3, 2, 5.0
 SHAPES = {"attn.qkv": (36, 12), "attn.proj": (12, 12), "mlp.fc1": (48, 12), "mlp.fc2": (12, 48)}
@@ -289,3 +297,46 @@ def test_factors_are_copies_that_later_training_does_not_touch():
     model.load(model.initial_factors(seed=9), {})
     for name, pair in adapters.items():
         assert torch.equal(taken[name].lora_A, pair.lora_A) and torch.equal(taken[name].lora_B, pair.lora_B)
+
+
+# The fused layer
+
+IN = 3
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(5, IN), (2, 3, IN)])
+def test_fused_product_has_the_gradients_of_its_formula(bias, shape):
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight, offset = torch.randn(4, IN).double(), torch.randn(4).double() if bias else None
+    lora_A, lora_B = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, IN), (4, 2)))
+    expected = F.linear(x, weight + 1.5 * lora_B @ lora_A, offset)
+    torch.testing.assert_close(_AdaptedProduct.apply(x, weight, offset, lora_A, lora_B, 1.5), expected)
+    assert torch.autograd.gradcheck(
+        lambda x, A, B: _AdaptedProduct.apply(x, weight, offset, A, B, 1.5), (x, lora_A, lora_B)
+    )
+
+
+def test_fused_layer_computes_what_pefts_own_does():
+    layers = list(adapted().layers.values())
+    for layer in layers:
+        layer.lora_B["default"].weight.data.normal_()
+        x = torch.randn(2, 3, layer.in_features, requires_grad=True)
+        found, expected = layer(x), PeftLinear.forward(layer, x)
+        wanted = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        towards = torch.randn_like(found)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(
+            torch.autograd.grad(found, wanted, towards), torch.autograd.grad(expected, wanted, towards), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_layer_whose_pair_is_frozen_passes_the_gradient_on_without_one_of_its_own():
+    model = adapted()
+    [*_, layer] = model.layers.values()
+    model.train_only(frozenset({"lora_B"}))
+    x = torch.randn(3, layer.in_features, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None and layer.lora_B["default"].weight.grad is not None
+    assert layer.lora_A["default"].weight.grad is None

@@ -321,7 +321,7 @@ class Witness:
         now, kind = round_of(message), message.metadata.message_type
         if kind == MessageType.QUERY:
             return self.client(message, context)
-        self.bytes_down[now] += wire.message_bytes(message)
+        self.bytes_down[now] += wire.message_bytes([message])
         self.asked[now].append(partition_of(context))
         if kind == MessageType.TRAIN:
             state, parcel, _ = wire.read_state(message)
@@ -329,7 +329,7 @@ class Witness:
             self.states[now] = replace(state, residual=base_store(config).reach(parcel).residual)
         reply = self.client(message, context)
         if reply is not None:
-            self.bytes_up[now] += wire.message_bytes(reply)
+            self.bytes_up[now] += wire.message_bytes([reply])
             if kind == MessageType.TRAIN and self.bad != (now, partition_of(context)):
                 self.updates[now].append(wire.read_update(reply, like=self.states[now])[0])
         return reply

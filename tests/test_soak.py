@@ -33,7 +33,11 @@ SETTINGS = {
 
 @pytest.mark.full
 @pytest.mark.timeout(1800)
-def test_memory_and_disk_stay_bounded_over_three_hundred_rounds_with_drop_outs(tmp_path: Path) -> None:
+def test_memory_and_disk_stay_bounded_over_three_hundred_rounds_with_drop_outs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDTALORA_CACHE", str(tmp_path / "cache"))
+    _base_store.cache_clear()
     rng, memory, disk = np.random.default_rng(0), [], []
     config = RunConfig.parse(defaults() | SETTINGS)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from local_grid import defaults
 
@@ -146,11 +146,13 @@ def test_half_precision_keeps_eleven_bits_of_a_change_of_any_size(scale):
 
 
 def test_half_precision_halves_the_message():
-    pairs = {LAYER: LoraFactors(torch.randn(8, 192), torch.randn(576, 8), SCALING)}
+    pairs = {LAYER: LoraFactors(torch.randn(64, 192), torch.randn(576, 64), SCALING)}
     state = GlobalState(pairs, head=make_head())
     update = ClientUpdate(3, 7, pairs, make_head(), torch.tensor([7, 0, 0, 0]), base_version=0)
     full, half = (
-        wire.message_bytes(message(wire.update_reply(update, like=state, mean_loss=0.0, scaling=1.0, wire_dtype=dtype)))
+        wire.message_bytes(
+            [message(wire.update_reply(update, like=state, mean_loss=0.0, scaling=1.0, wire_dtype=dtype))]
+        )
         for dtype in ("fp32", "fp16")
     )
     assert half < 0.55 * full
@@ -296,7 +298,20 @@ def test_node_whose_partition_cannot_be_is_told_why(node_config, text):
         wire.partition_of(node_config, RunConfig.parse(defaults()))
 
 
-def test_bytes_of_a_message_are_those_of_all_its_records():
-    arrays, metrics = ArrayRecord([torch.zeros(10).numpy()]), MetricRecord({"n": 3})
-    found = wire.message_bytes(message(RecordDict({"a": arrays, "m": metrics})))
-    assert found == arrays.count_bytes() + metrics.count_bytes() > 40
+def test_bytes_of_messages_are_those_of_their_objects_and_count_for_each_message():
+    arrays, metrics = ArrayRecord([torch.randn(10_000).numpy()]), MetricRecord({"n": 3})
+    one, other = (message(RecordDict({"a": arrays, "m": metrics})) for _ in range(2))
+    found = wire.message_bytes([one])
+    assert 40_000 < found < 42_000
+    assert wire.message_bytes([one, other]) == 2 * found
+
+
+def test_array_that_a_message_holds_twice_travels_once():
+    values = torch.randn(10_000).numpy()
+    once, twice = (message(RecordDict({"a": ArrayRecord([values] * times)})) for times in (1, 2))
+    assert wire.message_bytes([twice]) < 1.01 * wire.message_bytes([once])
+
+
+def test_message_without_content_has_no_bytes():
+    failed = Message(Error(code=0, reason="no content"), reply_to=message(RecordDict({})))
+    assert wire.message_bytes([failed]) == 0
