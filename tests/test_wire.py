@@ -1,5 +1,7 @@
 """What goes onto the wire comes off it bit for bit, and what cannot be read is refused and not guessed."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -315,3 +317,9 @@ def test_array_that_a_message_holds_twice_travels_once():
 def test_message_without_content_has_no_bytes():
     failed = Message(Error(code=0, reason="no content"), reply_to=message(RecordDict({})))
     assert wire.message_bytes([failed]) == 0
+
+
+def test_counting_leaves_a_message_that_can_be_sent_to_another_process():
+    counted = message(RecordDict({"a": ArrayRecord([torch.randn(10).numpy()])}))
+    wire.message_bytes([counted])
+    assert pickle.loads(pickle.dumps(counted)).content == counted.content
