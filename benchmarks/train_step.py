@@ -263,6 +263,8 @@ def plain_epoch(
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
     )
+    for block in backbone.model.blocks:  # type: ignore[union-attr]
+        block.__class__ = timm.models.vision_transformer.Block  # as timm builds it; fedtalora's last one does less
     lora = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(targets))
     model = peft.get_peft_model(backbone.model, lora)
     classifier = nn.Linear(backbone.feature_dim, int(labels.max()) + 1, device=device)

@@ -92,7 +92,7 @@ class _AdaptedProduct(torch.autograd.Function):
         of_inner = (of_output @ lora_B).mul_(ctx.scaling)  # (N, rank)
         of_x = (of_output @ weight).addmm_(of_inner, lora_A).view(*gradient.shape[:-1], -1) if wants_x else None
         of_A = of_inner.T @ rows if wants_A else None
-        of_B = (of_output.T @ inner).mul_(ctx.scaling) if wants_B else None
+        of_B = (inner.T @ of_output).mul_(ctx.scaling).T if wants_B else None  # faster than of_output.T @ inner
         return of_x, None, None, of_A, of_B, None
 
 

@@ -9,6 +9,7 @@ import timm.data
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from fedtalora_flwr.backbones.base import Backbone, BackboneError, Placement, find_placement
@@ -35,6 +36,7 @@ class ImageBackbone(Backbone):
         super().__init__()
         data = timm.data.resolve_model_data_config(model)
         self.model = model
+        _spare_what_is_not_pooled(model)
         self.modality = "image"
         self.feature_dim = int(model.num_features)  # type: ignore[arg-type]
         self.placement = find_placement(model, blocks=_BLOCKS, roles=_ROLES)
@@ -59,6 +61,25 @@ class ImageBackbone(Backbone):
         features = self.model.forward_features((images - self.mean) / self.std)  # type: ignore[operator]
         pooled: Tensor = self.model.forward_head(features, pre_logits=True)  # type: ignore[operator]
         return pooled
+
+
+class _ClassTokenBlock(Block):  # type: ignore[misc]  # timm is untyped
+    """A last block that gives the class token alone: after its attention no other token is needed."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Encode tokens (n, T, d) into the class token (n, 1, d)."""
+        attended = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+        x = (x + self.drop_path1(self.ls1(attended)))[:, :1]
+        token: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return token
+
+
+def _spare_what_is_not_pooled(model: nn.Module) -> None:
+    """Where a ViT's feature is its class token, keep the last block's MLP from the other tokens; same feature."""
+    if type(model) is VisionTransformer and model.global_pool == "token" and model.attn_pool is None:
+        last = model.blocks[-1]
+        if type(last) is Block:
+            last.__class__ = _ClassTokenBlock
 
 
 def _require_called_qkv(model: nn.Module, placement: Placement) -> None:

@@ -147,3 +147,32 @@ def test_augmentation_follows_the_generator_and_none_leaves_the_images():
         assert torch.equal(features(augment, 4), features(augment, 4))
         assert not torch.equal(features(augment, 4), features(augment, 5))
     assert torch.equal(features("none", 4), features("none", 5))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "spared"),
+    [
+        ("vit_tiny_patch16_224", VIT, True),
+        ("vit_tiny_patch16_224", VIT | {"global_pool": "avg"}, False),
+        ("vit_tiny_patch16_224", VIT | {"reg_tokens": 2}, True),
+        ("deit_tiny_distilled_patch16_224", VIT, False),  # pools two tokens
+        ("swin_tiny_patch4_window7_224", SWIN, False),
+    ],
+)
+def test_feature_and_gradients_are_timms_own_where_the_last_block_spares_tokens(name, arguments, spared):
+    backbone = build(name, **arguments).eval()
+    torch.manual_seed(3)
+    plain = timm.create_model(name, pretrained=False, num_classes=0, **arguments).eval()
+    plain.load_state_dict(backbone.model.state_dict())
+    tokens = []
+    if spared:
+        backbone.model.blocks[-1].mlp.register_forward_hook(lambda _, inputs, __: tokens.append(inputs[0].shape[1]))
+    images = torch.rand(3, 3, arguments["img_size"], arguments["img_size"])
+    found, expected = (
+        model.forward_head(model.forward_features(images), pre_logits=True) for model in (backbone.model, plain)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert tokens == ([1] if spared else [])
+    found.square().sum().backward(), expected.square().sum().backward()
+    for (key, ours), theirs in zip(backbone.model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4, msg=key)
