@@ -33,8 +33,8 @@ WOUNDS = {
     ),
     "missing scaling of the residual": Wound(
         FEDTALORA,
-        "return on_grid(left.mul_(mean.scaling), right)",
-        "return on_grid(left, right)",
+        "torch.tensordot(mean.scaling * contrast, spread_B, 1)",
+        "torch.tensordot(contrast, spread_B, 1)",
         "tests/aggregation/test_fedtalora.py::test_residual_carries_the_scaling",
     ),
     "missing scaling of the product": Wound(
@@ -63,14 +63,14 @@ WOUNDS = {
     ),
     "plain mean of the heads": Wound(
         "fedtalora_flwr/aggregation/head.py",
-        "weights = counts[clients, classes] / totals[classes]",
-        "weights = torch.full_like(counts[clients, classes], 1 / len(updates))",
+        "weights = update.class_counts[held] / totals[held]",
+        "weights = torch.full_like(totals[held], 1 / len(updates))",
         "tests/aggregation/test_class_rows.py::test_class_row_is_averaged_over_the_clients_that_hold_the_class",
     ),
     "added instead of set": Wound(
         "fedtalora_flwr/lora.py",
-        "weight.copy_(pristine + residual",
-        "weight.copy_(weight + residual",
+        "torch.add(pristine, residual",
+        "torch.add(weight, residual",
         "tests/aggregation/test_loaded_weights.py::test_loading_a_state_sets_the_weights_and_never_adds_to_them",
     ),
     "flwr in the pure core": Wound(

@@ -124,54 +124,60 @@ def average_factors(
     The averaged pair, and what it loses against the mean of the products,
     ``sum_k p_k delta_k - average.delta()``: a `Step` where factors hold fewer numbers, else (d_out, d_in) float32.
     """
-    p = torch.tensor(weights, dtype=torch.float64).view(-1, 1, 1)  # (K, 1, 1)
     if not all(f.rank == like.rank and f.scaling == like.scaling for f in factors):
-        return _best_of_rank(factors, p, like=like)
-    mean = _mean(factors, p, like=like)
+        return _best_of_rank(factors, weights, like=like)
+    p = torch.tensor(weights, dtype=torch.float64)
+    mean = _mean(factors, p.float(), origin=like)
     if pays((len(factors) - 1) * like.rank, (like.lora_B.shape[0], like.lora_A.shape[1])):
         return mean, _lost_in_factors(factors, p, mean=mean)
-    return mean, _lost_dense(factors, p, mean=mean)
+    return mean, _lost_dense(factors, p.float(), mean=mean)
 
 
-def _mean(factors: Sequence[LoraFactors], p: Tensor, *, like: LoraFactors) -> LoraFactors:
-    lora_A = torch.zeros_like(like.lora_A, dtype=torch.float64)
-    lora_B = torch.zeros_like(like.lora_B, dtype=torch.float64)
-    for some in _parts(len(factors), rank=like.rank):
-        lora_A += (p[some] * torch.stack([f.lora_A for f in factors[some]])).sum(0)
-        lora_B += (p[some] * torch.stack([f.lora_B for f in factors[some]])).sum(0)
-    return LoraFactors(lora_A.float(), lora_B.float(), like.scaling)
+def _mean(factors: Sequence[LoraFactors], p: Tensor, *, origin: LoraFactors) -> LoraFactors:
+    """Average what the clients changed since `origin`: in float32 the error is then one of the changes."""
+    change_A, change_B = torch.zeros_like(origin.lora_A), torch.zeros_like(origin.lora_B)
+    for some in _parts(len(factors), rank=origin.rank):
+        changed_A, changed_B = _stacked(factors[some], less=origin)
+        change_A += torch.tensordot(p[some], changed_A, 1)
+        change_B += torch.tensordot(p[some], changed_B, 1)
+    return LoraFactors(origin.lora_A + change_A, origin.lora_B + change_B, origin.scaling)
 
 
 def _lost_in_factors(factors: Sequence[LoraFactors], p: Tensor, *, mean: LoraFactors) -> Step:
-    spread_A = torch.stack([f.lora_A for f in factors]).double().sub_(mean.lora_A)  # (K, rank, d_in)
-    spread_B = torch.stack([f.lora_B for f in factors]).double().sub_(mean.lora_B)  # (K, d_out, rank)
-    right = _one_less(spread_A, p).flatten(0, 1)  # ((K-1) rank, d_in)
-    left = _one_less(spread_B, p).transpose(0, 1).flatten(1)  # (d_out, (K-1) rank)
-    return on_grid(left.mul_(mean.scaling), right)
+    spread_A, spread_B = _stacked(factors, less=mean)  # (K, rank, d_in), (K, d_out, rank)
+    contrast = contrasts(p).float()  # (K-1, K)
+    right = torch.tensordot(contrast, spread_A, 1).flatten(0, 1)  # ((K-1) rank, d_in)
+    left = torch.tensordot(mean.scaling * contrast, spread_B, 1).transpose(0, 1).flatten(1)  # (d_out, (K-1) rank)
+    return on_grid(left, right)
 
 
-def _one_less(spread: Tensor, p: Tensor) -> Tensor:
-    """Weigh K spreads whose mean is zero by ``sqrt(p_k)``, and turn them into K-1 with the same products.
+def contrasts(p: Tensor) -> Tensor:
+    """Give C, (K-1, K), with ``C^T C = diag(p) - p p^T``, the covariance of drawing one of K clients by p.
 
-    A reflection over the clients takes the unit vector ``sqrt(p)`` to the first axis (up to its sign), so that the
-    first spread becomes ``sum_k p_k spread_k``, zero; as it is orthogonal, ``sum_k spread_B_k spread_A_k`` stays.
+    So ``sum_k p_k b_k a_k - bbar abar = (C b)^T (C a)``: K-1 products, and no difference of near-equal ones. C is a
+    reflection that takes the unit vector ``sqrt(p)`` to the first axis, up to its sign, times ``diag(sqrt(p))``,
+    without its first row; each row that is left sums to zero.
     """
     root = p.sqrt()
-    normal = root.flatten().clone()
+    normal = root.clone()
     normal[0] += 1
-    rows = spread.mul_(root).flatten(1)  # (K, rank d)
-    along = (normal @ rows).mul_(2 / normal.square().sum())
-    return rows[1:].addr_(normal[1:], along, alpha=-1).view(-1, *spread.shape[1:])
+    reflection = torch.eye(len(p), dtype=p.dtype) - torch.outer(normal, normal) * (2 / normal.square().sum())
+    return reflection[1:] * root
 
 
 def _lost_dense(factors: Sequence[LoraFactors], p: Tensor, *, mean: LoraFactors) -> Tensor:
     lost = torch.zeros(mean.lora_B.shape[0], mean.lora_A.shape[1])
     for some in _parts(len(factors), rank=mean.rank):
-        spread_A = torch.stack([f.lora_A for f in factors[some]]) - mean.lora_A.double()
-        spread_B = p[some] * (torch.stack([f.lora_B for f in factors[some]]) - mean.lora_B.double())
-        # The spreads are differences taken in float64, so one float32 product keeps their accuracy.
-        lost.addmm_(spread_B.transpose(0, 1).flatten(1).float(), spread_A.flatten(0, 1).float())
+        spread_A, spread_B = _stacked(factors[some], less=mean)
+        spread_B.mul_(p[some].view(-1, 1, 1))
+        lost.addmm_(spread_B.transpose(0, 1).flatten(1), spread_A.flatten(0, 1))
     return lost.mul_(mean.scaling)
+
+
+def _stacked(factors: Sequence[LoraFactors], *, less: LoraFactors) -> tuple[Tensor, Tensor]:
+    """Stack the pairs less one: (K, rank, d_in) and (K, d_out, rank)."""
+    lora_A, lora_B = torch.stack([f.lora_A for f in factors]), torch.stack([f.lora_B for f in factors])
+    return lora_A.sub_(less.lora_A), lora_B.sub_(less.lora_B)
 
 
 def _parts(num_clients: int, *, rank: int) -> Iterator[slice]:
@@ -180,9 +186,11 @@ def _parts(num_clients: int, *, rank: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, num_clients, size))
 
 
-def _best_of_rank(factors: Sequence[LoraFactors], p: Tensor, *, like: LoraFactors) -> tuple[LoraFactors, Step | Tensor]:
+def _best_of_rank(
+    factors: Sequence[LoraFactors], weights: Sequence[float], *, like: LoraFactors
+) -> tuple[LoraFactors, Step | Tensor]:
     # The exact mean is left @ right with inner size sum_k rank_k; its SVD needs only the small core.
-    left = torch.cat([p_k * f.scaling * f.lora_B.double() for p_k, f in zip(p, factors, strict=True)], 1)
+    left = torch.cat([p_k * f.scaling * f.lora_B.double() for p_k, f in zip(weights, factors, strict=True)], 1)
     right = torch.cat([f.lora_A.double() for f in factors], 0)
     left, right = by_strength(left, right)
     kept = min(like.rank, left.shape[1])

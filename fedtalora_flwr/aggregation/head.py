@@ -26,15 +26,15 @@ def average_class_rows(head: Mapping[str, Tensor], updates: Sequence[ClientUpdat
     -------
     New parameters with the shapes and dtypes of `head`.
     """
-    counts = torch.stack([u.class_counts for u in updates]).double()  # (K, C)
-    totals = counts.sum(0)  # (C,)
-    clients, classes = counts.nonzero(as_tuple=True)  # (n,) each: who trained which class, client by client
-    weights = counts[clients, classes] / totals[classes]  # (n,)
-    averaged = {}
-    for name, broadcast in head.items():
-        rows = torch.cat([u.head[name][u.class_counts > 0] for u in updates]).double()  # (n, ...)
-        rows *= weights.view(-1, *[1] * (rows.dim() - 1))
-        mean = torch.zeros_like(broadcast, dtype=torch.float64).index_add_(0, classes, rows)
-        untrained = (totals == 0).view(-1, *[1] * (broadcast.dim() - 1))
-        averaged[name] = torch.where(untrained, broadcast.double(), mean).to(broadcast.dtype)
-    return averaged
+    totals = sum((u.class_counts for u in updates), torch.zeros_like(updates[0].class_counts)).double()  # (C,)
+    averaged = {name: torch.zeros_like(broadcast, dtype=torch.float64) for name, broadcast in head.items()}
+    for update in updates:
+        held = update.class_counts.nonzero().flatten()  # (n,)
+        weights = update.class_counts[held] / totals[held]  # (n,) float64
+        for name, mean in averaged.items():
+            rows = update.head[name][held]  # (n, ...)
+            mean.index_add_(0, held, weights.view(-1, *[1] * (rows.dim() - 1)) * rows)
+    untrained = totals == 0
+    for name, mean in averaged.items():
+        mean[untrained] = head[name][untrained].double()
+    return {name: mean.to(head[name].dtype) for name, mean in averaged.items()}

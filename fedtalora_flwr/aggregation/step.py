@@ -59,7 +59,7 @@ def added(change: Step | Tensor, *, to: Tensor | None) -> Tensor:
 
 
 def on_grid(left: Tensor, right: Tensor) -> Step:
-    """Round float64 factors, in place, to the grid on which their product is exact (see the module's first lines)."""
+    """Round factors, in place, to the grid on which their product is exact (see the module's first lines)."""
     return Step(_rounded(left, inner=1), _rounded(right, inner=0))
 
 
@@ -128,4 +128,6 @@ def _rounded(factor: Tensor, *, inner: int) -> Tensor:
         return factor.float()
     longest = float(factor.norm(dim=inner).max())
     spacing = 2.0 ** max(math.ceil(math.log2(largest)) - 24, math.ceil(math.log2(longest)) - 26)
+    if spacing < 2.0**-100:  # its inverse is beyond float32
+        factor = factor.double()
     return factor.mul_(1 / spacing).round_().mul_(spacing).float()
