@@ -37,12 +37,21 @@ def run(
         float,
         typer.Option(min=-1, help="GPU share of a client; -1: 0.2 where there is a GPU."),
     ] = -1.0,
+    ray_address: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Run the clients on this Ray cluster, of which this machine is a node; docs/CLUSTER.md. "
+            "By default the run starts a Ray of its own.",
+        ),
+    ] = "",
     list_settings: Annotated[bool, typer.Option(help="Print all settings with their defaults, and stop.")] = False,
 ) -> None:
     """Run a federation in simulation: without options the demo, scikit-learn's digits over five clients.
 
-    Starts Flower and Ray for this run alone and leaves no process behind. The exit status is 0 for a
-    completed run, 1 for a failed one, 130 after Ctrl-C; fedtalora run --resume goes on with a stopped run.
+    Starts Flower and Ray for this run alone and leaves no process behind; a cluster given by --ray-address was
+    there before and stays. The exit status is 0 for a completed run, 1 for a failed one, 130 after Ctrl-C;
+    fedtalora run --resume goes on with a stopped run.
     """
     import tomli_w
 
@@ -55,6 +64,8 @@ def run(
     if list_settings:
         _print_settings(app / "pyproject.toml")
         return
+    if ray_address:
+        _check_cluster(ray_address, cpus)
     if resume is not None:
         if preset or config or out or nodes:
             _fail("--resume goes on with the run's own settings; give no --preset, --config, --out or --nodes")
@@ -83,9 +94,10 @@ def run(
                 app,
                 run_config=run_config,
                 num_supernodes=parsed.num_clients,
-                client_cpus=min(parsed.threads, cpus or os.cpu_count() or 1),
+                client_cpus=parsed.threads if ray_address else min(parsed.threads, cpus or os.cpu_count() or 1),
                 client_gpus=_gpu_share(client_gpus, device=parsed.device),
-                ray_cpus=cpus or os.cpu_count(),
+                ray_cpus=None if ray_address else cpus or os.cpu_count(),
+                ray_address=ray_address or None,
                 work_dir=folder / "logs",
                 on_tick=progress.tick,
             )
@@ -223,6 +235,17 @@ def _gpu_share(asked: float, *, device: str) -> float:
         return asked
     gpus = Path("/proc/driver/nvidia/gpus")
     return 0.2 if device != "cpu" and gpus.is_dir() and any(gpus.iterdir()) else 0.0
+
+
+def _check_cluster(ray_address: str, cpus: int) -> None:
+    from fedtalora_flwr.launch import LaunchError, check_ray_address
+
+    if cpus:
+        _fail("--cpus sizes a Ray of the run's own; the clients take all CPUs of the cluster at --ray-address")
+    try:
+        check_ray_address(ray_address)
+    except LaunchError as error:
+        _fail(str(error), code=1)
 
 
 def _show_result(folder: Path) -> None:

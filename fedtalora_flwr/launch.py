@@ -10,6 +10,9 @@ The keeper is the *child subreaper* of its tree (prctl(2)): a process whose pare
 child, not init's. Therefore its descendants are exactly the processes of this run, Ray's among them, and
 "no child left" proves that the run left nothing. No process is ever chosen by its name alone.
 
+With a `ray_address` the run's clients are actors on a Ray cluster that is there already. Its processes are no
+descendants of the keeper, which therefore cannot stop them; Ray ends the actors when their run's driver ends.
+
 Files in the work folder: ``superlink.log`` (SuperLink, simulation and Ray), ``flwr-run.log`` (the app's log
 as ``flwr run --stream`` shows it) and ``keeper.log`` (port, temporary folder, what was stopped and how).
 """
@@ -32,6 +35,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,6 +44,9 @@ COMPLETED = "finished:completed"
 CONNECTION = "run"  # a named connection: Flower's default one starts a daemon that stays
 SUPERLINK_START_SECONDS = 60.0
 STATUS_POLL_SECONDS = 5.0  # a flwr call costs about one second of CPU
+RAY_CONNECT_SECONDS = 3.0
+ROOT_FILES = ("pyproject.toml", "LICENSE", ".gitignore")  # of an app, beside its folders
+RAY_PROBE_SECONDS = 40.0  # longer than `cluster.probe` waits for CPUs that another run is just giving back
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 logger = logging.getLogger("keeper")
@@ -84,6 +91,9 @@ class _Job:
     run_config: str
     federation_config: str
     work_dir: str
+    ray_address: str | None
+    client_cpus: int
+    client_gpus: float
 
     @property
     def superlink_log(self) -> Path:
@@ -92,6 +102,10 @@ class _Job:
     @property
     def run_log(self) -> Path:
         return Path(self.work_dir, "flwr-run.log")
+
+    @property
+    def ray_log(self) -> Path:
+        return Path(self.work_dir, "ray-cluster.json")
 
 
 # --- The launching side ---------------------------------------------------------------------------
@@ -108,9 +122,10 @@ def launch(
     client_gpus: float = 0.0,
     ray_cpus: int | None = None,
     ray_gpus: int | None = None,
+    ray_address: str | None = None,
     tick_seconds: float = 0.2,
 ) -> LaunchResult:
-    """Run one app to its end on a SuperLink and a Ray of its own.
+    """Run one app to its end on a SuperLink of its own, and on a Ray of its own or on a cluster that is there.
 
     Launches may run side by side. Every way out, exceptions and signals included, waits until no process
     and no temporary file of the run is left; a second Ctrl-C gives up the waiting, not the cleaning.
@@ -135,24 +150,37 @@ def launch(
         CPUs that Ray may hand out; None: all it finds.
     ray_gpus
         GPUs that Ray may hand out; None: all it finds.
+    ray_address
+        HOST:PORT of a running Ray cluster of which this machine is a node; its clients take all its nodes' CPUs,
+        so `ray_cpus` and `ray_gpus` must be None. None: start a Ray for this run.
     tick_seconds
         Pause between two calls of `on_tick`.
 
     Raises
     ------
     LaunchError
-        If Flower is not installed, the SuperLink does not come up, ``flwr run`` refuses the app or its
-        configuration, or the SuperLink dies. A run that fails is no error: see `LaunchResult.ok`.
+        If Flower is not installed, the Ray cluster cannot be used, the SuperLink does not come up, ``flwr run``
+        refuses the app or its configuration, or the SuperLink dies. A run that fails is no error: see
+        `LaunchResult.ok`.
+    ValueError
+        If `ray_address` is not HOST:PORT, or comes with `ray_cpus` or `ray_gpus`.
     SystemExit
         With code 143, on SIGTERM (in the main thread only).
     """
     _check(run_config)
+    if ray_address is not None:
+        if ray_cpus is not None or ray_gpus is not None:
+            raise ValueError("ray_cpus and ray_gpus size a Ray of the run's own; a cluster's are set by its ray start")
+        check_ray_address(ray_address)
     work_dir.mkdir(parents=True, exist_ok=True)
     job = _Job(
         app_dir=str(app_dir.resolve()),
         run_config=str(run_config.resolve()),
         federation_config=_federation_config(num_supernodes, client_cpus, client_gpus, ray_cpus, ray_gpus),
         work_dir=str(work_dir.resolve()),
+        ray_address=ray_address,
+        client_cpus=client_cpus,
+        client_gpus=client_gpus,
     )
     with _sigterm_as_exit():
         report = json.loads(_follow(job, on_tick, tick_seconds) or '{"error": "No report, see keeper.log."}')
@@ -171,6 +199,31 @@ def _check(run_config: Path) -> None:
         raise LaunchError(f"{superlink} not found. Install Flower: {command}")
     if not run_config.is_file():
         raise LaunchError(f"Run configuration {run_config} not found: give the path of a TOML file.")
+
+
+def check_ray_address(ray_address: str) -> None:
+    """Knock at the cluster's port: the common mistake is told at once, before anything is started.
+
+    Raises
+    ------
+    ValueError
+        If it is not HOST:PORT.
+    LaunchError
+        If nobody answers there.
+    """
+    host, colon, port = ray_address.rpartition(":")
+    if not (colon and host and port.isdigit()) or "/" in host:
+        raise ValueError(
+            f"the address of a Ray cluster is HOST:PORT, as ray start --head prints it, got {ray_address!r}; ray:// "
+            "and auto will not do, since a run joins as a node and no cluster but the one that is meant"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), RAY_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise LaunchError(
+            f"no Ray cluster answers at {ray_address} ({error}). Start its head with: ray start --head --port {port}; "
+            "docs/CLUSTER.md has all steps. Without the address the run starts a Ray of its own."
+        ) from None
 
 
 def _federation_config(
@@ -268,16 +321,22 @@ def _run(job: _Job, home: Path) -> dict[str, object]:
     port, claim = _claim_port()
     with claim:
         logger.info("port %d, home %s", port, home)
-        env = _environment(home)
+        app = _stage(Path(job.app_dir), home / "app")
+        env = _environment(home, job, app)
         cwd = home / "cwd"  # empty: Ray's workers import from the SuperLink's folder before the app's own
         cwd.mkdir()
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "{CONNECTION}"\n'
             f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         )
+        probe = _start(_probe_command(job), env, cwd, job.ray_log) if job.ray_address else None
         superlink = _start(_superlink_command(port), env, cwd, job.superlink_log)
+        cli = _start(_run_command(job, app), env, cwd, job.run_log, stdin=subprocess.PIPE)
         _await_health(superlink, port, job.superlink_log)
-        cli = _start(_run_command(job), env, cwd, job.run_log)
+        logger.info("the SuperLink answers")
+        if probe is not None:
+            _await_probe(probe, job)
+        _let_go(cli)
         while cli.poll() is None:
             _require_alive(superlink, job.superlink_log)
             _pause(0.2)
@@ -311,22 +370,66 @@ def _claim_port() -> tuple[int, socket.socket]:
     raise LaunchError("No free port on 127.0.0.1 among 200 drawn from 20000-31999.")
 
 
-def _environment(home: Path) -> dict[str, str]:
+def _stage(app_dir: Path, folder: Path) -> Path:
+    """Copy the folders that make up the app's bundle, and return where it is then to be bundled from.
+
+    ``flwr run`` looks at every file below the app's folder; in a checkout with a ``.venv`` those are tens of thousands,
+    and seconds. Only where ``fab-include`` names folders is it plain what belongs to the app.
+    """
+    patterns = [pattern.partition("/") for pattern in _fab_include(app_dir) if pattern not in ROOT_FILES]
+    if not patterns or not all(slash and name and (app_dir / name).is_dir() for name, slash, _ in patterns):
+        return app_dir
+    folder.mkdir()
+    for name in ROOT_FILES:
+        if (app_dir / name).is_file():
+            shutil.copyfile(app_dir / name, folder / name)
+    for name in sorted({name for name, _, _ in patterns}):
+        shutil.copytree(app_dir / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def _fab_include(app_dir: Path) -> list[str]:
+    try:
+        with (app_dir / "pyproject.toml").open("rb") as file:
+            return [str(pattern) for pattern in tomllib.load(file)["tool"]["flwr"]["app"]["fab-include"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []  # flwr run says what is wrong with it
+
+
+def _environment(home: Path, job: _Job, app: Path) -> dict[str, str]:
     env = dict(os.environ)
     env.pop("RAY_ADDRESS", None)  # Ray would join that cluster instead of starting its own
     no_proxy = ",".join(filter(None, [env.get("no_proxy") or env.get("NO_PROXY"), "127.0.0.1", "localhost"]))
-    return env | {
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_TMPDIR": str(home),
-        "PATH": os.pathsep.join(filter(None, [sysconfig.get_path("scripts"), env.get("PATH")])),
-        "PYTHONUNBUFFERED": "1",  # the logs are files: without it they lag behind the run
-        "no_proxy": no_proxy,
-        "NO_PROXY": no_proxy,
-    }
+    return (
+        env
+        | _ray_environment(home, job, app)
+        | {
+            "FLWR_HOME": str(home),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # seconds until a submitted run is started; 1 by default
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PATH": os.pathsep.join(filter(None, [sysconfig.get_path("scripts"), env.get("PATH")])),
+            "PYTHONUNBUFFERED": "1",  # the logs are files: without it they lag behind the run
+            "no_proxy": no_proxy,
+            "NO_PROXY": no_proxy,
+        }
+    )
+
+
+def _ray_environment(home: Path, job: _Job, app: Path) -> dict[str, str]:
+    """Tell Ray where to live: in `home`, or on a cluster, to which it then carries the app's client side.
+
+    Flower 1.39 passes no address to ``ray.init``, which therefore reads RAY_ADDRESS. It does pass an environment for
+    the workers, with this machine's ``sys.path``; the other nodes do not have the app's folder that is on it. Ray
+    merges the job configuration below with that environment and unpacks the packages on every node.
+    """
+    if job.ray_address is None:
+        return {"RAY_TMPDIR": str(home)}
+    packages = [str(folder) for folder in sorted(app.iterdir()) if (folder / "__init__.py").is_file()]
+    config = {"runtime_env": {"py_modules": packages}}
+    return {"RAY_ADDRESS": job.ray_address, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(config)}
 
 
 def _script(name: str) -> str:
@@ -338,16 +441,37 @@ def _superlink_command(port: int) -> list[str]:
     return [*command, "--port", str(port), "--disable-runtime-dependency-installation"]
 
 
-def _run_command(job: _Job) -> list[str]:
-    command = [_script("flwr"), "run", job.app_dir, CONNECTION, "--stream"]
+def _run_command(job: _Job, app: Path) -> list[str]:
+    command = [sys.executable, "-P", __file__, "--flwr", "run", str(app), CONNECTION, "--stream"]
     return [*command, "--federation-config", job.federation_config, "--run-config", job.run_config]
 
 
-def _start(command: list[str], env: dict[str, str], cwd: Path, log_path: Path) -> subprocess.Popen[bytes]:
+def _probe_command(job: _Job) -> list[str]:
+    program = str(Path(__file__).with_name("cluster.py"))
+    return [sys.executable, "-I", program, str(job.ray_address), str(job.client_cpus), str(job.client_gpus)]
+
+
+def _start(
+    command: list[str], env: dict[str, str], cwd: Path, log_path: Path, *, stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
     with log_path.open("w") as log:
-        return subprocess.Popen(
-            command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-        )
+        return subprocess.Popen(command, env=env, cwd=cwd, stdin=stdin, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _flwr_when_let_go() -> None:
+    """Be Flower's command, but import it before there is a SuperLink, and wait for the word to begin."""
+    from flwr.cli.app import app
+
+    if sys.stdin.readline():
+        sys.stdin.close()
+        sys.argv = ["flwr", *sys.argv[2:]]
+        app()
+
+
+def _let_go(cli: subprocess.Popen[bytes]) -> None:
+    assert cli.stdin is not None
+    with contextlib.suppress(BrokenPipeError), cli.stdin:  # it broke: its log says why
+        cli.stdin.write(b"go\n")
 
 
 def _pause(seconds: float) -> None:
@@ -362,7 +486,26 @@ def _await_health(superlink: subprocess.Popen[bytes], port: int, log_path: Path)
         _require_alive(superlink, log_path)
         if time.monotonic() > deadline:
             raise LaunchError(f"No SuperLink within {SUPERLINK_START_SECONDS:.0f} s:\n{_tail(log_path)}")
-        _pause(0.2)
+        _pause(0.1)
+
+
+def _await_probe(probe: subprocess.Popen[bytes], job: _Job) -> None:
+    """Wait for the verdict on the cluster, the last line that the probe prints."""
+    deadline = time.monotonic() + RAY_PROBE_SECONDS
+    while probe.poll() is None:
+        if time.monotonic() > deadline:
+            raise LaunchError(
+                f"what listens at {job.ray_address} does not answer as a Ray cluster within {RAY_PROBE_SECONDS:.0f} s; "
+                "ray status --address shows whether it is one"
+            )
+        _pause(0.1)
+    try:
+        verdict = json.loads(job.ray_log.read_text(errors="replace").splitlines()[-1])
+    except (IndexError, ValueError):
+        raise LaunchError(f"Ray could not join the cluster at {job.ray_address}:\n{_tail(job.ray_log)}") from None
+    if "error" in verdict:
+        raise LaunchError(verdict["error"])
+    logger.info("cluster %s: %s", job.ray_address, verdict["nodes"])
 
 
 def _healthy(port: int) -> bool:
@@ -415,6 +558,7 @@ def _clean(*, finished: bool) -> None:
     _settle("flwr-simulation", 10)
     _signal("flower-superlink", signal.SIGTERM)
     _signal("flwr", signal.SIGTERM)
+    _signal(Path(__file__).name, signal.SIGTERM)  # Flower's command as `_flwr_when_let_go` runs it
     _settle("", 3)  # not longer: after an abort the SuperExec may hang in its exit handler for 40 s
     deadline = time.monotonic() + 10
     while not _childless() and time.monotonic() < deadline:
@@ -450,7 +594,7 @@ def _named(name: str) -> dict[int, str]:
     return {
         pid: command
         for pid, command in _descendants().items()
-        if not name or any(Path(word).name == name for word in command.split()[:2])
+        if not name or any(Path(word).name == name for word in command.split()[:3])
     }
 
 
@@ -477,5 +621,8 @@ def _childless() -> bool:
     return False
 
 
-if __name__ == "__main__" and sys.argv[1:] == ["--keep"]:
-    _keep()
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--keep"]:
+        _keep()
+    elif sys.argv[1:2] == ["--flwr"]:
+        _flwr_when_let_go()

@@ -1,6 +1,7 @@
 """What the command line does before and without a run: help, settings, errors and their exit status."""
 
 import json
+import socket
 import subprocess
 import sys
 import tomllib
@@ -13,7 +14,7 @@ from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.settings import app_folder, defaults, presets
 
 COMMANDS = ("run", "report", "compare", "data", "presets", "doctor")
-SLOW_LIBRARIES = ("torch", "numpy", "flwr", "ray", "peft", "transformers", "datasets", "matplotlib")
+SLOW_LIBRARIES = ("torch", "numpy", "flwr", "ray", "timm", "peft", "transformers", "datasets", "matplotlib")
 
 
 @pytest.fixture
@@ -85,6 +86,8 @@ def test_list_settings_prints_every_setting_with_its_default(fedtalora):
         (["--preset", "clinc"], "no preset 'clinc'; there are: clinc150"),
         (["--config", "none.toml"], "none.toml: no such settings file"),
         (["--preset", "clinc150", "--config", "a.toml"], "give --preset or --config, not both"),
+        (["--ray-address", "auto"], "the address of a Ray cluster is HOST:PORT, as ray start --head prints it, got "),
+        (["--ray-address", "head:6379", "--cpus", "2"], "--cpus sizes a Ray of the run's own; the clients take all "),
     ],
 )
 def test_run_refuses_impossible_settings_in_one_line_with_status_2_and_no_folder(
@@ -93,6 +96,15 @@ def test_run_refuses_impossible_settings_in_one_line_with_status_2_and_no_folder
     status, out, err = fedtalora("run", *arguments)
     assert (status, out) == (2, "")
     assert err.startswith(f"error: {message}") and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_at_a_cluster_that_does_not_answer_exits_with_1_and_leaves_no_folder(fedtalora, tmp_path):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        status, _, err = fedtalora("run", "--ray-address", address)
+    assert status == 1 and err.startswith(f"error: no Ray cluster answers at {address}")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,8 +17,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from flwr.cli.build import build_fab_from_disk
 
-from fedtalora_flwr.launch import LaunchError, LaunchResult, launch
+from fedtalora_flwr.launch import LaunchError, LaunchResult, _stage, launch
 
 pytestmark = pytest.mark.ray
 
@@ -134,6 +136,40 @@ def test_exception_of_on_tick_ends_the_run_and_restores_the_signal_handler(tmp_p
         launch(APP, run_config=config, num_supernodes=1, work_dir=tmp_path, on_tick=on_tick)
     assert signal.getsignal(signal.SIGTERM) is handler
     Traces.read(tmp_path).assert_none()
+
+
+INCLUDED = ["{name}/**/*.py", "LICENSE"]
+
+
+def make_app(folder: Path, *, include: list[str]) -> Path:
+    """Copy the small app, say what belongs to it, and put beside it what does not."""
+    shutil.copytree(APP, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    [package] = {path.parent.name for path in folder.glob("*/*.py")}
+    pyproject = (folder / "pyproject.toml").read_text()
+    patterns = [pattern.format(name=package) for pattern in include]
+    said = pyproject.replace("[tool.flwr.app]", f"[tool.flwr.app]\nfab-include = {patterns}")
+    assert said != pyproject
+    (folder / "pyproject.toml").write_text(said)
+    (folder / "LICENSE").write_text("as is")
+    for other in (".venv/lib/code.py", "docs/notes.md", f"{package}/notes.txt"):
+        (folder / other).parent.mkdir(parents=True, exist_ok=True)
+        (folder / other).write_text("not the app's")
+    return folder
+
+
+def test_staged_app_gives_the_bundle_of_its_folder_without_what_is_beside_it(tmp_path: Path) -> None:
+    app = make_app(tmp_path / "app", include=INCLUDED)
+    staged = _stage(app, tmp_path / "staged")
+    assert staged == tmp_path / "staged"
+    assert not (staged / ".venv").exists() and not (staged / "docs").exists()
+    assert build_fab_from_disk(staged) == build_fab_from_disk(app)
+
+
+@pytest.mark.parametrize("include", [["**/*.py"], ["*.py", "{name}/**/*.py"], ["/{name}/*.py"], ["other/*.py"], []])
+def test_app_whose_folders_are_not_named_is_bundled_from_where_it_is(tmp_path: Path, include: list[str]) -> None:
+    app = make_app(tmp_path / "app", include=include)
+    assert _stage(app, tmp_path / "staged") == app
+    assert not (tmp_path / "staged").exists()
 
 
 @dataclass(frozen=True)
