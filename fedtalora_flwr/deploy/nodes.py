@@ -16,6 +16,7 @@ from fedtalora_flwr.deploy.commands import CONNECTION, environment
 from fedtalora_flwr.deploy.folder import DeployError, FederationFolder, checked_name, write_private, write_public
 
 _CALL_SECONDS = 120.0
+_KEY_IN_USE = "[code: 23]"  # Flower's, also for a key whose node was removed
 
 
 @dataclass(frozen=True)
@@ -106,17 +107,19 @@ def register(folder: FederationFolder, name: str, public_key: bytes | None = Non
         raise DeployError(
             f"no public key of {name} in {folder.root}: give the one that fedtalora node key printed there"
         )
+    if folder.node_id(name).exists():
+        node_id = int(folder.node_id(name).read_text())
+        if any(node.node_id == node_id for node in list_nodes(folder)):
+            return False
     answer = _flwr(folder, "register", str(path), CONNECTION, "--name", name)
     if answer.get("success"):
         write_public(folder.node_id(name), str(answer["node-id"]).encode())
         return True
-    if "[code: 23]" in str(answer):
-        if not folder.node_id(name).exists():
-            raise DeployError(f"the key of {name} was registered, and not from {folder.root}; make a new key")
-        node_id = int(folder.node_id(name).read_text())
-        if any(node.node_id == node_id for node in list_nodes(folder)):
-            return False
-        raise DeployError(f"the key of {name} was removed for good; make a new one: fedtalora node replace {name}")
+    if _KEY_IN_USE in str(answer):
+        raise DeployError(
+            f"the key of {name} was registered once and removed, or registered from elsewhere: its use is over. Make a "
+            f"new one on the node by fedtalora node key {name} --new, and give it to fedtalora node replace {name}"
+        )
     raise DeployError(f"the SuperLink did not register {name}: {_reason(answer)}")
 
 

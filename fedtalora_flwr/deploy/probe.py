@@ -18,7 +18,7 @@ _REFUSALS = {
     ),
     "2001": "the server takes only nodes with a key; it was started without --insecure, so start the node without too",
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not of this node's ca.crt; copy the server's ca.crt",
-    "ddress already in use": "its port on 127.0.0.1 is taken; give another by --port",
+    "already in use": "its port on 127.0.0.1 is taken; give another by --port",
 }
 _SILENT = (
     "it ended without a reason, as Flower does when the node's clock is off by more than seconds or the node "
@@ -101,7 +101,7 @@ def explain_supernode(log: str) -> str:
 
 def explain_superlink(log: str) -> str:
     """Say what the log of a SuperLink that ended means, and what to do."""
-    if "ddress already in use" in log or "Failed to bind" in log:
+    if "already in use" in log:
         return "a port is taken, by another SuperLink perhaps; stop that, or give others by --fleet and --control-port"
     return "its log ends:"
 

@@ -1,6 +1,7 @@
 """A lab on this machine: a real SuperLink and real SuperNodes with our certificates and keys, and who is kept out."""
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -14,11 +15,13 @@ import psutil
 import pytest
 import yaml
 
+from fedtalora_flwr.deploy.commands import environment
 from fedtalora_flwr.deploy.folder import FederationFolder
-from fedtalora_flwr.deploy.nodes import Node, list_nodes
+from fedtalora_flwr.deploy.nodes import list_nodes
 from fedtalora_flwr.deploy.processes import pid_of
 from fedtalora_flwr.launch import _claim_port
 
+APP = Path(__file__).parents[1] / "launch_app"
 SECONDS = 240  # of patience on a loaded machine
 
 
@@ -153,6 +156,19 @@ def test_the_same_node_does_not_start_twice_on_its_machine(played):
     assert "site0 runs already, as process" in refused(*words)
 
 
+@pytest.mark.full
+def test_a_run_completes_over_certificates_and_keys_and_its_failure_is_told(played):
+    flower = environment(played.server)
+    for behaviour, status in (("succeed", "finished:completed"), ("raise", "finished:failed")):
+        words = ["run", str(APP), "lab", "--stream", "--run-config", f"num-rounds=1 behaviour='{behaviour}'"]
+        log = subprocess.run(["flwr", *words], env=flower, capture_output=True, text=True, timeout=SECONDS).stdout
+        assert "round 0: 2 replies" in log, log
+        listed = ["flwr", "list", "lab", "--format", "json"]
+        runs = json.loads(subprocess.check_output(listed, env=flower, text=True))["runs"]
+        assert status in {run["status"] for run in runs}
+
+
+@pytest.mark.full
 def test_a_replaced_node_is_shut_out_for_good_and_its_successor_comes_in(played, tmp_path):
     old = FederationFolder(played.folder / "site1")
     server = ("--dir", str(played.server.root))
@@ -160,6 +176,8 @@ def test_a_replaced_node_is_shut_out_for_good_and_its_successor_comes_in(played,
     assert "site1 has another key here" in refused("node", "add", "site1", "-", *server, stdin=public)
     assert "with its new key" in said("node", "replace", "site1", "-", *server, stdin=public)
     assert "has that key already" in said("node", "replace", "site1", "-", *server, stdin=public)
+    former = old.node_public_key("site1").read_text()
+    assert "its use is over" in refused("node", "add", "former", "-", *server, stdin=former)
     assert eventually(lambda: pid_of(old, "site1") is None)
     assert "does not accept this node's key" in refused(*node_words(played, "site1", old.root))
     said(*node_words(played, "site1", tmp_path))
@@ -168,10 +186,6 @@ def test_a_replaced_node_is_shut_out_for_good_and_its_successor_comes_in(played,
     finally:
         said("stop", "site1", "--dir", str(tmp_path))
     assert pid_of(FederationFolder(tmp_path), "site1") is None and naming(tmp_path) == []
-
-
-def test_the_list_names_the_nodes(played):
-    assert all(isinstance(node, Node) and node.name.startswith("site") for node in list_nodes(played.server))
 
 
 def test_a_port_that_is_taken_is_named_as_the_cause(played, tmp_path):
