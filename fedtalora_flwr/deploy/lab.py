@@ -108,7 +108,8 @@ class LabState:
     process
         ``running 1234``, ``stopped``, or why its machine did not say.
     seen
-        What the SuperLink says of the node: ``online``, ``offline``, ``registered``, ``unknown``; empty for itself.
+        What the SuperLink says of the node: ``online``, ``offline``, ``registered``, ``unknown``; empty for itself, and
+        in an insecure lab, whose nodes have no lasting id.
     """
 
     name: str
@@ -184,7 +185,7 @@ def state(lab: Lab) -> list[LabState]:
     with ThreadPoolExecutor(max_workers=16) as pool:
         found = pool.map(lambda node: _answer(lambda: _node(lab, node, "status", node.name)), lab.nodes)
         states = [
-            LabState(node.name, node.host, process, seen.get(node.name, "unknown"))
+            LabState(node.name, node.host, process, seen.get(node.name, "" if lab.insecure else "unknown"))
             for node, process in zip(lab.nodes, found, strict=True)
         ]
     return [LabState(SERVER, lab.host, server, ""), *states]
@@ -274,7 +275,7 @@ def _parse(found: object) -> Lab:
         host=str(server["host"]),
         address=str(server["address"]),
         listen=str(server.get("listen", f"{LOOPBACK if host in (LOOPBACK, 'localhost') else '0.0.0.0'}:{port}")),
-        control_port=int(server.get("control-port", CONTROL_PORT)),
+        control_port=_whole(server, "control-port", CONTROL_PORT),
         nodes=_nodes(top["nodes"]),
     )
 
@@ -290,10 +291,10 @@ def _nodes(found: object) -> tuple[LabNode, ...]:
         node = LabNode(
             name=checked_name(str(values["name"])),
             host=host,
-            partition_id=int(values.get("partition-id", position)),
+            partition_id=_whole(values, "partition-id", position),
             data=str(values.get("data", "")),
             device=str(values.get("device", "")),
-            port=int(values.get("port", NODE_PORT + beside)),
+            port=_whole(values, "port", NODE_PORT + beside),
         )
         if node.name == SERVER:
             raise DeployError(f"{SERVER} is the server's name; give the node another")
@@ -321,6 +322,13 @@ def _mapping(found: object, what: str, *, allowed: set[str], needed: set[str]) -
     if missing:
         raise DeployError(f"{what} lacks {', '.join(sorted(missing))}")
     return found
+
+
+def _whole(values: Mapping[str, Any], key: str, default: int) -> int:
+    value = values.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise DeployError(f"{key} must be a whole number from 0, got {value!r}")
+    return value
 
 
 def _boolean(value: object) -> bool:

@@ -53,6 +53,7 @@ def test_a_lab_that_is_called_on_loopback_listens_there_alone(tmp_path):
         ({"nodes": [NODES[0] | {"partition-id": 1}, NODES[1]]}, "two nodes have the same partition-id: 1"),
         ({"nodes": [NODES[0] | {"port": 9095}, NODES[1]]}, "two nodes have the same port of one machine"),
         ({"nodes": [NODES[0] | {"name": "superlink"}]}, "superlink is the server's name"),
+        ({"nodes": [NODES[0] | {"port": "high"}]}, "port must be a whole number from 0, got 'high'"),
         ({"nodes": [NODES[0] | {"name": "../x"}]}, "a node's name is up to 32"),
         ({"insecure": "yes"}, "insecure must be true or false, got 'yes'"),
     ],
