@@ -9,6 +9,8 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from fedtalora_flwr.deploy.cli import add_to as add_deployment
+
 cli = typer.Typer(
     name="fedtalora",
     help="Federated continual fine-tuning of pre-trained transformers with exact LoRA aggregation.",
@@ -216,6 +218,9 @@ def version_option(
 
         console.print(f"fedtalora {fedtalora_flwr.__version__}", highlight=False)
         raise typer.Exit
+
+
+add_deployment(cli)
 
 
 def main() -> None:

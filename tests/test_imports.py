@@ -22,6 +22,7 @@ ALLOWED = {
         *("fedtalora_flwr.registry", "fedtalora_flwr.data"),
     },
     "registry.py": set(),
+    "deploy": {"cryptography", "yaml", "tomli_w", "typer"},
     "lora.py": {"torch", "peft", "fedtalora_flwr.aggregation", "fedtalora_flwr.backbones"},
     "train.py": {
         *("torch", "numpy"),

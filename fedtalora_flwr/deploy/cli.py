@@ -1,0 +1,356 @@
+"""The commands of a deployment. Each does one step, and leaves alone what is done already."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedtalora_flwr.deploy.folder import DeployError, FederationFolder
+
+Dir = Annotated[
+    Path,
+    typer.Option("--dir", envvar="FEDTALORA_DIR", help="This machine's folder of the federation: keys, state, logs."),
+]
+Name = Annotated[str, typer.Argument(help="The node's name: letters, digits, - and _.")]
+ControlPort = Annotated[int, typer.Option(help="Port on 127.0.0.1 for flwr and the SuperExec.")]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="WITHOUT TLS AND NODE KEYS: anyone on the network may join.")
+]
+Background = Annotated[bool, typer.Option("--background", help="Start it, wait until it is up, and return.")]
+Print = Annotated[bool, typer.Option("--print", help="Print Flower's command line instead of running it.")]
+LabFile = Annotated[Path, typer.Argument(metavar="LAB", help="The lab's file, such as deploy/lab.yaml.")]
+
+DEFAULT_DIR = Path("federation")
+node = typer.Typer(name="node", help="Keys of the nodes, and which of them may come in.", no_args_is_help=True)
+lab = typer.Typer(
+    name="lab", help="A whole federation from one file, over ssh or on this machine.", no_args_is_help=True
+)
+
+
+def certs(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Names and addresses by which nodes call the server.")
+    ] = None,
+    directory: Dir = DEFAULT_DIR,
+    days: Annotated[int, typer.Option(min=1, help="Days that the server's certificate is valid.")] = 397,
+    renew: Annotated[bool, typer.Option("--renew", help="Make the server's certificate anew, by the same CA.")] = False,
+    show: Annotated[bool, typer.Option("--print", help="Print ca.crt, which every node needs.")] = False,
+) -> None:
+    """On the server: make the CA and the server's certificate, or renew the certificate where it is due.
+
+    fedtalora certs superlink.lab 10.0.0.5
+
+    Give every name that a node uses; localhost and 127.0.0.1 are always in. Nothing that is there and good is
+    touched, and the CA never is: the nodes trust it, and need nothing new when the certificate is renewed. Restart the
+    SuperLink after a renewal.
+    """
+    from fedtalora_flwr.deploy.certs import make_certificates
+
+    folder = _folder(directory)
+    if show:
+        if not folder.ca_certificate.exists():
+            raise DeployError(f"{folder.ca_certificate} is not there; make it: fedtalora certs NAME")
+        print(folder.ca_certificate.read_text(), end="")
+        return
+    found = make_certificates(folder, names or (), days=days, renew=renew)
+    made = f"made: {', '.join(found.made)}" if found.made else "nothing to do"
+    print(f"certificates in {folder.root}: {made}; for {', '.join(found.names)} until {found.expires:%Y-%m-%d}")
+
+
+def superlink(
+    directory: Dir = DEFAULT_DIR,
+    fleet: Annotated[str, typer.Option(help="Address and port where nodes call.")] = "0.0.0.0:9092",
+    control_port: ControlPort = 8000,
+    separate_superexec: Annotated[
+        bool, typer.Option("--separate-superexec", help="ServerApps run under fedtalora superexec.")
+    ] = False,
+    insecure: Insecure = False,
+    background: Background = False,
+    show: Print = False,
+) -> None:
+    """On the server: run the SuperLink. Only the port of --fleet can be reached from other machines.
+
+    fedtalora superlink --background
+
+    Anyone who can log in here can run code on every node, for Flower's own command asks for no password: keep
+    this machine to those who may.
+    """
+    from fedtalora_flwr.deploy import processes
+    from fedtalora_flwr.deploy.commands import environment, superlink_command, write_connection
+    from fedtalora_flwr.deploy.probe import explain_superlink, healthy
+
+    folder = _folder(directory)
+    command = superlink_command(
+        folder,
+        fleet_address=fleet,
+        control_port=control_port,
+        separate_superexec=separate_superexec,
+        insecure=insecure,
+    )
+    if show:
+        _print_command(command)
+        return
+    if insecure:
+        _shout("this SuperLink has no TLS and takes every node: data of a run is open to the network")
+    elif not folder.server_certificate.exists():
+        raise DeployError(f"no certificate in {folder.root}; make it first: fedtalora certs NAME-OF-THIS-SERVER")
+    folder.make()
+    if background and (pid := processes.pid_of(folder, "superlink")):
+        print(f"superlink runs already, as process {pid}")
+        return
+    write_connection(folder, control_port=control_port, insecure=insecure)
+    env = environment(folder)
+    if not background:
+        processes.become(folder, "superlink", command, env)
+    pid = processes.start(folder, "superlink", command, env)
+    processes.await_ready(
+        folder, "superlink", lambda: healthy(folder, port=control_port, insecure=insecure), explain=explain_superlink
+    )
+    print(f"superlink runs, as process {pid}; nodes call {fleet}; log {folder.log('superlink')}")
+    print(f"to submit runs here: export FLWR_HOME={folder.flower_home}")
+
+
+def superexec(
+    directory: Dir = DEFAULT_DIR, control_port: ControlPort = 8000, insecure: Insecure = False, show: Print = False
+) -> None:
+    """On the server: run what starts ServerApps, beside fedtalora superlink --separate-superexec."""
+    from fedtalora_flwr.deploy import processes
+    from fedtalora_flwr.deploy.commands import environment, superexec_command
+
+    folder = _folder(directory)
+    command = superexec_command(folder, control_port=control_port, insecure=insecure)
+    if show:
+        _print_command(command)
+        return
+    folder.make()
+    processes.become(folder, "superexec", command, environment(folder))
+
+
+def supernode(
+    name: Name,
+    superlink: Annotated[str, typer.Option(help="The server as host:port; the host is in its certificate.")],
+    partition_id: Annotated[int, typer.Option(min=0, help="Which part of the data it holds; 0 to num-clients - 1.")],
+    directory: Dir = DEFAULT_DIR,
+    data: Annotated[str, typer.Option(help="Folder of the known data sets here (FEDTALORA_DATA).")] = "",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, cuda:0,1: the devices it may use; all.")] = "",
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; another for each node of this machine.")] = 9094,
+    insecure: Insecure = False,
+    background: Background = False,
+    show: Print = False,
+) -> None:
+    """On a node: run the SuperNode, after a look at the server that says what Flower would not.
+
+    fedtalora supernode site0 --superlink superlink.lab:9092 --partition-id 0 --data /data --background
+    """
+    from fedtalora_flwr.deploy import processes
+    from fedtalora_flwr.deploy.commands import environment, supernode_command
+    from fedtalora_flwr.deploy.probe import check_superlink, explain_supernode, online
+
+    folder = _folder(directory)
+    command = supernode_command(
+        name, folder, superlink=superlink, partition_id=partition_id, port=port, insecure=insecure
+    )
+    if show:
+        _print_command(command)
+        return
+    folder.make()
+    if background and (pid := processes.pid_of(folder, name)):
+        print(f"{name} runs already, as process {pid}")
+        return
+    if insecure:
+        _shout(f"{name} calls without TLS: it runs code from whoever answers at {superlink}")
+    else:
+        if not folder.node_key(name).exists():
+            raise DeployError(f"no key of {name} in {folder.root}; make it first: fedtalora node key {name}")
+        check_superlink(superlink, folder)
+    env = environment(folder, superlink=superlink, data=data, device=device)
+    if not background:
+        processes.become(folder, name, command, env)
+    pid = processes.start(folder, name, command, env)
+    processes.await_ready(folder, name, lambda: online(folder, name), explain=explain_supernode)
+    print(f"{name} is online, as process {pid}; log {folder.log(name)}")
+
+
+@node.command("key")
+def node_key(
+    name: Name,
+    directory: Dir = DEFAULT_DIR,
+    ca: Annotated[str, typer.Option(help="The server's ca.crt, to be kept here; - reads it from standard input.")] = "",
+    new: Annotated[bool, typer.Option("--new", help="Throw the present key away first.")] = False,
+) -> None:
+    """On a node: make its key pair, keep the server's ca.crt, and print the public key.
+
+    fedtalora node key site0 --ca ca.crt > site0.pub
+
+    The private key stays here. Take the public key to the server, and there: fedtalora node add site0 site0.pub
+    """
+    from fedtalora_flwr.deploy.nodes import make_node_key, trust
+
+    folder = _folder(directory)
+    if ca:
+        trust(folder, _read(ca))
+    if new:
+        folder.node_key(name).unlink(missing_ok=True)
+        folder.node_public_key(name).unlink(missing_ok=True)
+    make_node_key(folder, name)
+    print(folder.node_public_key(name).read_text(), end="")
+
+
+@node.command("add")
+def node_add(
+    name: Name,
+    public_key: Annotated[str, typer.Argument(help="The file that fedtalora node key printed; - reads it.")] = "",
+    directory: Dir = DEFAULT_DIR,
+) -> None:
+    """On the server: let a node in. The SuperLink must be running."""
+    from fedtalora_flwr.deploy.nodes import register
+
+    added = register(_folder(directory), name, _read(public_key) if public_key else None)
+    print(f"{name} {'may come in' if added else 'was in already'}")
+
+
+@node.command("replace")
+def node_replace(
+    name: Name,
+    public_key: Annotated[str, typer.Argument(help="The new machine's public key; - reads it.")],
+    directory: Dir = DEFAULT_DIR,
+) -> None:
+    """On the server: let a new machine, or a new key, in a node's place; the old key is shut out for good."""
+    from fedtalora_flwr.deploy.nodes import replace
+
+    changed = replace(_folder(directory), name, _read(public_key))
+    print(f"{name} {'may come in with its new key' if changed else 'has that key already'}")
+
+
+@node.command("remove")
+def node_remove(name: Name, directory: Dir = DEFAULT_DIR) -> None:
+    """On the server: shut a node out; if it runs, it ends within seconds. Its key is of no more use."""
+    from fedtalora_flwr.deploy.nodes import unregister
+
+    print(f"{name} {'is shut out' if unregister(_folder(directory), name) else 'was not in'}")
+
+
+@node.command("list")
+def node_list(directory: Dir = DEFAULT_DIR) -> None:
+    """On the server: list the nodes that may come in: name, id, and registered (never seen), online or offline."""
+    from fedtalora_flwr.deploy.nodes import list_nodes
+
+    for found in list_nodes(_folder(directory)):
+        print(f"{found.name or '-':20} {found.node_id:20} {found.status}")
+
+
+def status(
+    name: Annotated[str, typer.Argument(help="superlink, or a node's name.")], directory: Dir = DEFAULT_DIR
+) -> None:
+    """Say whether a process of this folder runs."""
+    from fedtalora_flwr.deploy.processes import pid_of
+
+    pid = pid_of(_folder(directory), name)
+    print(f"running {pid}" if pid else "stopped")
+
+
+def stop(
+    name: Annotated[str, typer.Argument(help="superlink, or a node's name.")], directory: Dir = DEFAULT_DIR
+) -> None:
+    """Stop a process of this folder with everything that it started."""
+    from fedtalora_flwr.deploy.processes import stop as stop_process
+
+    print(f"{name} {'stopped' if stop_process(_folder(directory), name) else 'was not running'}")
+
+
+def logs(
+    name: Annotated[str, typer.Argument(help="superlink, or a node's name.")],
+    directory: Dir = DEFAULT_DIR,
+    lines: Annotated[int, typer.Option(min=1, help="How many of the last lines.")] = 40,
+) -> None:
+    """Print the last lines of a process that was started with --background."""
+    from fedtalora_flwr.deploy.processes import tail
+
+    print(tail(_folder(directory), name, num_lines=lines))
+
+
+def health(
+    directory: Dir = DEFAULT_DIR,
+    port: Annotated[int, typer.Option(help="On 127.0.0.1: the SuperLink's 8000, a node's 9094.")] = 8000,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Without TLS: a node, or a SuperLink with --insecure.")
+    ] = False,
+) -> None:
+    """Exit with 0 if the process with that port is well, with 1 if not; for health checks."""
+    from fedtalora_flwr.deploy.probe import healthy
+
+    if not healthy(_folder(directory), port=port, insecure=plain):
+        raise typer.Exit(1)
+
+
+@lab.command("up")
+def lab_up(file: LabFile) -> None:
+    """Start what of the lab does not run: certificates, server, keys, nodes. Again: takes over where it stopped."""
+    from fedtalora_flwr.deploy.lab import read_lab, up
+
+    found = read_lab(file)
+    if found.insecure:
+        _shout(f"{file} says insecure: no TLS, no node keys")
+    up(found, print)
+
+
+@lab.command("status")
+def lab_status(file: LabFile) -> None:
+    """Show every process of the lab, and which nodes the server sees. Exit status 1 if not all is up."""
+    from fedtalora_flwr.deploy.lab import read_lab, state
+
+    found = read_lab(file)
+    states = state(found)
+    for entry in states:
+        print(f"{entry.name:20} {entry.host:24} {entry.process:16} {entry.seen}".rstrip())
+    if not all(entry.process.startswith("running") and entry.seen in ("", "online") for entry in states):
+        raise typer.Exit(1)
+
+
+@lab.command("logs")
+def lab_logs(
+    file: LabFile,
+    name: Annotated[str, typer.Argument(help="A node, or superlink.")] = "superlink",
+    lines: Annotated[int, typer.Option(min=1, help="How many of the last lines.")] = 40,
+) -> None:
+    """Print the last lines of a node's log, or of the server's."""
+    from fedtalora_flwr.deploy.lab import logs as logs_of
+    from fedtalora_flwr.deploy.lab import read_lab
+
+    print(logs_of(read_lab(file), name, num_lines=lines), end="")
+
+
+@lab.command("down")
+def lab_down(file: LabFile) -> None:
+    """Stop the nodes and the server. Keys, certificates and the server's state stay for the next time."""
+    from fedtalora_flwr.deploy.lab import down, read_lab
+
+    down(read_lab(file), print)
+
+
+def add_to(cli: typer.Typer) -> None:
+    """Add the commands of a deployment to the command line."""
+    panel = "On separate machines (deploy/README.md)"
+    cli.add_typer(lab, rich_help_panel=panel)
+    cli.add_typer(node, rich_help_panel=panel)
+    for command in (certs, superlink, superexec, supernode, status, stop, logs, health):
+        cli.command(rich_help_panel=panel)(command)
+
+
+def _folder(directory: Path) -> FederationFolder:
+    return FederationFolder(directory.expanduser().resolve())
+
+
+def _read(file: str) -> bytes:
+    return sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+
+
+def _print_command(command: list[str]) -> None:
+    import shlex
+
+    print(shlex.join(command))
+
+
+def _shout(text: str) -> None:
+    print(f"{'!' * 72}\n!!! INSECURE: {text}\n{'!' * 72}", file=sys.stderr)

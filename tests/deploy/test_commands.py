@@ -1,0 +1,69 @@
+"""The command lines are safe by default, and Flower's own parsers take them."""
+
+from pathlib import Path
+
+import pytest
+from flwr.common.config import parse_config_args
+from flwr.supercore.cli.flower_superexec import _parse_args as superexec_parser
+from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink as superlink_parser
+from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode as supernode_parser
+
+from fedtalora_flwr.deploy.commands import environment, superexec_command, superlink_command, supernode_command
+from fedtalora_flwr.deploy.folder import DeployError, FederationFolder
+
+FOLDER = FederationFolder(Path("/srv/fl"))
+NODE = {"superlink": "superlink.lab:9092", "partition_id": 3}
+
+
+def test_the_superlink_speaks_tls_knows_its_nodes_and_opens_the_fleet_port_alone():
+    parsed = superlink_parser().parse_args(superlink_command(FOLDER)[1:])
+    assert parsed.enable_supernode_auth and not parsed.insecure
+    assert parsed.ssl_keyfile == "/srv/fl/server.key" and parsed.ssl_certfile == "/srv/fl/server.crt"
+    assert (parsed.fleet_api_address, parsed.host, parsed.port) == ("0.0.0.0:9092", "127.0.0.1", 8000)
+    assert parsed.database == "/srv/fl/state.db" and parsed.isolation == "subprocess"
+    assert not parsed.runtime_dependency_install
+
+
+def test_a_superexec_of_its_own_shares_the_secret_with_the_superlink():
+    superlink = superlink_parser().parse_args(superlink_command(FOLDER, separate_superexec=True)[1:])
+    superexec = superexec_parser().parse_args(superexec_command(FOLDER)[1:])
+    assert superlink.isolation == "process"
+    assert superlink.superexec_auth_secret_file == superexec.superexec_auth_secret_file == "/srv/fl/superexec.secret"
+    assert superexec.runtime_api_address == "127.0.0.1:8000" and not superexec.insecure
+
+
+def test_a_node_checks_the_server_shows_its_key_and_tells_its_partition():
+    parsed = supernode_parser().parse_args(supernode_command("site0", FOLDER, **NODE)[1:])
+    assert parsed.root_certificates == "/srv/fl/ca.crt" and not parsed.insecure
+    assert parsed.auth_supernode_private_key == "/srv/fl/site0.key"
+    assert (parsed.superlink, parsed.host, parsed.port) == ("superlink.lab:9092", "127.0.0.1", 9094)
+    assert parse_config_args([parsed.node_config]) == {"partition-id": 3, "name": "site0"}
+
+
+def test_insecure_turns_off_certificates_and_keys_together():
+    superlink = superlink_parser().parse_args(superlink_command(FOLDER, insecure=True)[1:])
+    supernode = supernode_parser().parse_args(supernode_command("site0", FOLDER, **NODE, insecure=True)[1:])
+    assert superlink.insecure and not superlink.enable_supernode_auth and superlink.ssl_keyfile is None
+    assert supernode.insecure and supernode.auth_supernode_private_key is None
+    assert superlink.host == supernode.host == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("device", "visible"), [("", "7"), ("cuda", "7"), ("cpu", ""), ("cuda:1", "1"), ("cuda:0,3", "0,3")]
+)
+def test_a_node_sees_the_devices_that_it_was_given(monkeypatch, device, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert environment(FOLDER, device=device)["CUDA_VISIBLE_DEVICES"] == visible
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:0", "0"])
+def test_an_unknown_device_is_refused(device):
+    with pytest.raises(DeployError, match="device is cpu, cuda, cuda:1 or cuda:0,1"):
+        environment(FOLDER, device=device)
+
+
+def test_no_proxy_comes_between_a_node_and_its_server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "intranet")
+    env = environment(FOLDER, superlink="superlink.lab:9092", data="/data")
+    assert env["no_proxy"] == env["NO_PROXY"] == "intranet,127.0.0.1,localhost,superlink.lab"
+    assert env["FLWR_HOME"] == "/srv/fl/flwr" and env["FEDTALORA_DATA"] == "/data"

@@ -1,0 +1,200 @@
+"""A lab on this machine: a real SuperLink and real SuperNodes with our certificates and keys, and who is kept out."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from fedtalora_flwr.deploy.commands import environment
+from fedtalora_flwr.deploy.folder import FederationFolder
+from fedtalora_flwr.deploy.nodes import list_nodes
+from fedtalora_flwr.deploy.processes import pid_of
+from fedtalora_flwr.launch import _claim_port
+
+APP = Path(__file__).parents[1] / "launch_app"
+SECONDS = 240  # of patience on a loaded machine
+
+
+@dataclass(frozen=True)
+class Played:
+    """A lab that is up.
+
+    Parameters
+    ----------
+    folder
+        Holds the file of the lab, and below it each process's folder.
+    address
+        By which the nodes call the server.
+    spare_port
+        On loopback, for one more node.
+    """
+
+    folder: Path
+    address: str
+    control_port: int
+    spare_port: int
+
+    @property
+    def file(self) -> str:
+        return str(self.folder / "lab.yaml")
+
+    @property
+    def server(self) -> FederationFolder:
+        return FederationFolder(self.folder / "superlink")
+
+    def statuses(self) -> dict[str, str]:
+        return {node.name: node.status for node in list_nodes(self.server)}
+
+
+def fedtalora(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fedtalora_flwr.cli", *words]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, env=env, timeout=SECONDS)
+
+
+def said(*words: str, stdin: str = "") -> str:
+    done = fedtalora(*words, stdin=stdin)
+    assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def refused(*words: str, stdin: str = "") -> str:
+    done = fedtalora(*words, stdin=stdin)
+    assert done.returncode == 2, f"{words}: {done.stdout}{done.stderr}"
+    return done.stderr
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 60
+    while not (held := condition()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return held
+
+
+def naming(folder: Path) -> list[str]:
+    """Find the processes whose command names the folder."""
+    commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    return [command for command in commands if str(folder) in command]
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
+    folder = tmp_path_factory.mktemp("played")
+    with contextlib.ExitStack() as claims:
+        ports = []
+        for _ in range(5):
+            port, claim = _claim_port()
+            claims.enter_context(claim)
+            ports.append(port)
+        lab = Played(folder, f"127.0.0.1:{ports[0]}", ports[1], ports[2])
+        nodes = [{"name": f"site{k}", "host": "local", "port": ports[3 + k], "device": "cpu"} for k in range(2)]
+        server = {"host": "local", "address": lab.address, "control-port": lab.control_port}
+        Path(lab.file).write_text(yaml.safe_dump({"folder": str(folder), "server": server, "nodes": nodes}))
+        try:
+            said("lab", "up", lab.file)
+            yield lab
+        finally:
+            said("lab", "down", lab.file)
+            assert naming(folder) == []
+
+
+def test_up_brings_server_and_nodes_online_and_again_changes_nothing(played):
+    assert played.statuses() == {"site0": "online", "site1": "online"}
+    before = {name: pid_of(FederationFolder(played.folder / name), name) for name in ("superlink", "site0", "site1")}
+    again = said("lab", "up", played.file)
+    assert all(f"{name} runs already, as process {pid}" in again for name, pid in before.items())
+    shown = [line.split() for line in said("lab", "status", played.file).splitlines()]
+    assert [(words[0], words[2], words[-1]) for words in shown[1:]] == [
+        ("site0", "running", "online"),
+        ("site1", "running", "online"),
+    ]
+    assert "SuperNode ID:" in said("lab", "logs", played.file, "site1")
+
+
+def test_nothing_but_the_fleet_port_leaves_loopback(played):
+    pids = [pid_of(FederationFolder(played.folder / name), name) for name in ("superlink", "site0", "site1")]
+    listening = [
+        connection.laddr
+        for pid in pids
+        for connection in psutil.Process(pid).net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    fleet = int(played.address.rpartition(":")[2])
+    assert {address.ip for address in listening if address.port != fleet} == {"127.0.0.1"}
+    assert fleet in {address.port for address in listening}
+
+
+def test_health_is_told_of_server_and_node(played):
+    folder = str(played.server.root)
+    said("health", "--dir", folder, "--port", str(played.control_port))
+    assert fedtalora("health", "--dir", folder, "--port", str(played.spare_port)).returncode == 1
+
+
+def test_a_key_that_was_not_registered_is_refused_and_says_what_to_do(played, tmp_path):
+    said("node", "key", "stranger", "--dir", str(tmp_path), "--ca", str(played.server.ca_certificate))
+    assert "does not accept this node's key" in refused(*node_words(played, "stranger", tmp_path))
+
+
+def test_a_second_use_of_a_key_is_refused_while_the_first_stays_online(played, tmp_path):
+    shutil.copytree(played.folder / "site0", tmp_path / "copy", ignore=shutil.ignore_patterns("*.pid", "*.log"))
+    assert "does not accept this node's key" in refused(*node_words(played, "site0", tmp_path / "copy"))
+    assert played.statuses()["site0"] == "online"
+
+
+def test_the_same_node_does_not_start_twice_on_its_machine(played):
+    words = [word for word in node_words(played, "site0", played.folder / "site0") if word != "--background"]
+    assert "site0 runs already, as process" in refused(*words)
+
+
+@pytest.mark.full
+def test_a_run_completes_over_certificates_and_keys_and_its_failure_is_told(played):
+    flower = environment(played.server)
+    for behaviour, status in (("succeed", "finished:completed"), ("raise", "finished:failed")):
+        words = ["run", str(APP), "lab", "--stream", "--run-config", f"num-rounds=1 behaviour='{behaviour}'"]
+        log = subprocess.run(["flwr", *words], env=flower, capture_output=True, text=True, timeout=SECONDS).stdout
+        assert "round 0: 2 replies" in log, log
+        listed = ["flwr", "list", "lab", "--format", "json"]
+        runs = json.loads(subprocess.check_output(listed, env=flower, text=True))["runs"]
+        assert status in {run["status"] for run in runs}
+
+
+@pytest.mark.full
+def test_a_replaced_node_is_shut_out_for_good_and_its_successor_comes_in(played, tmp_path):
+    old = FederationFolder(played.folder / "site1")
+    server = ("--dir", str(played.server.root))
+    public = said("node", "key", "site1", "--dir", str(tmp_path), "--ca", str(played.server.ca_certificate))
+    assert "site1 has another key here" in refused("node", "add", "site1", "-", *server, stdin=public)
+    assert "with its new key" in said("node", "replace", "site1", "-", *server, stdin=public)
+    assert "has that key already" in said("node", "replace", "site1", "-", *server, stdin=public)
+    former = old.node_public_key("site1").read_text()
+    assert "its use is over" in refused("node", "add", "former", "-", *server, stdin=former)
+    assert eventually(lambda: pid_of(old, "site1") is None)
+    assert "does not accept this node's key" in refused(*node_words(played, "site1", old.root))
+    said(*node_words(played, "site1", tmp_path))
+    try:
+        assert played.statuses() == {"site0": "online", "site1": "online"}
+    finally:
+        said("stop", "site1", "--dir", str(tmp_path))
+    assert pid_of(FederationFolder(tmp_path), "site1") is None and naming(tmp_path) == []
+
+
+def test_a_port_that_is_taken_is_named_as_the_cause(played, tmp_path):
+    said("certs", "localhost", "--dir", str(tmp_path))
+    words = ("superlink", "--dir", str(tmp_path), "--fleet", played.address, "--control-port", str(played.spare_port))
+    assert "a port is taken" in refused(*words, "--background")
+    assert pid_of(FederationFolder(tmp_path), "superlink") is None
+
+
+def node_words(played: Played, name: str, folder: Path) -> list[str]:
+    words = ["supernode", name, "--superlink", played.address, "--partition-id", "5", "--device", "cpu"]
+    return [*words, "--port", str(played.spare_port), "--dir", str(folder), "--background"]

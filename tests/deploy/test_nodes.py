@@ -1,0 +1,72 @@
+"""Node keys and the authority's certificate on a node, before any server is called."""
+
+import stat
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.cli.supernode.register import try_load_public_key
+
+from fedtalora_flwr.deploy.certs import make_certificates
+from fedtalora_flwr.deploy.folder import DeployError, FederationFolder
+from fedtalora_flwr.deploy.nodes import make_node_key, register, trust
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return FederationFolder(tmp_path / "federation")
+
+
+def test_a_key_pair_is_of_the_kind_that_flower_takes_and_is_made_once(folder):
+    assert make_node_key(folder, "site0")
+    private = folder.node_key("site0")
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600
+    key = serialization.load_ssh_private_key(private.read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp384r1"
+    assert try_load_public_key(folder.node_public_key("site0"))
+    before = private.read_bytes()
+    folder.node_public_key("site0").unlink()
+    assert not make_node_key(folder, "site0")
+    assert private.read_bytes() == before and folder.node_public_key("site0").read_text().endswith(" site0\n")
+
+
+def test_no_new_key_takes_the_place_of_one_that_is_on_another_machine(folder):
+    make_node_key(folder, "site0")
+    folder.node_key("site0").unlink()
+    with pytest.raises(DeployError, match="the key of site0 is on another machine"):
+        make_node_key(folder, "site0")
+
+
+def test_a_node_does_not_change_its_authority_silently(folder, tmp_path):
+    servers = [FederationFolder(tmp_path / name) for name in ("one", "two")]
+    for server in servers:
+        make_certificates(server, ["superlink.lab"])
+    trust(folder, servers[0].ca_certificate.read_bytes())
+    trust(folder, servers[0].ca_certificate.read_bytes())
+    with pytest.raises(DeployError, match="is of another authority"):
+        trust(folder, servers[1].ca_certificate.read_bytes())
+    with pytest.raises(DeployError, match="not a certificate in PEM"):
+        trust(folder, servers[0].ca_key.read_bytes())
+
+
+@pytest.mark.parametrize("name", ["", "../site0", "site 0", "-site", "site0.pub", "s" * 33])
+def test_names_that_are_no_file_names_are_refused(folder, name):
+    with pytest.raises(DeployError, match="a node's name is up to 32 letters"):
+        make_node_key(folder, name)
+
+
+def test_one_key_has_one_name_and_one_name_one_key(folder, tmp_path):
+    node = FederationFolder(tmp_path / "node")
+    for name in ("site0", "site1"):
+        make_node_key(node, name)
+    keys = {name: node.node_public_key(name).read_bytes() for name in ("site0", "site1")}
+    folder.make()
+    folder.node_public_key("site0").write_bytes(keys["site0"])
+    with pytest.raises(DeployError, match=r"site0 has another key here; .*fedtalora node replace"):
+        register(folder, "site0", keys["site1"])
+    with pytest.raises(DeployError, match="that is the key of site0; every node has a key of its own"):
+        register(folder, "site1", keys["site0"])
+    with pytest.raises(DeployError, match="a node's public key is one line"):
+        register(folder, "site1", b"ssh-rsa AAAA me\n")
+    with pytest.raises(DeployError, match="no public key of site1"):
+        register(folder, "site1")
