@@ -187,7 +187,7 @@ def predict(
         return
     for prediction in predictions:
         ranking = [f"{name} {probability:.3f}" for name, probability in prediction.ranking]
-        text = [prediction.item.raw] if isinstance(prediction.item.raw, str) else []
+        text = [" ".join(prediction.item.raw.split())] if isinstance(prediction.item.raw, str) else []
         print(prediction.item.name, *ranking, *text, sep="\t")
 
 

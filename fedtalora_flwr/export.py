@@ -2,11 +2,7 @@
 
 Both say the same, ``W = W_0 + R + s B A`` of every adapted layer. ``merged`` writes W. ``peft`` leaves W_0 to the
 untouched backbone and writes the change as LoRA factors: the run's own pair, followed by as much extra rank as the
-residual R has,
-
-    s [B  U/s] [A; V] = s B A + U V,   U V = R
-
-so that the adapter is exact, at the price of its size. LoRA on a part of a fused qkv goes back into its rows.
+residual R has, so that the adapter is exact, at the price of its size.
 
 Every folder holds ``load.py``, a program that needs no fedtalora. An export is only put in place after that very
 program has given the run's logits on random inputs.
@@ -26,24 +22,21 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-import torch.nn.functional as F
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fedtalora_flwr import __version__, backbones
-from fedtalora_flwr.aggregation import GlobalState, LoraFactors
 from fedtalora_flwr.backbones import Backbone
+from fedtalora_flwr.change import Change, changes_of
 from fedtalora_flwr.checkpoint import write_text
-from fedtalora_flwr.lora import AdaptedModel, SplitQKV
 from fedtalora_flwr.trained import TrainedModel, open_trained
 from fedtalora_flwr.words import human_bytes
 
 KINDS = ("merged", "peft")
 NUM_PROBES = 200
 _TOLERANCE = 1e-5  # largest difference of a logit, relative where logits are above 1
-_LEFT_OUT = 1e-6  # share of a residual's norm below which its directions are float32's rounding
 _FACTS = "fedtalora.json"
 
 
@@ -68,36 +61,6 @@ class Exported:
     folder: Path
     standing: str
     logit_difference: float
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a run adds to one Linear of the untouched backbone.
-
-    Parameters
-    ----------
-    factors
-        The trained pair.
-    residual
-        (d_out, d_in).
-    """
-
-    factors: LoraFactors
-    residual: Tensor  # (d_out, d_in)
-
-    def dense(self) -> Tensor:
-        """Add both up: (d_out, d_in) float64."""
-        return self.residual.double() + self.factors.delta().double()
-
-    def as_factors(self) -> LoraFactors:
-        """Carry the residual as extra rank: the first rows of lora_A are the trained ones, bit for bit."""
-        left, right = _factored(self.residual)
-        pair = self.factors
-        return LoraFactors(
-            lora_A=torch.cat([pair.lora_A, right]),
-            lora_B=torch.cat([pair.lora_B, left / pair.scaling], dim=1),
-            scaling=pair.scaling,
-        )
 
 
 def export(run: Path, *, to: str, target: Path | None = None, force: bool = False) -> Exported:
@@ -140,55 +103,6 @@ def export(run: Path, *, to: str, target: Path | None = None, force: bool = Fals
         write_text(part / "README.md", card)
         write_text(part / _FACTS, json.dumps({**facts, "logit_difference": difference}, indent=1) + "\n")
     return Exported(folder, trained.standing, difference)
-
-
-def changes_of(model: AdaptedModel, state: GlobalState) -> dict[str, Change]:
-    """Gather what a state adds to each layer, by the layer's name in the untouched backbone.
-
-    Parameters
-    ----------
-    model
-        The adapted model that the state's keys belong to; parts of a fused qkv become rows of it.
-    state
-        Its adapters and residual.
-    """
-    changes: dict[str, Change] = {}
-    for name, factors in state.adapters.items():
-        d_out, d_in = factors.lora_B.shape[0], factors.lora_A.shape[1]
-        change = Change(factors, state.residual.get(name, torch.zeros(d_out, d_in)))
-        parent, _, part = name.rpartition(".")
-        layer = model.backbone.model.get_submodule(parent)
-        if isinstance(layer, SplitQKV):
-            change = _in_rows_of(change, index=list(dict(layer.named_children())).index(part))
-            changes[parent] = _joined(changes[parent], change) if parent in changes else change
-        else:
-            changes[name] = change
-    return changes
-
-
-def _in_rows_of(change: Change, *, index: int) -> Change:
-    """Put the change of q, k or v, of which `index` counts, into its third of the fused layer's rows."""
-    d_out = change.residual.shape[0]
-    rows = (0, 0, index * d_out, (2 - index) * d_out)
-    pair = change.factors
-    return Change(LoraFactors(pair.lora_A, F.pad(pair.lora_B, rows), pair.scaling), F.pad(change.residual, rows))
-
-
-def _joined(first: Change, second: Change) -> Change:
-    """Add two changes of one layer; their pairs stand side by side."""
-    a, b = first.factors, second.factors
-    assert a.scaling == b.scaling, "one alpha and rank for all layers"
-    pair = LoraFactors(torch.cat([a.lora_A, b.lora_A]), torch.cat([a.lora_B, b.lora_B], dim=1), a.scaling)
-    return Change(pair, first.residual + second.residual)
-
-
-def _factored(residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Factor a residual into (d_out, m) and (m, d_in) float32, m its rank."""
-    left, values, right = torch.linalg.svd(residual.double(), full_matrices=False)
-    left_out = values.square().flip(0).cumsum(0).flip(0).sqrt()  # (min(d_out, d_in),) norm of the rest from here on
-    rank = int((left_out > _LEFT_OUT * left_out[0]).sum())
-    root = values[:rank].sqrt()
-    return (left[:, :rank] * root).float(), (root.unsqueeze(1) * right[:rank]).float()
 
 
 def _write_model(folder: Path, trained: TrainedModel, changes: dict[str, Change], *, to: str) -> dict[str, Any]:

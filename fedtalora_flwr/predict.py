@@ -100,7 +100,7 @@ def read_items(names: Sequence[str], *, modality: str, stdin: BinaryIO, column: 
     Raises
     ------
     InputError
-        If there is no such file, or it is of a kind that is not known, or holds nothing.
+        If there is no such file, it cannot be read or is of no known kind, or a folder or standard input is empty.
     DataError
         If an image cannot be decoded.
     """
@@ -140,9 +140,17 @@ def _from_stdin(stdin: BinaryIO, *, modality: str) -> Iterator[Item]:
             raise InputError("standard input is empty; pipe one image file into it")
         yield Item(STDIN, decode_image(content, where="the image on standard input"))
         return
-    for number, line in enumerate(io.TextIOWrapper(stdin, encoding="utf-8"), start=1):
-        if text := line.strip():
+    empty = True
+    for number, line in enumerate(stdin, start=1):
+        try:
+            text = line.decode().strip()
+        except UnicodeDecodeError as error:
+            raise InputError(f"line {number} of standard input is not UTF-8 ({error}); convert it first") from error
+        if text:
+            empty = False
             yield Item(f"{STDIN}:{number}", text)
+    if empty:
+        raise InputError("standard input is empty; pipe texts into it, one a line")
 
 
 def _texts_of(file: Path, *, column: str) -> Iterator[Item]:

@@ -21,16 +21,14 @@ from safetensors.torch import load_file, save_file
 
 from client_app.app import app as run_client
 from fedtalora_flwr import checkpoint, heads
-from fedtalora_flwr.aggregation import GlobalState, LoraFactors
 from fedtalora_flwr.backbones.images import ImageBackbone
+from fedtalora_flwr.change import Change
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.export import Change, Exported, ExportError, changes_of, export
-from fedtalora_flwr.lora import AdaptedModel
+from fedtalora_flwr.export import Exported, ExportError, export
 from fedtalora_flwr.resident import data_of, model_of
 from server_app.strategy import RunFailed
 
 ROOT = Path(__file__).parents[1]
-D_OUT, D_IN, RANK = 7, 5, 2
 
 
 @pytest.fixture(scope="session")
@@ -102,53 +100,6 @@ def test_peft_loads_the_adapter_onto_the_public_architecture_with_its_fused_qkv(
     lora_B = layer.lora_B["default"].weight
     assert lora_B.shape[0] == 3 * 192 and lora_B[:192].any() and not lora_B[192:384].any()  # q, but not k
     assert layer.scaling["default"] == 8.0 / 4
-
-
-# the parts
-
-
-def change(rank_of_residual: int) -> Change:
-    generator = torch.Generator().manual_seed(2)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    residual = draw(D_OUT, rank_of_residual) @ draw(rank_of_residual, D_IN)
-    return Change(LoraFactors(draw(RANK, D_IN), draw(D_OUT, RANK), scaling=2.5), residual)
-
-
-@pytest.mark.parametrize("rank_of_residual", [0, 1, 3, 5])
-def test_a_residual_becomes_as_much_extra_rank_as_it_has_behind_the_trained_pair(rank_of_residual):
-    given = change(rank_of_residual)
-    carried = given.as_factors()
-    assert carried.rank == RANK + rank_of_residual and carried.scaling == 2.5
-    assert torch.equal(carried.lora_A[:RANK], given.factors.lora_A)
-    assert torch.equal(carried.lora_B[:, :RANK], given.factors.lora_B)
-    torch.testing.assert_close(carried.delta().double(), given.dense(), rtol=1e-5, atol=1e-5)
-
-
-def small_vit() -> ImageBackbone:
-    torch.manual_seed(7)
-    sizes = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 12, "num_heads": 3, "num_classes": 0}
-    return ImageBackbone(timm.create_model("vit_tiny_patch16_224", **sizes))
-
-
-@pytest.mark.parametrize("targets", ["q,v", "k", "qkv", "q,k,v+proj", "mlp"])
-def test_changes_added_to_the_untouched_layers_give_the_adapted_models_features(targets):
-    adapted = AdaptedModel(small_vit(), rank=RANK, alpha=5.0, blocks="all", targets=targets).eval()
-    torch.manual_seed(1)
-    adapters = {
-        name: LoraFactors(pair.lora_A, torch.randn_like(pair.lora_B), pair.scaling)
-        for name, pair in adapted.initial_factors(seed=0).items()
-    }
-    residual = {name: torch.randn_like(pair.delta()) for name, pair in adapters.items()}
-    adapted.load(adapters, residual)
-    plain = small_vit().eval()
-    with torch.no_grad():
-        for name, what in changes_of(adapted, GlobalState(adapters, residual)).items():
-            plain.model.get_submodule(name).weight.add_(what.dense().float())
-        images = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
-        torch.testing.assert_close(plain(images), adapted.backbone(images), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224", "deit_tiny_distilled_patch16_224"])

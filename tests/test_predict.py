@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -71,8 +72,6 @@ def test_an_image_of_any_size_is_brought_to_the_side_of_the_training_images(digi
 
 
 def test_an_older_run_that_did_not_note_the_side_looks_at_its_data(digits_run, tmp_path):
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(digits_run, run)
     manifest = json.loads((run / "manifest.json").read_text())
@@ -135,6 +134,10 @@ def test_an_empty_folder_and_an_empty_standard_input_are_told(tmp_path):
         items(tmp_path, modality="image")
     with pytest.raises(InputError, match="standard input is empty; pipe one image file into it"):
         items("-", modality="image")
+    with pytest.raises(InputError, match="standard input is empty; pipe texts into it, one a line"):
+        items("-", stdin=b"\n \n")
+    with pytest.raises(InputError, match="line 2 of standard input is not UTF-8"):
+        items("-", stdin=b"on\n\xff\n")
 
 
 def test_a_prediction_as_json_repeats_a_text_and_no_image(text_run, digits_run, digits_folder):
