@@ -101,6 +101,8 @@ def export(run: Path, *, to: str, target: Path | None = None, force: bool = Fals
         weights = sum(path.stat().st_size for path in part.rglob("*.safetensors"))
         card = _filled("export_card.md.j2", **facts, logit_difference=difference, size=human_bytes(weights))
         write_text(part / "README.md", card)
+        for path in part.rglob("*.safetensors"):  # written for their owner alone, whatever the umask
+            path.chmod((part / "README.md").stat().st_mode)
         write_text(part / _FACTS, json.dumps({**facts, "logit_difference": difference}, indent=1) + "\n")
     return Exported(folder, trained.standing, difference)
 

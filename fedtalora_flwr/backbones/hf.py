@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, logging
 
 from fedtalora_flwr.backbones.base import Backbone, BackboneError, find_placement
 from fedtalora_flwr.data import Source, Split
@@ -107,6 +107,7 @@ def create(argument: str, *, max_length: int) -> TextBackbone:
     BackboneError
         If it cannot be read or fetched, or is no encoder of a known family.
     """
+    logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(argument)
         model = AutoModel.from_pretrained(argument, dtype=torch.float32)

@@ -78,7 +78,7 @@ class ImageBackbone(Backbone):
         save_for_hf(
             self.model,
             str(folder),
-            model_config={"label_names": list(class_names)} if class_names else {},
+            model_config={"pretrained_cfg": {"tag": "fedtalora"}, "label_names": list(class_names)},
             safe_serialization=True,
             data_config={"interpolation": "bicubic", "crop_pct": 1.0, **self._normalisation()},
         )
