@@ -142,6 +142,70 @@ def compare(
 
 
 @cli.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
+    to: Annotated[str, typer.Option(metavar="merged|peft", help="Plain weights, or an adapter for peft.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; by default RUN/export/merged or /peft.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace an earlier export in that folder.")] = False,
+) -> None:
+    """Write a run's model for use without fedtalora.
+
+    merged: one model with everything in its weights, which timm or transformers loads.
+
+    peft: an adapter that peft loads onto the untouched backbone; the residual is carried as extra rank.
+
+    The folder says in its README.md what it holds, and its load.py classifies files without fedtalora. It is put in
+    place only when that program gives the run's logits to 1e-5.
+    """
+    from fedtalora_flwr.export import export as export_model
+
+    done = export_model(run_folder, to=to, target=out, force=force)
+    console.print(f"model {done.standing}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"logits differ from the run's by at most {done.logit_difference:.1e}", highlight=False)
+    console.print(f"{to} {done.folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+@cli.command()
+def predict(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
+    inputs: Annotated[list[str], typer.Argument(metavar="FILES...", help="Files and folders; - is standard input.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array instead of lines.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="Classes to name for each input.")] = 3,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Classify files with a run's model: a line for each input, the likeliest classes and their probabilities.
+
+    Images: files, folders of them at any depth, or one image on standard input.
+
+    Texts: .txt (a text a line), .csv, .tsv, .json, .jsonl (a column text, or the run's input-column), folders of
+    these, or lines on standard input: echo "what is my balance" | fedtalora predict RUN -
+    """
+    import json
+
+    from fedtalora_flwr.predict import predict as classify
+    from fedtalora_flwr.predict import read_items
+    from fedtalora_flwr.trained import open_trained
+
+    trained = open_trained(run_folder, device=device)
+    if trained.server_round < trained.num_rounds:
+        errors.print(f"[yellow]note:[/yellow] the run is {trained.standing}", highlight=False, soft_wrap=True)
+    items = read_items(
+        inputs,
+        modality=trained.model.backbone.modality,
+        stdin=sys.stdin.buffer,
+        column=trained.config.input_column,
+    )
+    predictions = classify(trained, items, top=top)
+    if as_json:
+        print(json.dumps([prediction.to_json() for prediction in predictions], indent=1, ensure_ascii=False))
+        return
+    for prediction in predictions:
+        ranking = [f"{name} {probability:.3f}" for name, probability in prediction.ranking]
+        text = [" ".join(prediction.item.raw.split())] if isinstance(prediction.item.raw, str) else []
+        print(prediction.item.name, *ranking, *text, sep="\t")
+
+
+@cli.command()
 def data(
     preset: Preset = "",
     config: ConfigFile = None,

@@ -62,12 +62,25 @@ def model_of(config: RunConfig) -> AdaptedModel:
     ValueError
         If the weights cannot be had, the LoRA settings match nothing, or the backbone reads other data.
     """
-    backbone = backbones.resolve(config.backbone, asdict(config))
+    model = build_model(config)
     source = data_of(config).source
-    if backbone.modality != source.modality:
+    if model.backbone.modality != source.modality:
         raise ConfigError(
-            f"backbone {config.backbone} reads {backbone.modality}s, dataset {source.name} holds {source.modality}s"
+            f"backbone {config.backbone} reads {model.backbone.modality}s, "
+            f"dataset {source.name} holds {source.modality}s"
         )
+    return model
+
+
+def build_model(config: RunConfig) -> AdaptedModel:
+    """Build the backbone with its LoRA layers on the device of the settings; no data are needed.
+
+    Raises
+    ------
+    ValueError
+        If the weights cannot be had, or the LoRA settings match nothing.
+    """
+    backbone = backbones.resolve(config.backbone, asdict(config))
     return AdaptedModel(
         backbone.to(device_of(config)),
         rank=config.rank,

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -274,12 +275,20 @@ class Server:
         size = self.point.sums.gram.shape[0]
         return size * (size + 1) // 2 + self.point.sums.moment.numel() if self.head.collects_sums else 0
 
+    def _image_side(self) -> int | None:
+        """Give the side in pixels at which images are stored before the model enlarges them; None for text."""
+        source, first = self.data.source, np.zeros(1, dtype=np.int64)
+        if source.modality != "image":
+            return None
+        return self.model.backbone.encode(source.train, first, source=source).shape[-1]
+
     def _write_manifest(self, hashes: tuple[str, ...], hellos: list[wire.Hello], parameters: dict[str, int]) -> None:
         stream = self.data.stream
         self.folder.write_manifest(
             {
                 "seed": self.config.seed,
                 "class_names": list(self.data.source.class_names),
+                "image_side": self._image_side(),
                 "class_order": list(stream.class_order),
                 "tasks": [list(task) for task in stream.tasks],
                 "partition_hashes": list(hashes),

@@ -13,7 +13,7 @@ from fedtalora_flwr import cli
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.settings import app_folder, defaults, presets
 
-COMMANDS = ("run", "report", "compare", "data", "presets", "doctor")
+COMMANDS = ("run", "report", "compare", "export", "predict", "data", "presets", "doctor")
 SLOW_LIBRARIES = ("torch", "numpy", "flwr", "ray", "timm", "peft", "transformers", "datasets", "matplotlib")
 
 
@@ -47,7 +47,13 @@ def test_help_lists_every_command_and_exits_with_0(fedtalora):
     assert all(f" {command} " in out for command in COMMANDS)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["run", "--list-settings"], ["presets"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["--help"], ["run", "--help"], ["export", "--help"], ["predict", "--help"]),
+        *(["run", "--list-settings"], ["presets"]),
+    ],
+)
 def test_quick_commands_import_no_slow_library(arguments):
     code = (
         f"import sys; sys.argv = ['fedtalora', *{arguments}]\n"
@@ -178,6 +184,33 @@ def test_report_and_compare_on_what_is_no_run_folder_exit_with_2(fedtalora, tmp_
     assert status == 2 and err.startswith("error: ") and "empty" in err
     status, _, err = fedtalora("compare", "empty")
     assert status == 2 and "compare needs two run folders or more, got 1" in err
+
+
+def test_export_prints_what_it_measured_and_refuses_with_status_2(fedtalora, timm_run, tmp_path):
+    status, out, _ = fedtalora("export", str(timm_run), "--to", "peft", "--out", "model")
+    assert status == 0 and (tmp_path / "model" / "load.py").is_file()
+    assert "model after all 4 rounds" in out and "logits differ from the run's by at most" in out
+    status, _, err = fedtalora("export", str(timm_run), "--to", "peft", "--out", "model")
+    assert status == 2 and "model is there already; give another --out, or --force to replace it" in err
+    status, _, err = fedtalora("export", "nothing", "--to", "peft")
+    assert status == 2 and "nothing is no run folder" in err
+    assert fedtalora("export", str(timm_run))[0] == 2
+
+
+def test_predict_prints_a_line_for_each_input_or_one_json_array(fedtalora, text_run, tmp_path):
+    (tmp_path / "said.txt").write_text("switch the lamp on\nwhere is the door\n")
+    status, out, _ = fedtalora("predict", str(text_run), "said.txt", "--top", "2")
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert status == 0 and [(line[0], line[-1]) for line in lines] == [
+        ("said.txt:1", "switch the lamp on"),
+        ("said.txt:2", "where is the door"),
+    ]
+    names = {"lamp", "door", "radio", "oven"}
+    assert all(len(line) == 4 and {entry.split()[0] for entry in line[1:3]} <= names for line in lines)
+    found = json.loads(fedtalora("predict", str(text_run), "said.txt", "--json")[1])
+    assert [entry["predictions"][0]["class"] for entry in found] == [line[1].split()[0] for line in lines]
+    status, out, err = fedtalora("predict", str(text_run), "said.docx", "--device", "cpu")
+    assert (status, out) == (2, "") and "error: said.docx: no such file or folder" in err
 
 
 def test_an_error_is_shown_in_full_where_a_traceback_is_asked_for(monkeypatch):

@@ -28,6 +28,12 @@ ALLOWED = {
         *("torch", "numpy"),
         *(f"fedtalora_flwr.{part}" for part in ("aggregation", "config", "heads", "lora")),
     },
+    "change.py": {"torch", "fedtalora_flwr.aggregation", "fedtalora_flwr.lora"},
+    "predict.py": {"fedtalora_flwr.data", "fedtalora_flwr.trained"},
+    "export.py": {
+        *("torch", "numpy", "PIL", "peft", "safetensors", "jinja2", "fedtalora_flwr.__version__"),
+        *(f"fedtalora_flwr.{part}" for part in ("backbones", "change", "checkpoint", "trained", "words")),
+    },
 }
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "managers"}
 

@@ -4,7 +4,8 @@ import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -47,12 +48,15 @@ class Backbone(nn.Module):
         d, the size of a feature vector.
     placement
         Where LoRA can go.
+    hub_name
+        What the library fetches the untouched weights by; None where they come from files of this machine.
     """
 
     model: nn.Module
     modality: Literal["image", "text"]
     feature_dim: int
     placement: Placement
+    hub_name: str | None = None
 
     @abstractmethod
     def encode(self, split: Split, rows: NDArray[np.int64], *, source: Source) -> Tensor:
@@ -65,6 +69,28 @@ class Backbone(nn.Module):
     @abstractmethod
     def forward(self, batch: Tensor, *, augment: str = "none", generator: torch.Generator | None = None) -> Tensor:
         """Compute features (n, d) of an encoded batch on its device, augmented as asked."""
+
+    @abstractmethod
+    def save(self, folder: Path, *, class_names: Sequence[str] = (), rows: Mapping[str, Tensor] | None = None) -> bool:
+        """Write the model, not adapted by PEFT, as a folder that its own library loads.
+
+        Parameters
+        ----------
+        folder
+            Made if it is not there.
+        class_names
+            Name of each class, for the library's configuration file.
+        rows
+            ``weight`` (C, d) and ``bias`` (C,) of a classifier on the features.
+
+        Returns
+        -------
+        Whether the rows are part of what was written: not every architecture has a place for them.
+        """
+
+    @abstractmethod
+    def preparation(self) -> dict[str, Any]:
+        """Give what `forward` and `encode` do to inputs, in numbers for a JSON file."""
 
 
 def find_placement(model: nn.Module, *, blocks: re.Pattern[str], roles: Mapping[str, Sequence[str]]) -> Placement:

@@ -1,6 +1,8 @@
 """BERT-family text encoders of transformers: ``hf:bert-base-uncased``, ``hf:/path/to/folder``."""
 
 import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, logging
 
 from fedtalora_flwr.backbones.base import Backbone, BackboneError, find_placement
 from fedtalora_flwr.data import Source, Split
@@ -76,6 +78,19 @@ class TextBackbone(Backbone):
         features: Tensor = F.normalize(mean, dim=-1) * self.feature_dim**0.5
         return features
 
+    def save(self, folder: Path, *, class_names: Sequence[str] = (), rows: Mapping[str, Tensor] | None = None) -> bool:
+        """Write a folder for ``AutoModel`` and ``AutoTokenizer``; transformers has no classifier on a scaled mean."""
+        if class_names:
+            self.model.config.id2label = dict(enumerate(class_names))  # type: ignore[union-attr]
+            self.model.config.label2id = {name: index for index, name in enumerate(class_names)}  # type: ignore[union-attr]
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+        self._tokenizer.save_pretrained(folder)
+        return False
+
+    def preparation(self) -> dict[str, Any]:
+        """Give the number of tokens that are kept of a text."""
+        return {"max_length": self._max_length}
+
 
 def _num_positions(model: nn.Module) -> int:
     """Count the tokens that a text can have; RoBERTa and MPNet number theirs from behind the padding's."""
@@ -92,6 +107,7 @@ def create(argument: str, *, max_length: int) -> TextBackbone:
     BackboneError
         If it cannot be read or fetched, or is no encoder of a known family.
     """
+    logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(argument)
         model = AutoModel.from_pretrained(argument, dtype=torch.float32)
@@ -103,4 +119,6 @@ def create(argument: str, *, max_length: int) -> TextBackbone:
         ) from error
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # unused by the mean, and its weights would count as parameters
-    return TextBackbone(model, tokenizer, max_length=max_length)
+    backbone = TextBackbone(model, tokenizer, max_length=max_length)
+    backbone.hub_name = None if Path(argument).is_dir() else argument
+    return backbone

@@ -1,7 +1,9 @@
 """Image backbones from timm (ViT, Swin): batched preparation on the device, pooled features."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -9,6 +11,7 @@ import timm.data
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from timm.models import save_for_hf
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -61,6 +64,35 @@ class ImageBackbone(Backbone):
         features = self.model.forward_features((images - self.mean) / self.std)  # type: ignore[operator]
         pooled: Tensor = self.model.forward_head(features, pre_logits=True)  # type: ignore[operator]
         return pooled
+
+    @torch.no_grad()
+    def save(self, folder: Path, *, class_names: Sequence[str] = (), rows: Mapping[str, Tensor] | None = None) -> bool:
+        """Write a folder for ``timm.create_model("local-dir:...")``, the rows as the model's own classifier."""
+        if rows is not None:
+            self.model.reset_classifier(len(class_names))  # type: ignore[operator]
+            classifier = self.model.get_classifier()  # type: ignore[operator]
+            if isinstance(classifier, nn.Linear):
+                classifier.weight.copy_(rows["weight"])
+                classifier.bias.copy_(rows["bias"])
+            else:  # e.g. a distilled DeiT, which has two
+                self.model.reset_classifier(0)  # type: ignore[operator]
+                rows = None
+        save_for_hf(
+            self.model,
+            str(folder),
+            model_config={"pretrained_cfg": {"tag": "fedtalora"}, "label_names": list(class_names)},
+            safe_serialization=True,
+            data_config={"interpolation": "bicubic", "crop_pct": 1.0, **self._normalisation()},
+        )
+        return rows is not None
+
+    def preparation(self) -> dict[str, Any]:
+        """Give the side of the model's input in pixels, and mean and deviation of the channels of [0, 1] images."""
+        return {"image_size": self.image_size, **self._normalisation()}
+
+    def _normalisation(self) -> dict[str, list[float]]:
+        buffers = dict(self.named_buffers(recurse=False))
+        return {name: buffers[name].flatten().tolist() for name in ("mean", "std")}
 
 
 class _ClassTokenBlock(Block):  # type: ignore[misc]  # timm is untyped

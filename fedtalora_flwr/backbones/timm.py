@@ -49,7 +49,9 @@ def create(argument: str, *, backbone_checkpoint: str) -> ImageBackbone:
             f"backbone-checkpoint {backbone_checkpoint} lacks {len(missing)} weights of {argument}, e.g. {missing[0]}; "
             "give a checkpoint of this very model"
         )
-    return ImageBackbone(model)
+    backbone = ImageBackbone(model)
+    backbone.hub_name = None if backbone_checkpoint else argument
+    return backbone
 
 
 def _load(model: nn.Module, checkpoint: str) -> list[str]:

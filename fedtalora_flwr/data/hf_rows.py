@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png")
-_TEXT_COLUMNS = ("text", "sentence", "utterance", "query", "question", "content", "review")
+TEXT_COLUMNS = ("text", "sentence", "utterance", "query", "question", "content", "review")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "intent", "class", "category", "target")
 _TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
 
@@ -124,11 +124,11 @@ def _find_input_column(
         )
     for column in (*(c for c in _IMAGE_COLUMNS if c in images), *(images if len(images) == 1 else ())):
         return "image", column
-    for column in (*(c for c in _TEXT_COLUMNS if c in texts), *(texts if len(texts) == 1 else ())):
+    for column in (*(c for c in TEXT_COLUMNS if c in texts), *(texts if len(texts) == 1 else ())):
         return "text", column
     raise DataError(
         f"{where} has no column with a usual name for images ({', '.join(_IMAGE_COLUMNS)}) or text "
-        f"({', '.join(_TEXT_COLUMNS)}) that holds such; it has {_describe_columns(rows)}; "
+        f"({', '.join(TEXT_COLUMNS)}) that holds such; it has {_describe_columns(rows)}; "
         "set input-column to one of them"
     )
 

@@ -104,6 +104,14 @@ class Head(ABC):
         """Turn features (N, d) into those that are summed, (N, m)."""
         return features
 
+    def projection(self, feature_dim: int) -> Tensor | None:
+        """Give P (d, m) where `lift` is ``relu(features @ P)``, so that it can be written down; None: no lift."""
+        return None
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Turn logits (N, n) over the classes seen so far into probabilities."""
+        return logits.softmax(dim=1)
+
     def lifted_dim(self, feature_dim: int) -> int:
         """Give m for features of size d."""
         return feature_dim

@@ -56,11 +56,17 @@ class RidgeHead(Head):
 
     def lift(self, features: Tensor) -> Tensor:
         """Project (N, d) at random and rectify: (N, num_random)."""
-        if not self.num_random:
-            return features
-        projection = _projection(features.shape[1], self.num_random, self.seed)
-        lifted: Tensor = (features @ projection.to(features.device)).relu()
-        return lifted
+        projection = self.projection(features.shape[1])
+        return features if projection is None else (features @ projection.to(features.device)).relu()
+
+    def projection(self, feature_dim: int) -> Tensor | None:
+        """Draw the (d, num_random) projection of `lift`, the same for a seed; None: the features as they are."""
+        return _projection(feature_dim, self.num_random, self.seed) if self.num_random else None
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Clip at 0 and rescale: regression on one-hot labels estimates probabilities itself, and its rows sum to 1."""
+        clipped = logits.clamp(min=0)
+        return clipped / clipped.sum(dim=1, keepdim=True)
 
     def lifted_dim(self, feature_dim: int) -> int:
         """Give the number of features that are solved on."""

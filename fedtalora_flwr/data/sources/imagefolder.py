@@ -50,7 +50,7 @@ def _class_folders(root: Path) -> list[Path]:
 
 def _list_images(root: Path) -> tuple[Split, tuple[str, ...]]:
     folders = _class_folders(root)
-    files = [_image_files(folder) for folder in folders]
+    files = [image_files(folder) for folder in folders]
     paths = [path for found in files for path in found]
     if not paths:
         names = ", ".join(folder.name for folder in folders[:5]) or "none"
@@ -66,7 +66,8 @@ def _list_images(root: Path) -> tuple[Split, tuple[str, ...]]:
     return Split(labels=labels, read=read), tuple(folder.name for folder in folders)
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
+    """List the pictures in a folder and below it, in order of name; hidden ones are left out."""
     endings = tuple(PIL.Image.registered_extensions())
     found: list[Path] = []
     for parent, subfolders, names in os.walk(folder, followlinks=True):

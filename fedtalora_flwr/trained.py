@@ -1,0 +1,165 @@
+"""The model that a run has come to: read from its folder, finished or not, and ready to score inputs."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+from fedtalora_flwr import checkpoint, heads
+from fedtalora_flwr.aggregation import GlobalState
+from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.data import Source, Split
+from fedtalora_flwr.data.source import NO_ROWS, Ints
+from fedtalora_flwr.heads import Classifier, Head
+from fedtalora_flwr.lora import AdaptedModel
+from fedtalora_flwr.report.record import RunRecord, read_run
+from fedtalora_flwr.resident import build_model, data_of
+
+
+class TrainedModelError(ValueError):
+    """A run folder from which no model can be had; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A run's model after its last finished round.
+
+    Parameters
+    ----------
+    record, config
+        What the run folder says, and its settings.
+    server_round
+        The round.
+    state
+        The server's state after it.
+    model
+        Loaded with the state, on the device of the settings, in float32.
+    head, classifier
+        How logits are made of features.
+    classes
+        Class ids that the classifier knows so far, sorted; logits have one column each.
+    """
+
+    record: RunRecord
+    config: RunConfig
+    server_round: int
+    state: GlobalState
+    model: AdaptedModel
+    head: Head
+    classifier: Classifier
+    classes: tuple[int, ...]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each class in `classes`."""
+        return tuple(self.record.manifest["class_names"][class_id] for class_id in self.classes)
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of the whole run."""
+        return self.config.last_task * max(1, self.config.rounds_per_task)
+
+    @property
+    def standing(self) -> str:
+        """Say how far the run has come."""
+        if self.server_round >= self.num_rounds:
+            return f"after all {self.num_rounds} rounds"
+        known, total = len(self.classes), len(self.record.manifest["class_names"])
+        return f"unfinished: after round {self.server_round} of {self.num_rounds}, {known} of {total} classes"
+
+    @property
+    def image_side(self) -> int | None:
+        """Side in pixels at which the run stored its images before the model enlarged them; None for text."""
+        if self.model.backbone.modality != "image":
+            return None
+        side = self.record.manifest.get("image_side")
+        return int(side) if side else int(self._training_side())
+
+    def _training_side(self) -> int:
+        """Look at the training data, where the run is of a version that did not write the side down."""
+        source, first = data_of(self.config).source, np.zeros(1, dtype=np.int64)
+        return self.model.backbone.encode(source.train, first, source=source).shape[-1]
+
+    def encode(self, raw: Sequence[Any]) -> Tensor:
+        """Prepare PIL images or texts as the run prepared its data: uint8 (N, 3, H, W) or int32 tokens (N, L)."""
+
+        def read(rows: Ints) -> Sequence[Any]:
+            return [raw[row] for row in rows]
+
+        split = Split(labels=np.zeros(len(raw), dtype=np.int64), read=read)
+        return self.model.backbone.encode(split, np.arange(len(raw)), source=self._stand_in)
+
+    @cached_property
+    def _stand_in(self) -> Source:
+        """Stand in for the training data, of which encoding looks at the first image's size alone."""
+        side = self.image_side or 1
+        blank = Split(np.zeros(1, dtype=np.int64), lambda rows: [PIL.Image.new("RGB", (side, side))] * len(rows))
+        names = tuple(self.record.manifest["class_names"])
+        return Source(self.record.name, self.model.backbone.modality, names, train=blank, test=NO_ROWS)
+
+    @torch.inference_mode()
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Score encoded inputs (N, ...), N at least 1, against `classes`: (N, n) float32 on the CPU."""
+        device = next(self.model.parameters()).device
+        classifier, compared = self.classifier.to(device), torch.tensor(self.classes, device=device)
+        scores = [
+            classifier.logits(self.model.backbone(batch.to(device)), compared).cpu()
+            for batch in inputs.split(self.config.eval_batch_size)  # type: ignore[no-untyped-call]
+        ]
+        return torch.cat(scores)
+
+
+def open_trained(run: Path, *, device: str = "auto") -> TrainedModel:
+    """Read the model of a run folder; the run's data are not needed.
+
+    Parameters
+    ----------
+    run
+        The folder.
+    device
+        As the setting of that name.
+
+    Raises
+    ------
+    FileNotFoundError
+        If `run` is no run folder.
+    ValueError
+        If the run has no checkpoint or has not finished what its head needs, or the backbone cannot be had.
+    """
+    record = read_run(run)
+    if not record.manifest:
+        raise TrainedModelError(f"{run} has no manifest.json, the run stopped before its first round; resume it")
+    config = replace(RunConfig.parse(record.config), device=device)
+    point = checkpoint.load(record.path / "checkpoint")
+    head = heads.resolve(config.head, asdict(config))
+    classes = _known_classes(record, config, server_round=point.server_round, whole_tasks=head.collects_sums)
+    if not classes:
+        raise TrainedModelError(
+            f"{run} stopped after round {point.server_round}, within its first task, at whose end head = "
+            f"{config.head} gets its classifier; go on with: fedtalora run --resume {run}"
+        )
+    model = build_model(config)
+    model.load(point.state.adapters, point.state.residual)
+    return TrainedModel(
+        record=record,
+        config=config,
+        server_round=point.server_round,
+        state=point.state,
+        model=model.eval(),
+        head=head,
+        classifier=head.classifier(point.state.head, point.sums),
+        classes=classes,
+    )
+
+
+def _known_classes(record: RunRecord, config: RunConfig, *, server_round: int, whole_tasks: bool) -> tuple[int, ...]:
+    """List the classes of the tasks begun so far, or of those that ended where the head learns at their end."""
+    ended, begun = divmod(server_round, max(1, config.rounds_per_task))
+    tasks = record.manifest["tasks"][: ended + (begun > 0 and not whole_tasks)]
+    return tuple(sorted(class_id for task in tasks for class_id in task))

@@ -1,0 +1,150 @@
+"""What a run's model says of files, folders and standard input."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.data import DataError
+from fedtalora_flwr.heads import resolve
+from fedtalora_flwr.predict import InputError, predict, read_items
+from fedtalora_flwr.resident import data_of
+from fedtalora_flwr.trained import open_trained
+
+LAMP = "switch the lamp on"
+
+
+def items(*names, modality="text", stdin=b"", column=""):
+    return list(read_items([str(name) for name in names], modality=modality, stdin=io.BytesIO(stdin), column=column))
+
+
+def texts(*names, **options):
+    return [(item.name.rpartition("/")[2], item.raw) for item in items(*names, **options)]
+
+
+@pytest.fixture(scope="module")
+def digits_folder(digits_run, tmp_path_factory):
+    """Some of the run's training images as files, two folders deep."""
+    config = RunConfig.parse(json.loads((digits_run / "config.json").read_text()))
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "more").mkdir()
+    for number, image in enumerate(data_of(config).source.train.read(np.arange(6))):
+        image.save(folder / ("more" if number > 3 else "") / f"{number}.png")
+    return folder
+
+
+def test_predictions_of_files_are_those_of_the_runs_own_data(digits_run, digits_folder):
+    trained = open_trained(digits_run, device="cpu")
+    found = list(predict(trained, iter(items(digits_folder, modality="image")), top=2))
+    data = data_of(trained.config)
+    inputs = trained.model.backbone.encode(data.source.train, np.arange(6), source=data.source)
+    best = trained.logits(inputs).argmax(1).tolist()
+    assert [prediction.ranking[0][0] for prediction in found] == [trained.class_names[column] for column in best]
+    assert [prediction.item.name[-5:] for prediction in found] == [f"{number}.png" for number in range(6)]
+    assert all(len(prediction.ranking) == 2 for prediction in found)
+
+
+def test_probabilities_sum_to_one_and_fall(digits_run, text_run, digits_folder):
+    for run, batch in ((digits_run, items(digits_folder, modality="image")), (text_run, items("-", stdin=b"a\nlamp"))):
+        for prediction in predict(open_trained(run, device="cpu"), iter(batch), top=99):
+            values = [probability for _, probability in prediction.ranking]
+            assert sum(values) == pytest.approx(1, abs=1e-5) and min(values) >= 0
+            assert values == sorted(values, reverse=True)
+
+
+def test_a_linear_head_gives_a_softmax_and_a_ridge_head_its_clipped_scores():
+    scores = torch.tensor([[0.9, 0.3, -0.2]])
+    torch.testing.assert_close(resolve("linear", {}).probabilities(scores), scores.softmax(1))
+    ridge = resolve("ridge", {"ridge_lambda": 0.1})
+    torch.testing.assert_close(ridge.probabilities(scores), torch.tensor([[0.75, 0.25, 0.0]]))
+
+
+def test_an_image_of_any_size_is_brought_to_the_side_of_the_training_images(digits_run):
+    trained = open_trained(digits_run, device="cpu")
+    wide = Image.fromarray(np.random.default_rng(0).integers(256, size=(20, 31, 3), dtype="u1"))
+    assert trained.image_side == 8
+    assert trained.encode([wide]).shape == (1, 3, 8, 8)
+
+
+def test_an_older_run_that_did_not_note_the_side_looks_at_its_data(digits_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(digits_run, run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest.pop("image_side") == 8
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert open_trained(run, device="cpu").image_side == 8
+
+
+def test_texts_are_read_from_every_kind_of_file(tmp_path):
+    (tmp_path / "a.txt").write_text(f"{LAMP}\n\n is it? \n")
+    (tmp_path / "b.csv").write_text('id,text\n1,"on, please"\n2,off\n')
+    (tmp_path / "c.tsv").write_text("label\tsentence\nx\ton, please\n")
+    (tmp_path / "d.json").write_text(json.dumps(["on", {"query": "off"}]))
+    (tmp_path / "e.jsonl").write_text('{"text": "on"}\n"off"\n')
+    (tmp_path / "f.pdf").write_text("not read from a folder")
+    assert texts(tmp_path) == [
+        ("a.txt:1", LAMP),
+        ("a.txt:3", "is it?"),
+        ("b.csv:1", "on, please"),
+        ("b.csv:2", "off"),
+        ("c.tsv:1", "on, please"),
+        ("d.json:1", "on"),
+        ("d.json:2", "off"),
+        ("e.jsonl:1", "on"),
+        ("e.jsonl:2", "off"),
+    ]
+    assert texts(tmp_path / "c.tsv", column="label") == [("c.tsv:1", "x")]
+
+
+def test_standard_input_holds_a_text_a_line_or_one_image():
+    assert texts("-", stdin=f"{LAMP}\n\nß\n".encode()) == [("-:1", LAMP), ("-:3", "ß")]
+    content = io.BytesIO()
+    Image.new("L", (5, 4), 7).save(content, "PNG")
+    (image,) = items("-", modality="image", stdin=content.getvalue())
+    assert image.raw.mode == "RGB" and image.raw.size == (5, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "modality", "message"),
+    [
+        ("no", None, "image", r"no: no such file or folder; give image files, or - for"),
+        ("a.docx", "x", "text", r"a\.docx: \.docx is no text format known here; convert it to one of \.txt, \.jsonl"),
+        ("LICENSE", "x", "text", r"LICENSE: a file without ending is no text format"),
+        ("a.json", "[1", "text", r"a\.json cannot be read as \.json: "),
+        ("a.json", '{"a": 1}', "text", r"must hold a list of texts or of objects, got dict"),
+        ("a.csv", "id,wort\n1,an\n", "text", r"a\.csv:1 has no text column \(looked for text, .*only id, wort"),
+        ("a.txt", b"\xff\xfe\x00", "text", r"a\.txt cannot be read as \.txt: .*UTF-8"),
+        ("a.png", "no picture", "image", r"image .*a\.png cannot be decoded as an image"),
+    ],
+)
+def test_an_input_that_cannot_be_read_is_named_with_what_to_do(tmp_path, name, content, modality, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises((InputError, DataError), match=message):
+        items(tmp_path / name, modality=modality)
+
+
+def test_an_empty_folder_and_an_empty_standard_input_are_told(tmp_path):
+    with pytest.raises(InputError, match="holds no image files; give a folder that does"):
+        items(tmp_path, modality="image")
+    with pytest.raises(InputError, match="standard input is empty; pipe one image file into it"):
+        items("-", modality="image")
+    with pytest.raises(InputError, match="standard input is empty; pipe texts into it, one a line"):
+        items("-", stdin=b"\n \n")
+    with pytest.raises(InputError, match="line 2 of standard input is not UTF-8"):
+        items("-", stdin=b"on\n\xff\n")
+
+
+def test_a_prediction_as_json_repeats_a_text_and_no_image(text_run, digits_run, digits_folder):
+    (prediction,) = predict(open_trained(text_run, device="cpu"), iter(items("-", stdin=LAMP.encode())), top=1)
+    found = prediction.to_json()
+    assert found["input"] == "-:1" and found["text"] == LAMP and len(found["predictions"]) == 1
+    assert set(found["predictions"][0]) == {"class", "probability"}
+    images = iter(items(digits_folder / "0.png", modality="image"))
+    (prediction,) = predict(open_trained(digits_run, device="cpu"), images, top=1)
+    assert set(prediction.to_json()) == {"input", "predictions"}
