@@ -117,6 +117,7 @@ def train(message: Message, context: Context) -> Message:
     reply = wire.update_reply(
         update,
         like=state,
+        trainable=method.trainable,
         mean_loss=result.mean_loss,
         scaling=config.alpha / config.rank,
         wire_dtype=config.wire_dtype,
