@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fedtalora_flwr.aggregation.base import (
+    FACTORS,
     Aggregator,
     ClientUpdate,
     GlobalState,
@@ -50,16 +51,19 @@ class FedTaLoRA(Aggregator):
     residual_energy
         The share of a step's squared norm that is sent at least, in (0, 1]; what is left out is owed, and joins
         the next step. 1 sends all of it.
+    trainable
+        The factors that clients train; all share the others as broadcast.
     """
 
     residual: Residual = "accumulate"
     residual_energy: float = 1.0
-    trainable: frozenset[str] = frozenset({"lora_A", "lora_B"})
+    trainable: frozenset[str] = FACTORS
 
     @property
     def exact(self) -> bool:  # type: ignore[override]
-        """Whether the aggregate equals FedAvg of the effective weights."""
-        return self.residual == "accumulate" and self.residual_energy == 1
+        """Whether the aggregate equals FedAvg of the effective weights: nothing is dropped, or nothing is lost."""
+        kept = self.residual == "accumulate" and self.residual_energy == 1
+        return kept or len(self.trainable) == 1  # the mean is linear in one factor where all share the other
 
     def aggregate(self, state: GlobalState, updates: Sequence[ClientUpdate]) -> GlobalState:
         """Fold the updates into a new state (see the module's equation).
@@ -133,6 +137,17 @@ def average_factors(
     return mean, _lost_dense(factors, p, mean=mean)
 
 
+def stacked(factors: Sequence[LoraFactors], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Stack one layer's pairs, of any ranks, into float64 factors of ``sum_k p_k delta_k``.
+
+    Returns
+    -------
+    ``[p_1 s_1 B_1, ..., p_K s_K B_K]`` (d_out, sum_k rank_k) and ``[A_1; ...; A_K]`` (sum_k rank_k, d_in).
+    """
+    left = [p_k * f.scaling * f.lora_B.double() for p_k, f in zip(weights, factors, strict=True)]
+    return torch.cat(left, 1), torch.cat([f.lora_A.double() for f in factors], 0)
+
+
 def _mean(factors: Sequence[LoraFactors], p: Tensor, *, like: LoraFactors) -> LoraFactors:
     lora_A = torch.zeros_like(like.lora_A, dtype=torch.float64)
     lora_B = torch.zeros_like(like.lora_B, dtype=torch.float64)
@@ -181,10 +196,7 @@ def _parts(num_clients: int, *, rank: int) -> Iterator[slice]:
 
 
 def _best_of_rank(factors: Sequence[LoraFactors], p: Tensor, *, like: LoraFactors) -> tuple[LoraFactors, Step | Tensor]:
-    # The exact mean is left @ right with inner size sum_k rank_k; its SVD needs only the small core.
-    left = torch.cat([p_k * f.scaling * f.lora_B.double() for p_k, f in zip(p, factors, strict=True)], 1)
-    right = torch.cat([f.lora_A.double() for f in factors], 0)
-    left, right = by_strength(left, right)
+    left, right = by_strength(*stacked(factors, p.flatten().tolist()))  # of the exact mean
     kept = min(like.rank, left.shape[1])
     lora_A = like.lora_A.double()  # (rank, d_in); rows that the mean does not fill stay, for a zero pair never trains
     lora_A = torch.cat([right[:kept] / like.scaling**0.5, lora_A[kept:]])
