@@ -13,7 +13,8 @@ APPS = ("server_app", "client_app")
 
 # What a part of the library may import beside Python's own modules and itself: the inner parts know no outer one.
 ALLOWED = {
-    "aggregation": {"torch", "numpy", "fedtalora_flwr.registry"},
+    "aggregation": {"torch", "numpy", "fedtalora_flwr.registry", "fedtalora_flwr.clustering"},
+    "clustering": {"numpy", "scipy", "sklearn"},
     "metrics": {"torch", "numpy", "fedtalora_flwr.registry"},
     "heads": {"torch", "numpy", "fedtalora_flwr.registry"},
     "data": {"torch", "numpy", "PIL", "datasets", "sklearn", "huggingface_hub", "fedtalora_flwr.registry"},
