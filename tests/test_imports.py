@@ -16,6 +16,7 @@ ALLOWED = {
     "aggregation": {"torch", "numpy", "fedtalora_flwr.registry", "fedtalora_flwr.clustering"},
     "clustering": {"numpy", "scipy", "sklearn"},
     "metrics": {"torch", "numpy", "fedtalora_flwr.registry"},
+    "penalties": {"torch", "numpy", "fedtalora_flwr.registry", "fedtalora_flwr.heads"},
     "heads": {"torch", "numpy", "fedtalora_flwr.registry"},
     "data": {"torch", "numpy", "PIL", "datasets", "sklearn", "huggingface_hub", "fedtalora_flwr.registry"},
     "backbones": {
@@ -26,7 +27,7 @@ ALLOWED = {
     "lora.py": {"torch", "peft", "fedtalora_flwr.aggregation", "fedtalora_flwr.backbones"},
     "train.py": {
         *("torch", "numpy"),
-        *(f"fedtalora_flwr.{part}" for part in ("aggregation", "config", "heads", "lora")),
+        *(f"fedtalora_flwr.{part}" for part in ("aggregation", "config", "heads", "lora", "penalties")),
     },
 }
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "managers"}

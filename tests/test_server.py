@@ -616,6 +616,13 @@ def test_every_other_method_learns_and_is_exact_where_it_says_so(tmp_path, metho
     assert (second["exactness_error"] < 1e-5) == resolve(method).exact
 
 
+def test_lwf_sends_the_rows_of_old_classes_and_changes_nothing_before_there_are_any(undisturbed, tmp_path):
+    run(tmp_path, penalty="lwf")
+    plain, lwf = rounds(undisturbed), rounds(tmp_path)
+    assert [line["mean_loss"] for line in lwf][:2] == [line["mean_loss"] for line in plain][:2]
+    assert lwf[2]["bytes_down"] > plain[2]["bytes_down"] and lwf[3]["mean_loss"] > plain[3]["mean_loss"]
+
+
 def test_impossible_setting_fails_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="rank takes a whole number"):
         run(tmp_path / "out", rank="four")
