@@ -52,6 +52,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms  # type: ignore[import-untyped]
 
+from fedtalora_flwr import penalties
 from fedtalora_flwr.backbones import vit_mini
 from fedtalora_flwr.backbones.images import ImageBackbone
 from fedtalora_flwr.config import RunConfig
@@ -217,6 +218,8 @@ def fedtalora_epoch(model: AdaptedModel, examples: Examples, *, config: RunConfi
             examples,
             classes=range(num_classes),
             trainable=frozenset({"lora_A", "lora_B"}),
+            penalty=penalties.resolve("none", {}),
+            old_classes=(),
             config=config,
             task_id=0,
             round_in_task=0,

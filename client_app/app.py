@@ -10,7 +10,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedtalora_flwr import aggregation, heads, wire
+from fedtalora_flwr import aggregation, heads, penalties, wire
 from fedtalora_flwr.aggregation import ClientUpdate
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.resident import base_store, data_of, model_of, training_examples
@@ -101,6 +101,8 @@ def train(message: Message, context: Context) -> Message:
             seen=[c for task in tasks[: order.task_id + 1] for c in task],
         ),
         trainable=method.trainable,
+        penalty=penalties.resolve(config.penalty, asdict(config)),
+        old_classes=[c for task in tasks[: order.task_id] for c in task],
         config=config,
         task_id=order.task_id,
         round_in_task=order.round_in_task,
@@ -117,6 +119,7 @@ def train(message: Message, context: Context) -> Message:
     reply = wire.update_reply(
         update,
         like=state,
+        trainable=method.trainable,
         mean_loss=result.mean_loss,
         scaling=config.alpha / config.rank,
         wire_dtype=config.wire_dtype,

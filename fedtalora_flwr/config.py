@@ -63,6 +63,8 @@ class RunConfig:
     weight_decay: float
     lr_schedule: str
     loss_classes: str
+    penalty: str
+    penalty_weight: float
     augment: str
     backbone: str
     backbone_checkpoint: str
@@ -217,6 +219,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max-length": _at_least(2),
     "rank": _at_least(1),
     "alpha": _POSITIVE,
+    "penalty-weight": _NOT_NEGATIVE,
     "ridge-lambda": _POSITIVE,
     "ridge-features": _at_least(0),
     "eval-every": _at_least(0),

@@ -4,7 +4,6 @@ PEFT injects the layers (one LoRA on each chosen Linear). The frozen weight W_0 
 state *sets* ``W = W_0 + R``, so that loading twice equals loading once.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -142,15 +141,18 @@ class AdaptedModel(nn.Module):
         return trained
 
     def initial_factors(self, *, seed: int) -> dict[str, LoraFactors]:
-        """Draw LoRA's usual start: lora_A Kaiming-uniform, lora_B zero, the same for a seed on any machine."""
+        """Draw the start of every pair (see `LoraFactors.initial`), the same for a seed on any machine."""
         generator = torch.Generator().manual_seed(seed)
-        factors = {}
-        for name, layer in self.layers.items():
-            lora_A = torch.empty(self.rank, layer.in_features)
-            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)
-            lora_B = torch.zeros(layer.out_features, self.rank)
-            factors[name] = LoraFactors(lora_A, lora_B, layer.scaling[_ADAPTER])
-        return factors
+        return {
+            name: LoraFactors.initial(
+                rank=self.rank,
+                d_in=layer.in_features,
+                d_out=layer.out_features,
+                scaling=layer.scaling[_ADAPTER],
+                generator=generator,
+            )
+            for name, layer in self.layers.items()
+        }
 
     @torch.no_grad()
     def load(self, adapters: Mapping[str, LoraFactors], residual: Mapping[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ from fedtalora_flwr.aggregation.base import LoraFactors
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.heads import Classifier, FeatureSums, Head, logits
 from fedtalora_flwr.lora import AdaptedModel
+from fedtalora_flwr.penalties import Penalty, Start
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def fit(
     *,
     classes: Sequence[int],
     trainable: frozenset[str],
+    penalty: Penalty,
+    old_classes: Sequence[int],
     config: RunConfig,
     task_id: int,
     round_in_task: int,
@@ -70,6 +73,8 @@ def fit(
         The classes that the cross-entropy compares, sorted.
     trainable
         The LoRA factors to train.
+    penalty, old_classes
+        What is added to the loss, and the classes of earlier tasks for it.
     config
         Optimiser, schedule, batch size, augmentation.
     task_id, round_in_task
@@ -87,12 +92,21 @@ def fit(
     generator.manual_seed(int(rng.integers(2**62)))
     steps = config.local_epochs * math.ceil(len(examples) / config.batch_size)
     model.eval()  # no dropout: the loss is that of the weights which are averaged, and a step is repeatable
+    term = penalty.begin(
+        Start(
+            features=lambda: _features_in_order(model, examples, config=config),
+            rows={name: row.detach().clone() for name, row in rows.items()},
+            old_classes=torch.tensor(sorted(old_classes), dtype=torch.int64, device=device),
+        )
+    )
     total_loss = torch.zeros((), device=device)
     for step, batch in enumerate(_batches(model, inputs, config=config, rng=rng)):
         _schedule(optimizer, config=config, progress=round_in_task + step / steps)
         with autocast(device, config.precision):
-            features = model.backbone(inputs[batch], augment=config.augment, generator=generator)
-        loss = F.cross_entropy(logits(rows, features.float(), compared), targets[batch])
+            features = model.backbone(inputs[batch], augment=config.augment, generator=generator).float()
+        loss = F.cross_entropy(logits(rows, features, compared), targets[batch])
+        if term is not None:
+            loss = loss + term(batch, features)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -125,7 +139,7 @@ def count_correct(
     on_device = [classifier.to(device) for classifier in classifiers]
     compared = torch.tensor(sorted(classes), device=device)
     hits = [0] * len(classifiers)
-    for features, labels in _features(model, examples, config=config):
+    for features, labels, _ in _features(model, examples, config=config):
         for index, classifier in enumerate(on_device):
             hits[index] += int((compared[classifier.logits(features, compared).argmax(1)] == labels).sum())
     return hits
@@ -138,7 +152,7 @@ def sum_features(
     """Sum a client's features of its data, lifted by `head` (see `FeatureSums`), on the CPU."""
     dim = head.lifted_dim(model.backbone.feature_dim)
     sums = FeatureSums.zero(num_classes=num_classes, feature_dim=dim)
-    for features, labels in _features(model, examples, config=config):
+    for features, labels, _ in _features(model, examples, config=config):
         sums = sums + FeatureSums.of(head.lift(features).cpu(), labels.cpu(), num_classes=num_classes)
     return sums
 
@@ -152,14 +166,21 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and gpu))
 
 
-def _features(model: AdaptedModel, examples: Examples, *, config: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
+def _features(model: AdaptedModel, examples: Examples, *, config: RunConfig) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Give features, labels and row numbers, batch by batch."""
     device = next(model.parameters()).device
     model.eval()
     order: Tensor = model.backbone.batch_order(examples.inputs)
     for part in order.split(config.eval_batch_size):  # type: ignore[no-untyped-call]
         with autocast(device, config.precision):
             features = model.backbone(examples.inputs[part].to(device))
-        yield features.float(), examples.labels[part].to(device)
+        yield features.float(), examples.labels[part].to(device), part.to(device)
+
+
+@torch.no_grad()
+def _features_in_order(model: AdaptedModel, examples: Examples, *, config: RunConfig) -> Tensor:
+    features, _, rows = zip(*_features(model, examples, config=config), strict=True)
+    return torch.cat(features)[torch.cat(rows).argsort()]  # (N, d)
 
 
 def _optimizer(

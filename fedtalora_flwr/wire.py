@@ -21,7 +21,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from torch import Tensor
 
 import fedtalora_flwr
-from fedtalora_flwr.aggregation import BadUpdate, ClientUpdate, GlobalState, LoraFactors, Step
+from fedtalora_flwr.aggregation import FACTORS, BadUpdate, ClientUpdate, GlobalState, LoraFactors, Step
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.heads import FeatureSums
 from fedtalora_flwr.residual import Parcel
@@ -171,9 +171,15 @@ def read_base_missing(message: Message) -> list[str] | None:
 
 
 def update_reply(
-    update: ClientUpdate, *, like: GlobalState, mean_loss: float, scaling: float, wire_dtype: str = "fp32"
+    update: ClientUpdate,
+    *,
+    like: GlobalState,
+    mean_loss: float,
+    scaling: float,
+    trainable: frozenset[str] = FACTORS,
+    wire_dtype: str = "fp32",
 ) -> RecordDict:
-    """Build the content of a training reply: the factors, and the head rows of the classes trained on.
+    """Build the content of a training reply: the trained factors, and the head rows of the classes trained on.
 
     Parameters
     ----------
@@ -185,12 +191,14 @@ def update_reply(
         Over the client's steps.
     scaling
         Of all its pairs.
+    trainable
+        The factors that were trained; the server has the others.
     wire_dtype
         ``fp32`` sends the numbers as they are. ``fp16`` sends their change since `like`, each tensor times a
         power of two that takes its largest number near the top of half precision.
     """
     trained = update.class_counts.nonzero().flatten()
-    tensors = _trained(update.adapters, update.head, trained)
+    tensors = _trained(update.adapters, update.head, trained, factors=trainable)
     metrics: dict[str, Any] = {
         "partition-id": update.partition_id,
         "num-examples": update.num_examples,
@@ -199,7 +207,7 @@ def update_reply(
         "mean-loss": mean_loss,
     }
     if wire_dtype == "fp16":
-        origin = _trained(like.adapters, like.head, trained)
+        origin = _trained(like.adapters, like.head, trained, factors=trainable)
         halves = {key: _to_half(value - origin[key]) for key, value in tensors.items()}
         tensors = {key: half for key, (half, _) in halves.items()}
         metrics["exponents"] = [halves[key][1] for key in sorted(halves)]
@@ -207,8 +215,12 @@ def update_reply(
     return RecordDict({ARRAYS: _record(tensors), METRICS: MetricRecord(metrics)})
 
 
-def read_update(message: Message, *, like: GlobalState) -> tuple[ClientUpdate, float]:
-    """Read a training reply: the update and its mean loss. Head rows that were not sent are those of `like`.
+def read_update(
+    message: Message, *, like: GlobalState, trainable: frozenset[str] = FACTORS
+) -> tuple[ClientUpdate, float]:
+    """Read a training reply: the update and its mean loss.
+
+    Head rows that were not sent are those of `like`, and so are factors other than the `trainable` ones.
 
     Raises
     ------
@@ -223,12 +235,15 @@ def read_update(message: Message, *, like: GlobalState) -> tuple[ClientUpdate, f
         counts = torch.zeros(num_classes, dtype=torch.int64)
         counts[trained] = parts.pop("counts")["examples"].long()
         if "exponents" in metrics:
-            origin = _trained(like.adapters, like.head, trained)
+            origin = _trained(like.adapters, like.head, trained, factors=trainable)
             parts = _from_halves(parts, cast(list[int], metrics["exponents"]), origin)
+        parts = _frozen(like.adapters, trainable) | parts
         update = ClientUpdate(
             partition_id=int(cast(int, metrics["partition-id"])),
             num_examples=int(cast(int, metrics["num-examples"])),
-            adapters=_factors(parts, scaling=float(cast(float, metrics["scaling"]))),
+            adapters=_factors(
+                _frozen(like.adapters, trainable) | parts, scaling=float(cast(float, metrics["scaling"]))
+            ),
             head={name: _with_rows(like.head, name, trained, rows) for name, rows in parts.get("head", {}).items()},
             class_counts=counts,
             base_version=int(cast(int, metrics["base-version"])),
@@ -368,14 +383,19 @@ def partition_of(node_config: Mapping[str, Any], config: RunConfig) -> int:
     return partition_id
 
 
-def _pack_factors(adapters: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
-    return {
-        f"{factor}/{name}": getattr(pair, factor) for name, pair in adapters.items() for factor in ("lora_A", "lora_B")
-    }
+def _pack_factors(adapters: Mapping[str, LoraFactors], factors: frozenset[str] = FACTORS) -> dict[str, Tensor]:
+    return {f"{factor}/{name}": getattr(pair, factor) for name, pair in adapters.items() for factor in sorted(factors)}
 
 
-def _trained(adapters: Mapping[str, LoraFactors], head: Mapping[str, Tensor], classes: Tensor) -> dict[str, Tensor]:
-    return _pack_factors(adapters) | {f"head/{name}": value[classes] for name, value in head.items()}
+def _trained(
+    adapters: Mapping[str, LoraFactors], head: Mapping[str, Tensor], classes: Tensor, *, factors: frozenset[str]
+) -> dict[str, Tensor]:
+    return _pack_factors(adapters, factors) | {f"head/{name}": value[classes] for name, value in head.items()}
+
+
+def _frozen(adapters: Mapping[str, LoraFactors], trainable: frozenset[str]) -> dict[str, dict[str, Tensor]]:
+    """Give the factors that no client sends, as parts of a record."""
+    return {factor: {name: getattr(pair, factor) for name, pair in adapters.items()} for factor in FACTORS - trainable}
 
 
 def _to_half(change: Tensor) -> tuple[Tensor, int]:

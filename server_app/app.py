@@ -14,7 +14,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from fedtalora_flwr import aggregation, checkpoint, heads, wire
+from fedtalora_flwr import aggregation, checkpoint, heads, penalties, wire
 from fedtalora_flwr.aggregation import GlobalState
 from fedtalora_flwr.checkpoint import Checkpoint
 from fedtalora_flwr.config import RunConfig
@@ -96,6 +96,7 @@ class Server:
         self.data = data_of(config)
         self.model = model_of(config)
         self.head = heads.resolve(config.head, asdict(config))
+        self.penalty = penalties.resolve(config.penalty, asdict(config))
         self.tasks = self.data.stream.tasks
         self.num_rounds = config.last_task * self.rounds_per_task
         if config.check_data:  # a bad file is found before training, not at the first evaluation
@@ -181,7 +182,7 @@ class Server:
 
     def _train(self, order: wire.RoundOrder) -> Trained:
         """Let a sample of the clients train, and fold their updates into the state."""
-        strategy, seen = self.strategy, self.config.loss_classes == "seen"
+        strategy, seen = self.strategy, self.config.loss_classes == "seen" or self.penalty.uses_old_rows
         classes = [c for task in self.tasks[0 if seen else order.task_id : order.task_id + 1] for c in task]
         arrays = wire.pack_state(strategy.state, classes=classes)
         clock = ConfigRecord({"task-id": order.task_id, "round-in-task": order.round_in_task})

@@ -249,10 +249,10 @@ class AdapterStrategy(Strategy):
         for reply in replies:
             partition = partition_of[reply.metadata.src_node_id]
             try:
-                update, mean_loss = wire.read_update(reply, like=self.state)
+                update, mean_loss = wire.read_update(reply, like=self.state, trainable=self.method.trainable)
                 if update.partition_id != partition:
                     raise BadUpdate(f"speaks for partition {update.partition_id}, holds {partition}")
-                check_update(self.state, update)
+                check_update(self.state, update, trainable=self.method.trainable)
                 self._check_counts(partition, update.class_counts)
             except BadUpdate as refusal:
                 self.tally.failures.append(Failure(partition, f"refused: {refusal}"))

@@ -13,8 +13,10 @@ APPS = ("server_app", "client_app")
 
 # What a part of the library may import beside Python's own modules and itself: the inner parts know no outer one.
 ALLOWED = {
-    "aggregation": {"torch", "numpy", "fedtalora_flwr.registry"},
+    "aggregation": {"torch", "numpy", "fedtalora_flwr.registry", "fedtalora_flwr.clustering"},
+    "clustering": {"numpy", "scipy", "sklearn"},
     "metrics": {"torch", "numpy", "fedtalora_flwr.registry"},
+    "penalties": {"torch", "numpy", "fedtalora_flwr.registry", "fedtalora_flwr.heads"},
     "heads": {"torch", "numpy", "fedtalora_flwr.registry"},
     "data": {"torch", "numpy", "PIL", "datasets", "sklearn", "huggingface_hub", "fedtalora_flwr.registry"},
     "backbones": {
@@ -26,7 +28,7 @@ ALLOWED = {
     "lora.py": {"torch", "peft", "fedtalora_flwr.aggregation", "fedtalora_flwr.backbones"},
     "train.py": {
         *("torch", "numpy"),
-        *(f"fedtalora_flwr.{part}" for part in ("aggregation", "config", "heads", "lora")),
+        *(f"fedtalora_flwr.{part}" for part in ("aggregation", "config", "heads", "lora", "penalties")),
     },
     "change.py": {"torch", "fedtalora_flwr.aggregation", "fedtalora_flwr.lora"},
     "predict.py": {"fedtalora_flwr.data", "fedtalora_flwr.trained"},

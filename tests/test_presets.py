@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from fedtalora_flwr import heads
+from fedtalora_flwr import heads, penalties
 from fedtalora_flwr.backbones.images import ImageBackbone
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.lora import AdaptedModel, count_parameters
@@ -143,6 +143,8 @@ def loads_and_trains(config: RunConfig, *, num_classes: int, num_test: int) -> N
         examples,
         classes=task,
         trainable=frozenset({"lora_A", "lora_B"}),
+        penalty=penalties.resolve("none", {}),
+        old_classes=(),
         config=config,
         task_id=0,
         round_in_task=0,

@@ -18,7 +18,7 @@ from PIL import Image
 
 import fedtalora_flwr
 from client_app import app as client_module
-from fedtalora_flwr import checkpoint, wire
+from fedtalora_flwr import aggregation, checkpoint, wire
 from fedtalora_flwr.aggregation import GlobalState, resolve
 from fedtalora_flwr.backbones import vit_mini
 from fedtalora_flwr.config import RunConfig
@@ -607,6 +607,21 @@ def test_ablations_of_the_residual_run_and_are_seen_to_be_inexact(tmp_path, resi
     assert max(line["exactness_error"] for line in rounds(tmp_path)) > 1e-4
     norms = [line["residual_norm"] for line in rounds(tmp_path)]
     assert (norms == [0.0] * 4) == (residual == "off")
+
+
+@pytest.mark.parametrize("method", sorted({*aggregation.available()} - {"fedtalora"}))
+def test_every_other_method_learns_and_is_exact_where_it_says_so(tmp_path, method):
+    run(tmp_path, method=method, verify=True, local_epochs=3, **SHORT)
+    first, second = rounds(tmp_path)
+    assert second["mean_loss"] < first["mean_loss"] and not first["failures"] + second["failures"]
+    assert (second["exactness_error"] < 1e-5) == resolve(method).exact
+
+
+def test_lwf_sends_the_rows_of_old_classes_and_changes_nothing_before_there_are_any(undisturbed, tmp_path):
+    run(tmp_path, penalty="lwf")
+    plain, lwf = rounds(undisturbed), rounds(tmp_path)
+    assert [line["mean_loss"] for line in lwf][:2] == [line["mean_loss"] for line in plain][:2]
+    assert lwf[2]["bytes_down"] > plain[2]["bytes_down"] and lwf[3]["mean_loss"] > plain[3]["mean_loss"]
 
 
 def test_impossible_setting_fails_before_anything_is_written(tmp_path):

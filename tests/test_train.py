@@ -8,7 +8,7 @@ import torch
 from local_grid import defaults
 from torch import nn
 
-from fedtalora_flwr import heads, train
+from fedtalora_flwr import heads, penalties, train
 from fedtalora_flwr.backbones import Backbone, resolve
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.heads import Classifier, FeatureSums, init_rows
@@ -16,6 +16,7 @@ from fedtalora_flwr.lora import AdaptedModel
 from fedtalora_flwr.train import Examples, autocast, compared_classes, count_correct, fit, sum_features
 
 NUM_CLASSES, CLASSES = 6, [1, 4]  # the task's classes, not in a row and not from 0
+NONE = penalties.resolve("none", {})
 LINEAR = heads.resolve("linear", {})
 SETTINGS = {"lora-blocks": "last:1", "lora-targets": "proj", "device": "cpu", "batch-size": 8, "eval-batch-size": 5}
 BOTH = frozenset({"lora_A", "lora_B"})
@@ -53,13 +54,28 @@ def head() -> dict[str, torch.Tensor]:
     return init_rows(num_classes=NUM_CLASSES, feature_dim=192)
 
 
-def run_fit(model, head, examples, *, config=None, classes=CLASSES, trainable=BOTH, task_id=0, round_in_task=0, seed=0):
+def run_fit(
+    model,
+    head,
+    examples,
+    *,
+    config=None,
+    classes=CLASSES,
+    trainable=BOTH,
+    penalty=NONE,
+    old_classes=(),
+    task_id=0,
+    round_in_task=0,
+    seed=0,
+):
     return fit(
         model,
         head,
         examples,
         classes=classes,
         trainable=trainable,
+        penalty=penalty,
+        old_classes=old_classes,
         config=config or configured(),
         task_id=task_id,
         round_in_task=round_in_task,
@@ -98,6 +114,27 @@ def test_loss_falls_with_either_optimiser(model, head, examples, optimizer, rate
     first = run_fit(model, head, examples, config=config)
     last = run_fit(model, first.head, examples, config=replace(config, local_epochs=4))
     assert last.mean_loss < 0.5 * first.mean_loss
+
+
+def test_lwf_keeps_what_the_model_says_of_old_classes_nearer_to_what_it_said(model, examples):
+    rows = torch.randn(NUM_CLASSES, 192, generator=torch.Generator().manual_seed(0))
+    head, old = {"weight": rows, "bias": torch.zeros(NUM_CLASSES)}, torch.tensor([0, 2, 5])
+    adapters = model.initial_factors(seed=0)
+
+    def said(pairs):
+        model.load(pairs, {})
+        with torch.no_grad():
+            return heads.logits(head, model.backbone(examples.inputs), old).log_softmax(1)
+
+    before, drift = said(adapters), {}
+    for name in ("none", "lwf"):
+        model.load(adapters, {})
+        penalty = penalties.resolve(name, {"penalty_weight": 10.0})
+        result = run_fit(
+            model, head, examples, penalty=penalty, old_classes=old.tolist(), config=configured(local_epochs=3)
+        )
+        drift[name] = float(nn.functional.kl_div(said(result.adapters), before, log_target=True, reduction="batchmean"))
+    assert 0 < drift["lwf"] < 0.5 * drift["none"]
 
 
 def test_first_loss_is_that_of_a_guess_among_the_compared_classes(model, head, examples):

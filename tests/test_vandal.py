@@ -75,8 +75,8 @@ WOUNDS = {
     ),
     "flwr in the pure core": Wound(
         BASE,
-        "from torch import Tensor\n",
-        "from flwr.app import Message\nfrom torch import Tensor\n",
+        "from torch import Tensor, nn\n",
+        "from flwr.app import Message\nfrom torch import Tensor, nn\n",
         "tests/test_imports.py::test_part_of_the_library_imports_only_what_its_place_allows[aggregation]",
     ),
     "client in the server": Wound(

@@ -147,6 +147,18 @@ def test_half_precision_keeps_eleven_bits_of_a_change_of_any_size(scale):
     assert torch.equal(got.adapters[LAYER].lora_B, pair.lora_B)  # what did not move stays as it was, bit for bit
 
 
+@pytest.mark.parametrize("wire_dtype", ["fp32", "fp16"])
+def test_factor_that_is_not_trained_stays_at_home_and_is_the_servers_own(wire_dtype):
+    state, only_B = make_state(), frozenset({"lora_B"})
+    settings = {"like": state, "mean_loss": 0.0, "scaling": SCALING, "wire_dtype": wire_dtype}
+    reply = wire.update_reply(make_update(), trainable=only_B, **settings)
+    assert f"lora_B/{LAYER}" in reply[ARRAYS] and f"lora_A/{LAYER}" not in reply[ARRAYS]
+    got, _ = wire.read_update(message(reply), like=state, trainable=only_B)
+    assert torch.equal(got.adapters[LAYER].lora_A, state.adapters[LAYER].lora_A)
+    with pytest.raises(BadUpdate, match="different modules"):
+        wire.read_update(message(wire.update_reply(make_update(), trainable=only_B, **settings)), like=state)
+
+
 def test_half_precision_halves_the_message():
     pairs = {LAYER: LoraFactors(torch.randn(64, 192), torch.randn(576, 64), SCALING)}
     state = GlobalState(pairs, head=make_head())

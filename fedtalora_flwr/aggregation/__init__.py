@@ -3,12 +3,13 @@
 from typing import Any
 
 from fedtalora_flwr import registry
-from fedtalora_flwr.aggregation.base import Aggregator, ClientUpdate, GlobalState, LoraFactors
+from fedtalora_flwr.aggregation.base import FACTORS, Aggregator, ClientUpdate, GlobalState, LoraFactors
 from fedtalora_flwr.aggregation.intake import BadUpdate, check_update
 from fedtalora_flwr.aggregation.step import Step, kept_energy
 from fedtalora_flwr.aggregation.verify import exactness_error
 
 __all__ = [
+    "FACTORS",
     "Aggregator",
     "BadUpdate",
     "ClientUpdate",

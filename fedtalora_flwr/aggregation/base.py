@@ -4,13 +4,17 @@ Shape names: d_out, d_in of an adapted `torch.nn.Linear`; rank; C classes; K cli
 the CPU. Keys are module names as in ``model.named_modules()``.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fedtalora_flwr.aggregation.step import Step
+
+FACTORS = frozenset({"lora_A", "lora_B"})
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,12 @@ class LoraFactors:
     lora_A: Tensor  # (rank, d_in)
     lora_B: Tensor  # (d_out, rank)
     scaling: float
+
+    @classmethod
+    def initial(cls, *, rank: int, d_in: int, d_out: int, scaling: float, generator: torch.Generator) -> "LoraFactors":
+        """Draw LoRA's usual start, which adds nothing yet: lora_A Kaiming-uniform, lora_B zero."""
+        lora_A = nn.init.kaiming_uniform_(torch.empty(rank, d_in), a=math.sqrt(5), generator=generator)
+        return cls(lora_A, torch.zeros(d_out, rank), scaling)
 
     @property
     def rank(self) -> int:
@@ -103,7 +113,7 @@ class Aggregator(ABC):
     Attributes
     ----------
     trainable
-        Names of the factors that clients train, of ``lora_A`` and ``lora_B``.
+        The factors that clients train, of `FACTORS`.
     exact
         Whether the aggregate's effective weights equal the weighted mean of the clients' effective weights.
     """

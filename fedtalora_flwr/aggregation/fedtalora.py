@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fedtalora_flwr.aggregation.base import (
+    FACTORS,
     Aggregator,
     ClientUpdate,
     GlobalState,
@@ -50,16 +51,19 @@ class FedTaLoRA(Aggregator):
     residual_energy
         The share of a step's squared norm that is sent at least, in (0, 1]; what is left out is owed, and joins
         the next step. 1 sends all of it.
+    trainable
+        The factors that clients train; all share the others as broadcast.
     """
 
     residual: Residual = "accumulate"
     residual_energy: float = 1.0
-    trainable: frozenset[str] = frozenset({"lora_A", "lora_B"})
+    trainable: frozenset[str] = FACTORS
 
     @property
     def exact(self) -> bool:  # type: ignore[override]
-        """Whether the aggregate equals FedAvg of the effective weights."""
-        return self.residual == "accumulate" and self.residual_energy == 1
+        """Whether the aggregate equals FedAvg of the effective weights: nothing is dropped, or nothing is lost."""
+        kept = self.residual == "accumulate" and self.residual_energy == 1
+        return kept or len(self.trainable) == 1  # the mean is linear in one factor where all share the other
 
     def aggregate(self, state: GlobalState, updates: Sequence[ClientUpdate]) -> GlobalState:
         """Fold the updates into a new state (see the module's equation).
@@ -133,18 +137,29 @@ def average_factors(
     return mean, _lost_dense(factors, p.float(), mean=mean)
 
 
+def stacked(factors: Sequence[LoraFactors], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Stack one layer's pairs, of any ranks, into float64 factors of ``sum_k p_k delta_k``.
+
+    Returns
+    -------
+    ``[p_1 s_1 B_1, ..., p_K s_K B_K]`` (d_out, sum_k rank_k) and ``[A_1; ...; A_K]`` (sum_k rank_k, d_in).
+    """
+    left = [p_k * f.scaling * f.lora_B.double() for p_k, f in zip(weights, factors, strict=True)]
+    return torch.cat(left, 1), torch.cat([f.lora_A.double() for f in factors], 0)
+
+
 def _mean(factors: Sequence[LoraFactors], p: Tensor, *, origin: LoraFactors) -> LoraFactors:
     """Average what the clients changed since `origin`: in float32 the error is then one of the changes."""
     change_A, change_B = torch.zeros_like(origin.lora_A), torch.zeros_like(origin.lora_B)
     for some in _parts(len(factors), rank=origin.rank):
-        changed_A, changed_B = _stacked(factors[some], less=origin)
+        changed_A, changed_B = _spreads(factors[some], less=origin)
         change_A += torch.tensordot(p[some], changed_A, 1)
         change_B += torch.tensordot(p[some], changed_B, 1)
     return LoraFactors(origin.lora_A + change_A, origin.lora_B + change_B, origin.scaling)
 
 
 def _lost_in_factors(factors: Sequence[LoraFactors], p: Tensor, *, mean: LoraFactors) -> Step:
-    spread_A, spread_B = _stacked(factors, less=mean)  # (K, rank, d_in), (K, d_out, rank)
+    spread_A, spread_B = _spreads(factors, less=mean)  # (K, rank, d_in), (K, d_out, rank)
     contrast = contrasts(p).float()  # (K-1, K)
     right = torch.tensordot(contrast, spread_A, 1).flatten(0, 1)  # ((K-1) rank, d_in)
     left = torch.tensordot(mean.scaling * contrast, spread_B, 1).transpose(0, 1).flatten(1)  # (d_out, (K-1) rank)
@@ -168,13 +183,13 @@ def contrasts(p: Tensor) -> Tensor:
 def _lost_dense(factors: Sequence[LoraFactors], p: Tensor, *, mean: LoraFactors) -> Tensor:
     lost = torch.zeros(mean.lora_B.shape[0], mean.lora_A.shape[1])
     for some in _parts(len(factors), rank=mean.rank):
-        spread_A, spread_B = _stacked(factors[some], less=mean)
+        spread_A, spread_B = _spreads(factors[some], less=mean)
         spread_B.mul_(p[some].view(-1, 1, 1))
         lost.addmm_(spread_B.transpose(0, 1).flatten(1), spread_A.flatten(0, 1))
     return lost.mul_(mean.scaling)
 
 
-def _stacked(factors: Sequence[LoraFactors], *, less: LoraFactors) -> tuple[Tensor, Tensor]:
+def _spreads(factors: Sequence[LoraFactors], *, less: LoraFactors) -> tuple[Tensor, Tensor]:
     """Stack the pairs less one: (K, rank, d_in) and (K, d_out, rank)."""
     lora_A, lora_B = torch.stack([f.lora_A for f in factors]), torch.stack([f.lora_B for f in factors])
     return lora_A.sub_(less.lora_A), lora_B.sub_(less.lora_B)
@@ -189,10 +204,7 @@ def _parts(num_clients: int, *, rank: int) -> Iterator[slice]:
 def _best_of_rank(
     factors: Sequence[LoraFactors], weights: Sequence[float], *, like: LoraFactors
 ) -> tuple[LoraFactors, Step | Tensor]:
-    # The exact mean is left @ right with inner size sum_k rank_k; its SVD needs only the small core.
-    left = torch.cat([p_k * f.scaling * f.lora_B.double() for p_k, f in zip(weights, factors, strict=True)], 1)
-    right = torch.cat([f.lora_A.double() for f in factors], 0)
-    left, right = by_strength(left, right)
+    left, right = by_strength(*stacked(factors, weights))  # of the exact mean
     kept = min(like.rank, left.shape[1])
     lora_A = like.lora_A.double()  # (rank, d_in); rows that the mean does not fill stay, for a zero pair never trains
     lora_A = torch.cat([right[:kept] / like.scaling**0.5, lora_A[kept:]])

@@ -2,15 +2,22 @@
 
 import torch
 
-from fedtalora_flwr.aggregation.base import ClientUpdate, GlobalState
+from fedtalora_flwr.aggregation.base import FACTORS, ClientUpdate, GlobalState
 
 
 class BadUpdate(ValueError):
     """An update that the server refuses; the message is the reason in the round's log."""
 
 
-def check_update(state: GlobalState, update: ClientUpdate) -> None:
+def check_update(state: GlobalState, update: ClientUpdate, *, trainable: frozenset[str] = FACTORS) -> None:
     """Check an update against the state it claims to start from.
+
+    Parameters
+    ----------
+    state, update
+        What was sent, and what came back.
+    trainable
+        The factors that the method trains; the others must have come back as they were sent.
 
     Raises
     ------
@@ -35,6 +42,9 @@ def check_update(state: GlobalState, update: ClientUpdate) -> None:
         largest = theirs.scaling * float(theirs.lora_A.double().norm() * theirs.lora_B.double().norm())
         if largest > torch.finfo(torch.float32).max:  # finite factors whose product would poison the residual
             raise BadUpdate(f"{name}: lora_B @ lora_A is too large for float32, norm up to {largest:.1e}")
+        for factor in sorted(FACTORS - trainable):
+            if not torch.equal(getattr(theirs, factor), getattr(ours, factor)):
+                raise BadUpdate(f"{name}.{factor} has changed, but the method keeps it frozen")
     for name, parameter in state.head.items():
         if update.head[name].shape != parameter.shape:
             got, want = tuple(update.head[name].shape), tuple(parameter.shape)

@@ -1,0 +1,190 @@
+"""FL-TAC: one adapter for each local task of a client, averaged with those of the same task (arXiv 2404.15384).
+
+A client keeps a *slot* for each of its local tasks and trains an adapter in each. Nobody tells the server which slots
+are about the same thing: it clusters the adapters, and a slot goes on from the average of its cluster,
+
+    W_c  =  W_0 + R_c + s B_c A_c,    (B_c, A_c, R_c) = a method's aggregate of the slots in cluster c.
+
+Where the paper leaves a gap, and what is done here:
+
+- The paper clusters the flattened (A, B), which depends on the gauge of the pair; here it is the product B A, each
+  adapter scaled to unit length (see `signature`), as early in training all products are small.
+- The paper averages B and A plainly; here a method does it, weighted by examples. With Fed-TaLoRA's residual a cluster
+  is exact: its weight is the mean of its slots' effective weights, also of slots that trained in another cluster.
+- Clusters keep their ids (Hungarian matching on shared members), and take part in the clustering as one more point, so
+  that a round with few clients does not tear up what is known, and a new slot finds the cluster that is like it.
+- A cluster of which no slot is there this round stays as it was; one to which no slot belongs any more is dropped.
+- K-means must put every slot somewhere. A slot that is a stray in its cluster is not averaged: it goes on from its own
+  adapter, and may find a cluster in a later round.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedtalora_flwr.aggregation.base import Aggregator, ClientUpdate, GlobalState, example_weights
+from fedtalora_flwr.aggregation.signature import SIGNATURES
+from fedtalora_flwr.clustering import cosines, embed, keep_ids, kmeans, kmeans_by_silhouette, strays
+
+
+class Slot(NamedTuple):
+    """One local task of one client; the order of slots is the order of summation.
+
+    Parameters
+    ----------
+    partition_id
+        The client's.
+    number
+        The client's own numbering of its tasks; it means nothing to anybody else.
+    """
+
+    partition_id: int
+    number: int
+
+
+@dataclass(frozen=True)
+class ClusteredState:
+    """What the server knows: a state for each cluster, and which slot goes on from which.
+
+    Parameters
+    ----------
+    start
+        What a slot trains from that was never heard of.
+    clusters
+        A state for each cluster id.
+    assigned
+        The cluster of each slot, also of those that were not there last round.
+    own
+        The states of strays, which belong to no cluster.
+    version
+        Number of aggregations behind this state.
+    """
+
+    start: GlobalState
+    clusters: Mapping[int, GlobalState] = field(default_factory=dict)
+    assigned: Mapping[Slot, int] = field(default_factory=dict)
+    own: Mapping[Slot, GlobalState] = field(default_factory=dict)
+    version: int = 0
+
+    def of(self, slot: Slot) -> GlobalState:
+        """Give the state from which a slot trains next."""
+        if slot in self.own:
+            return self.own[slot]
+        return self.clusters[self.assigned[slot]] if slot in self.assigned else self.start
+
+
+@dataclass(frozen=True)
+class FLTAC:
+    """Cluster the slots' adapters and fold each cluster with a method.
+
+    Parameters
+    ----------
+    method
+        How a cluster's adapters are averaged: Fed-TaLoRA is exact, FedIT is the paper's plain mean.
+    num_clusters
+        N, the number of tasks; 0 lets the silhouette choose it in every round.
+    largest
+        The highest number that the silhouette may choose.
+    signature
+        What is clustered: ``product``, ``lora_B`` or ``raw`` (see `signature`).
+    stray_share
+        A slot whose agreement with its cluster is below this share of the usual one goes its own way (see `strays`).
+    seed
+        Of K-means.
+    """
+
+    method: Aggregator
+    num_clusters: int = 0
+    largest: int = 16
+    signature: str = "product"
+    stray_share: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.signature not in SIGNATURES:
+            raise ValueError(f"signature must be one of {', '.join(SIGNATURES)}, got {self.signature!r}")
+        if self.num_clusters < 0 or self.largest < 1:
+            raise ValueError(
+                f"num_clusters must be at least 0 and largest at least 1, got {self.num_clusters} and {self.largest}"
+            )
+        if not 0 <= self.stray_share < 1:
+            raise ValueError(f"stray_share must be in [0, 1), got {self.stray_share}")
+
+    def aggregate(self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate]) -> ClusteredState:
+        """Fold the slots' updates into a new state; neither argument is changed.
+
+        Parameters
+        ----------
+        state
+            What the slots started from: each from ``state.of(slot)``.
+        updates
+            Of any subset of slots, in any order.
+
+        Raises
+        ------
+        ValueError
+            If there is no update, or a cluster's updates hold no example.
+        """
+        if not updates:
+            raise ValueError("nothing to average: no slot sent an update")
+        updates = {slot: updates[slot] for slot in sorted(updates)}
+        found = self._cluster(state, updates)
+        members: dict[int, list[Slot]] = {}
+        for slot, cluster in found.items():
+            if cluster is not None:
+                members.setdefault(cluster, []).append(slot)
+        assigned = {**state.assigned, **{s: c for c, slots in members.items() for s in slots}}
+        own = {slot: one for slot, one in state.own.items() if slot not in found}
+        for slot, cluster in found.items():
+            if cluster is None:
+                assigned.pop(slot, None)
+                own[slot] = self.method.aggregate(state.of(slot), [updates[slot]])
+        folded = {cluster: self._fold(state, cluster, slots, updates) for cluster, slots in members.items()}
+        alive = set(assigned.values())
+        clusters = {c: one for c, one in sorted({**state.clusters, **folded}.items()) if c in alive}
+        return ClusteredState(state.start, clusters, assigned, own, state.version + 1)
+
+    def _cluster(self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate]) -> dict[Slot, int | None]:
+        """Give each slot the id of its cluster, or None if it is a stray there."""
+        anchors = [one.adapters for one in state.clusters.values()]
+        gram = SIGNATURES[self.signature]([update.adapters for update in updates.values()] + anchors).numpy()
+        points = embed(gram if self.signature == "raw" else cosines(gram))  # (n slots + anchors, m)
+        seed = int(np.random.default_rng([self.seed, state.version]).integers(2**32))
+        if self.num_clusters:
+            labels = kmeans(points, num_clusters=self.num_clusters, seed=seed)
+        else:
+            labels = kmeans_by_silhouette(points, largest=self.largest, seed=seed)
+        ids = keep_ids(labels, [*(state.assigned.get(slot) for slot in updates), *state.clusters])
+        alone = strays(points, labels, share=self.stray_share)
+        return {
+            slot: None if stray else ids[label]
+            for slot, label, stray in zip(updates, labels, alone, strict=False)  # the anchors come after the slots
+        }
+
+    def _fold(
+        self, state: ClusteredState, cluster: int, slots: Sequence[Slot], updates: Mapping[Slot, ClientUpdate]
+    ) -> GlobalState:
+        """Average a cluster's slots; one that trained in another cluster brings the residual it trained on."""
+        replies = [updates[slot] for slot in slots]
+        bases = [state.of(slot) for slot in slots]
+        # A new cluster has the head of its largest slot: the rows that nobody trained this round are from somewhere.
+        before = state.clusters.get(cluster, bases[int(np.argmax([reply.num_examples for reply in replies]))])
+        if all(base is before for base in bases):
+            return self.method.aggregate(before, replies)
+        mixed = replace(before, residual=_mean_residual(bases, example_weights(replies)))
+        return replace(self.method.aggregate(mixed, replies), step={})  # no step leads there from the old residual
+
+
+def _mean_residual(bases: Sequence[GlobalState], weights: Sequence[float]) -> dict[str, Tensor]:
+    mean: dict[str, Tensor] = {}
+    for name in dict.fromkeys(chain.from_iterable(base.residual for base in bases)):
+        there = [
+            p * base.residual[name].double() for p, base in zip(weights, bases, strict=True) if name in base.residual
+        ]
+        mean[name] = torch.stack(there).sum(0).float()
+    return mean

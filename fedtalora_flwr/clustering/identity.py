@@ -1,0 +1,35 @@
+"""Cluster ids that stay: K-means numbers its groups afresh each time, members tell which is which."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from fedtalora_flwr.clustering.partition import Labels
+
+
+def keep_ids(labels: Labels, known: Sequence[int | None]) -> list[int]:
+    """Give each new group the id that most of its members had, one id to one group (Hungarian matching).
+
+    Parameters
+    ----------
+    labels
+        (n,), the new groups, numbered from 0 without a gap.
+    known
+        n ids of the points before; None for a point that had none.
+
+    Returns
+    -------
+    The id of each group: that of the old cluster with which it shares members, in the matching that shares most
+    over all groups, else the smallest id that no old cluster has.
+    """
+    num_groups = int(labels.max()) + 1
+    ids = sorted({cluster for cluster in known if cluster is not None})
+    shared = np.zeros((num_groups, len(ids)), dtype=np.int64)
+    for label, cluster in zip(labels, known, strict=True):
+        if cluster is not None:
+            shared[label, ids.index(cluster)] += 1
+    groups, columns = linear_sum_assignment(shared, maximize=True)
+    matched = {int(g): ids[c] for g, c in zip(groups, columns, strict=True) if shared[g, c]}
+    free = (number for number in range(num_groups + len(ids)) if number not in ids)
+    return [matched[group] if group in matched else next(free) for group in range(num_groups)]
