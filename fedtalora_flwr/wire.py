@@ -241,9 +241,7 @@ def read_update(
         update = ClientUpdate(
             partition_id=int(cast(int, metrics["partition-id"])),
             num_examples=int(cast(int, metrics["num-examples"])),
-            adapters=_factors(
-                _frozen(like.adapters, trainable) | parts, scaling=float(cast(float, metrics["scaling"]))
-            ),
+            adapters=_factors(parts, scaling=float(cast(float, metrics["scaling"]))),
             head={name: _with_rows(like.head, name, trained, rows) for name, rows in parts.get("head", {}).items()},
             class_counts=counts,
             base_version=int(cast(int, metrics["base-version"])),
