@@ -331,12 +331,10 @@ def _run(job: _Job, home: Path) -> dict[str, object]:
         )
         probe = _start(_probe_command(job), env, cwd, job.ray_log) if job.ray_address else None
         superlink = _start(_superlink_command(port), env, cwd, job.superlink_log)
-        cli = _start(_run_command(job, app), env, cwd, job.run_log, stdin=subprocess.PIPE)
         _await_health(superlink, port, job.superlink_log)
-        logger.info("the SuperLink answers")
         if probe is not None:
             _await_probe(probe, job)
-        _let_go(cli)
+        cli = _start(_run_command(job, app), env, cwd, job.run_log)
         while cli.poll() is None:
             _require_alive(superlink, job.superlink_log)
             _pause(0.2)
@@ -408,7 +406,7 @@ def _environment(home: Path, job: _Job, app: Path) -> dict[str, str]:
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # seconds until a submitted run is started; 1 by default
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",  # seconds until a submitted run is started; 1 by default
             "RAY_USAGE_STATS_ENABLED": "0",
             "PATH": os.pathsep.join(filter(None, [sysconfig.get_path("scripts"), env.get("PATH")])),
             "PYTHONUNBUFFERED": "1",  # the logs are files: without it they lag behind the run
@@ -442,7 +440,7 @@ def _superlink_command(port: int) -> list[str]:
 
 
 def _run_command(job: _Job, app: Path) -> list[str]:
-    command = [sys.executable, "-P", __file__, "--flwr", "run", str(app), CONNECTION, "--stream"]
+    command = [_script("flwr"), "run", str(app), CONNECTION, "--stream"]
     return [*command, "--federation-config", job.federation_config, "--run-config", job.run_config]
 
 
@@ -451,27 +449,11 @@ def _probe_command(job: _Job) -> list[str]:
     return [sys.executable, "-I", program, str(job.ray_address), str(job.client_cpus), str(job.client_gpus)]
 
 
-def _start(
-    command: list[str], env: dict[str, str], cwd: Path, log_path: Path, *, stdin: int = subprocess.DEVNULL
-) -> subprocess.Popen[bytes]:
+def _start(command: list[str], env: dict[str, str], cwd: Path, log_path: Path) -> subprocess.Popen[bytes]:
     with log_path.open("w") as log:
-        return subprocess.Popen(command, env=env, cwd=cwd, stdin=stdin, stdout=log, stderr=subprocess.STDOUT)
-
-
-def _flwr_when_let_go() -> None:
-    """Be Flower's command, but import it before there is a SuperLink, and wait for the word to begin."""
-    from flwr.cli.app import app
-
-    if sys.stdin.readline():
-        sys.stdin.close()
-        sys.argv = ["flwr", *sys.argv[2:]]
-        app()
-
-
-def _let_go(cli: subprocess.Popen[bytes]) -> None:
-    assert cli.stdin is not None
-    with contextlib.suppress(BrokenPipeError), cli.stdin:  # it broke: its log says why
-        cli.stdin.write(b"go\n")
+        return subprocess.Popen(
+            command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        )
 
 
 def _pause(seconds: float) -> None:
@@ -558,7 +540,6 @@ def _clean(*, finished: bool) -> None:
     _settle("flwr-simulation", 10)
     _signal("flower-superlink", signal.SIGTERM)
     _signal("flwr", signal.SIGTERM)
-    _signal(Path(__file__).name, signal.SIGTERM)  # Flower's command as `_flwr_when_let_go` runs it
     _settle("", 3)  # not longer: after an abort the SuperExec may hang in its exit handler for 40 s
     deadline = time.monotonic() + 10
     while not _childless() and time.monotonic() < deadline:
@@ -594,7 +575,7 @@ def _named(name: str) -> dict[int, str]:
     return {
         pid: command
         for pid, command in _descendants().items()
-        if not name or any(Path(word).name == name for word in command.split()[:3])
+        if not name or any(Path(word).name == name for word in command.split()[:2])
     }
 
 
@@ -621,8 +602,5 @@ def _childless() -> bool:
     return False
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] == ["--keep"]:
-        _keep()
-    elif sys.argv[1:2] == ["--flwr"]:
-        _flwr_when_let_go()
+if __name__ == "__main__" and sys.argv[1:] == ["--keep"]:
+    _keep()

@@ -72,9 +72,9 @@ def test_part_of_the_library_imports_only_what_its_place_allows(part):
     assert {name: found for name, found in outward.items() if found} == {}
 
 
-def test_only_wire_and_the_launcher_of_flowers_commands_import_flwr_among_library_files():
+def test_only_wire_imports_flwr_among_library_files():
     importers = {path.name for path in LIBRARY.rglob("*.py") for name in imports_of(path) if within(name, {"flwr"})}
-    assert importers == {"wire.py", "launch.py"}
+    assert importers == {"wire.py"}
 
 
 def test_server_and_client_never_import_each_other_and_the_library_imports_neither():
