@@ -2,13 +2,13 @@ import csv
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
 os.environ.update(FLWR_TELEMETRY_ENABLED="0", FLWR_DISABLE_UPDATE_CHECK="1", RAY_USAGE_STATS_ENABLED="0")
 
 import hypothesis
 import pytest
 import torch
+from local_grid import tiny_run
 
 _cache = tempfile.TemporaryDirectory(prefix="fedtalora-cache-")
 os.environ["FEDTALORA_CACHE"] = _cache.name  # no test reads or fills the user's own
@@ -16,30 +16,8 @@ torch.set_num_threads(1)  # the same sums on any machine, and no fight over the 
 hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None, max_examples=25)
 hypothesis.settings.load_profile("seeded")
 
-TINY = {
-    "num-tasks": 2,
-    "max-per-class": 6,
-    "num-clients": 3,
-    "rounds-per-task": 2,
-    "test-fraction": 0.2,
-    "lora-blocks": "last:1",
-    "batch-size": 8,
-    "device": "cpu",
-    "partition": "iid",
-    "learning-rate": 0.01,
-    "ridge-features": 30,
-}
 DEVICES = ("lamp", "door", "radio", "oven")
 PHRASES = ("switch the {} on", "is the {} off by now", "please move my {} a little", "{}", "what does a new {} cost us")
-
-
-def tiny_run(out: Path, client: Any = None, **changes: Any) -> Path:
-    """Play a whole run of a few examples in this process, and give its folder."""
-    from local_grid import defaults, run_server
-
-    settings = {key.replace("_", "-"): value for key, value in changes.items()}
-    run_server(defaults() | TINY | {"out": str(out)} | settings, client)
-    return out
 
 
 @pytest.fixture(scope="session")

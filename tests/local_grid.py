@@ -83,3 +83,25 @@ def run_server(run_config: dict[str, Any], client: ClientCall | None = None, num
     grid = LocalGrid(client or client_app, run_config, num_nodes)
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config))
     server_app(grid, context)
+
+
+TINY = {
+    "num-tasks": 2,
+    "max-per-class": 6,
+    "num-clients": 3,
+    "rounds-per-task": 2,
+    "test-fraction": 0.2,
+    "lora-blocks": "last:1",
+    "batch-size": 8,
+    "device": "cpu",
+    "partition": "iid",
+    "learning-rate": 0.01,
+    "ridge-features": 30,
+}
+
+
+def tiny_run(out: Path, client: ClientCall | None = None, **changes: Any) -> Path:
+    """Play a whole run of a few examples in this process, and give its folder."""
+    settings = {key.replace("_", "-"): value for key, value in changes.items()}
+    run_server(defaults() | TINY | {"out": str(out)} | settings, client)
+    return out

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import tiny_run
+from local_grid import tiny_run
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
