@@ -192,16 +192,26 @@ def test_task_whose_folder_is_not_there_when_it_is_due_fails_and_the_run_goes_on
     assert len(rounds(out)) == 2 and read(out, "metrics.json")["faa"] is not None
 
 
-@pytest.mark.parametrize("server_round", [2, 3, 4])
-def test_run_killed_and_resumed_ends_with_the_same_bits(paths, tmp_path, server_round):
-    def killed(message: Message, context: Context) -> Message | None:
-        if int(message.metadata.group_id or 0) == server_round:
-            raise Killed
-        return run_client(message, context)
+def test_run_killed_within_a_task_and_after_it_ends_with_the_same_bits(paths, tmp_path):
+    def killed_at(server_round: int) -> ClientCall:
+        def client(message: Message, context: Context) -> Message | None:
+            if int(message.metadata.group_id or 0) == server_round:
+                raise Killed
+            return run_client(message, context)
+
+        return client
 
     whole = run(tmp_path / "whole", paths, rounds_per_task=2, head="ridge")
-    with pytest.raises(Killed):
-        run(tmp_path / "run", paths, killed, rounds_per_task=2, head="ridge")
+    for server_round in (2, 3):
+        with pytest.raises(Killed):
+            run(
+                tmp_path / "run",
+                paths,
+                killed_at(server_round),
+                rounds_per_task=2,
+                head="ridge",
+                resume=server_round > 2,
+            )
     out = run(tmp_path / "run", paths, rounds_per_task=2, head="ridge", resume=True)
     first, second = ({p.name: p.read_bytes() for p in (f / "checkpoint").glob("*.safetensors")} for f in (whole, out))
     assert first == second
