@@ -1,8 +1,11 @@
-"""What a node holds: its partition of a data set that all processes read, or the data that it brings."""
+"""What a node holds: its share of a data set that all processes read, or data of its own.
+
+`Share` and `Own` answer the same questions; of its own data a node can also give what it has held out.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,27 +16,6 @@ from fedtalora_flwr.data.source import NO_ROWS
 from fedtalora_flwr.resident import base_store, data_of, decoded, model_of, own_reader, training_examples
 from fedtalora_flwr.train import Examples
 from fedtalora_flwr.wire import Hello, WireError
-
-
-class Holding(Protocol):
-    """A node's data, by task."""
-
-    @property
-    def tasks(self) -> Sequence[Sequence[int]]:
-        """Class rows by task id."""
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of all nodes."""
-
-    def hello(self, *, num_partitions: int) -> Hello:
-        """Say what is held."""
-
-    def check(self) -> None:
-        """Decode what the run will use, so that a bad file is found now."""
-
-    def training(self, task_id: int) -> Examples:
-        """Give the training examples of a task."""
 
 
 @dataclass(frozen=True)
