@@ -1,4 +1,4 @@
-"""Train on what this node holds, sum features, and say what it holds."""
+"""Train on what this node holds, sum features, count hits, and say what it holds."""
 
 import logging
 import re
@@ -13,9 +13,11 @@ from flwr.clientapp import ClientApp
 from fedtalora_flwr import aggregation, heads, penalties, wire
 from fedtalora_flwr.aggregation import ClientUpdate
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.resident import base_store, data_of, model_of, training_examples
+from fedtalora_flwr.heads import Classifier
+from fedtalora_flwr.holding import Own, Share, holding_of
+from fedtalora_flwr.resident import base_store, model_of
 from fedtalora_flwr.residual import BaseMissing
-from fedtalora_flwr.train import compared_classes, fit, sum_features
+from fedtalora_flwr.train import compared_classes, count_correct, fit, sum_features
 
 app = ClientApp()
 log = logging.getLogger("fedtalora.client")
@@ -58,19 +60,10 @@ def _discreet(handler: _Handler) -> _Handler:
 @_discreet
 def hello(message: Message, context: Context) -> Message:
     """Say which partition this node holds; a bad file or setting is found here, before the first round."""
-    config, partition_id = _settings(context)
-    data = data_of(config)
+    config, _, holding = _settings(message, context)
     if config.check_data:
-        for task_id in range(config.last_task):
-            training_examples(config, partition_id=partition_id, task_id=task_id)
-    counts = data.stream.class_counts(data.source.train.labels)[partition_id]
-    reply = wire.Hello(
-        partition_id=partition_id,
-        num_partitions=int(str(context.node_config.get("num-partitions", config.num_clients))),
-        partition_hash=data.stream.partition_hash(data.source.train.labels, partition_id),
-        class_counts=torch.as_tensor(counts, dtype=torch.int64),
-        held=tuple(base_store(config).digests()),
-    )
+        holding.check()
+    reply = holding.hello(num_partitions=int(str(context.node_config.get("num-partitions", config.num_clients))))
     return Message(wire.hello_reply(reply), reply_to=message)
 
 
@@ -78,15 +71,15 @@ def hello(message: Message, context: Context) -> Message:
 @_discreet
 def train(message: Message, context: Context) -> Message:
     """Set the model to the server's state, train on this node's data of the task, send the pairs and rows back."""
-    config, partition_id = _settings(context)
+    config, partition_id, holding = _settings(message, context)
     state, parcel, order = wire.read_state(message)
     try:
         base = base_store(config).reach(parcel)
     except BaseMissing as missing:
         return _without_base(missing, message)
     method = aggregation.resolve(config.method, **asdict(config))
-    tasks = data_of(config).stream.tasks
-    examples = training_examples(config, partition_id=partition_id, task_id=order.task_id)
+    tasks = holding.tasks
+    examples = holding.training(order.task_id)
     model = model_of(config)
     model.load(state.adapters, base.residual)
     class_counts = torch.bincount(examples.labels, minlength=len(state.head["bias"]))
@@ -131,7 +124,7 @@ def train(message: Message, context: Context) -> Message:
 @_discreet
 def sums(message: Message, context: Context) -> Message:
     """Sum this node's features of the task under the server's state."""
-    config, partition_id = _settings(context)
+    config, _, holding = _settings(message, context)
     state, parcel, order = wire.read_state(message)
     try:
         base = base_store(config).reach(parcel)
@@ -139,11 +132,34 @@ def sums(message: Message, context: Context) -> Message:
         return _without_base(missing, message)
     model = model_of(config)
     model.load(state.adapters, base.residual)
-    examples = training_examples(config, partition_id=partition_id, task_id=order.task_id)
+    examples = holding.training(order.task_id)
     head = heads.resolve(config.head, asdict(config))
-    num_classes = len(data_of(config).source.class_names)
-    result = sum_features(model, examples, head=head, num_classes=num_classes, config=config)
+    result = sum_features(model, examples, head=head, num_classes=holding.num_classes, config=config)
     return Message(wire.sums_reply(result), reply_to=message)
+
+
+@app.evaluate()
+@_discreet
+def evaluate(message: Message, context: Context) -> Message:
+    """Count the hits of the server's classifier on what this node has held out of the tasks so far."""
+    config, _, holding = _settings(message, context)
+    if not isinstance(holding, Own):
+        raise wire.WireError("this node holds no test data; the server evaluates where all read one data set")
+    state, parcel, order = wire.read_state(message)
+    try:
+        base = base_store(config).reach(parcel)
+    except BaseMissing as missing:
+        return _without_base(missing, message)
+    model = model_of(config)
+    model.load(state.adapters, base.residual)
+    classifier = Classifier(state.head, heads.resolve(config.head, asdict(config)).lift)
+    seen = holding.classes.seen(order.task_id)
+    held_out = [holding.held_out(task_id) for task_id in range(order.task_id + 1)]
+    correct = [
+        count_correct(model, [classifier], examples, classes=seen, config=config)[0] if len(examples) else 0
+        for examples in held_out
+    ]
+    return Message(wire.hits_reply(correct, [len(examples) for examples in held_out]), reply_to=message)
 
 
 def _without_base(missing: BaseMissing, message: Message) -> Message:
@@ -151,7 +167,8 @@ def _without_base(missing: BaseMissing, message: Message) -> Message:
     return Message(wire.base_missing_reply(missing.held), reply_to=message)
 
 
-def _settings(context: Context) -> tuple[RunConfig, int]:
+def _settings(message: Message, context: Context) -> tuple[RunConfig, int, Share | Own]:
     config = RunConfig.parse(context.run_config)
     torch.set_num_threads(config.threads)
-    return config, wire.partition_of(context.node_config, config)
+    partition_id, classes = wire.partition_of(context.node_config, config), wire.read_classes(message)
+    return config, partition_id, holding_of(config, context.node_config, partition_id=partition_id, classes=classes)

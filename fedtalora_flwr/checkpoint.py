@@ -7,7 +7,7 @@ whole checkpoint, the last or the one before.
 import json
 import os
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fedtalora_flwr.aggregation import GlobalState, LoraFactors, Step
+from fedtalora_flwr.data import ClassList
 from fedtalora_flwr.heads import FeatureSums
 from fedtalora_flwr.metrics import TaskMatrix
 
@@ -40,7 +41,9 @@ class Checkpoint:
     wall_seconds
         Of all finished rounds, over all processes that ran them.
     partition_hashes
-        Of the clients, by partition id: the resumed run must meet the same data.
+        Of the clients, by partition id: the resumed run must meet the same data, unless the nodes bring their own.
+    classes
+        Names and tasks of the classes known so far; the rows of the head are theirs.
     """
 
     server_round: int
@@ -51,6 +54,7 @@ class Checkpoint:
     bytes_down: int
     wall_seconds: float
     partition_hashes: tuple[str, ...]
+    classes: ClassList = field(default_factory=ClassList)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -79,6 +83,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "bytes_down": checkpoint.bytes_down,
         "wall_seconds": checkpoint.wall_seconds,
         "partition_hashes": list(checkpoint.partition_hashes),
+        "classes": asdict(checkpoint.classes),
     }
     write_text(folder / _POINTER, json.dumps(facts))
     for old in folder.glob("round-*"):
@@ -124,7 +129,13 @@ def load(folder: Path) -> Checkpoint:
         bytes_down=facts["bytes_down"],
         wall_seconds=facts["wall_seconds"],
         partition_hashes=tuple(facts["partition_hashes"]),
+        classes=_class_list(facts.get("classes", {})),
     )
+
+
+def _class_list(facts: dict[str, Any]) -> ClassList:
+    tasks = tuple(tuple(rows) for rows in facts.get("tasks", ()))
+    return ClassList(tuple(facts.get("names", ())), tasks, tuple(facts.get("task_names", ())))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from cachetools import LRUCache
 
 from fedtalora_flwr import backbones
 from fedtalora_flwr.config import ConfigError, RunConfig
-from fedtalora_flwr.data import Source, TaskStream, build_stream, load_source
+from fedtalora_flwr.data import DataError, OwnReader, Source, TaskStream, build_stream, open_data
 from fedtalora_flwr.data.source import Split
 from fedtalora_flwr.lora import AdaptedModel
 from fedtalora_flwr.residual import BaseStore
@@ -31,16 +31,29 @@ class FederatedData:
 
 
 @lru_cache(maxsize=1)
+def _opened(config: RunConfig) -> Source | OwnReader:
+    return open_data(config.dataset, asdict(config))
+
+
+def own_reader(config: RunConfig) -> OwnReader | None:
+    """Give what reads a node's own folder; None where all processes read one data set."""
+    opened = _opened(config)
+    return opened if isinstance(opened, OwnReader) else None
+
+
+@lru_cache(maxsize=1)
 def data_of(config: RunConfig) -> FederatedData:
     """Open the data and cut it into tasks and partitions; the same on every process for the same settings.
 
     Raises
     ------
     ValueError
-        If the data cannot be read, or cannot be cut as the settings say.
+        If the data cannot be read, or cannot be cut as the settings say, or every node has its own.
     """
     settings = asdict(config)
-    source = load_source(config.dataset, settings)
+    source = _opened(config)
+    if isinstance(source, OwnReader):
+        raise DataError(f"dataset {config.dataset}: every node reads its own data, which only it can show")
     stream = build_stream(
         source,
         num_tasks=config.num_tasks,
@@ -63,8 +76,8 @@ def model_of(config: RunConfig) -> AdaptedModel:
         If the weights cannot be had, the LoRA settings match nothing, or the backbone reads other data.
     """
     model = build_model(config)
-    source = data_of(config).source
-    if model.backbone.modality != source.modality:
+    source = _opened(config)
+    if isinstance(source, Source) and model.backbone.modality != source.modality:
         raise ConfigError(
             f"backbone {config.backbone} reads {model.backbone.modality}s, "
             f"dataset {source.name} holds {source.modality}s"
@@ -111,14 +124,16 @@ def device_of(config: RunConfig) -> torch.device:
 
 def training_examples(config: RunConfig, *, partition_id: int, task_id: int) -> Examples:
     """Decode what a partition holds of a task, or take it from memory."""
-    rows = data_of(config).stream.partitions[task_id][partition_id]
-    return _decoded(config, "train", rows, key=(partition_id, task_id))
+    data = data_of(config)
+    rows = data.stream.partitions[task_id][partition_id]
+    return decoded(config, data.source.train, rows, source=data.source, key=("train", partition_id, task_id))
 
 
 def test_examples(config: RunConfig, *, task_id: int) -> Examples:
     """Decode the test data of a task, or take it from memory."""
     data = data_of(config)
-    return _decoded(config, "test", data.stream.test_rows(data.source.test.labels, task_id), key=(task_id,))
+    rows = data.stream.test_rows(data.source.test.labels, task_id)
+    return decoded(config, data.source.test, rows, source=data.source, key=("test", task_id))
 
 
 def base_store(config: RunConfig) -> BaseStore:
@@ -132,17 +147,16 @@ def _base_store(folder: Path, limit_bytes: int) -> BaseStore:
     return BaseStore(folder, limit_bytes=limit_bytes)
 
 
-def _decoded(config: RunConfig, which: str, rows: np.ndarray, *, key: tuple[int, ...]) -> Examples:
+def decoded(config: RunConfig, split: Split, rows: np.ndarray, *, source: Source, key: Hashable) -> Examples:
+    """Decode rows of a split, or take them from memory, where they are under `key`."""
     cache = _decoded_of(config)
-    if (which, *key) not in cache:
-        source = data_of(config).source
-        split: Split = getattr(source, which)
+    if key not in cache:
         inputs = model_of(config).backbone.encode(split, rows, source=source)
         examples = Examples(inputs, torch.from_numpy(split.labels[rows]).long())
         if _size(examples) > cache.maxsize:
             return examples
-        cache[(which, *key)] = examples
-    return cache[(which, *key)]
+        cache[key] = examples
+    return cache[key]
 
 
 @lru_cache(maxsize=1)

@@ -112,6 +112,11 @@ class RunFolder:
             },
         )
 
+    def update_manifest(self, facts: Mapping[str, Any]) -> None:
+        """Write `facts` into ``manifest.json`` in place of what it says of them."""
+        before = json.loads((self.path / "manifest.json").read_text())
+        self._write("manifest.json", {**before, **facts})
+
     def append_round(self, line: RoundLog) -> None:
         """Append a line to ``rounds.jsonl``; what does not apply to the round is left out."""
         values = asdict(line)

@@ -162,4 +162,4 @@ def _known_classes(record: RunRecord, config: RunConfig, *, server_round: int, w
     """List the classes of the tasks begun so far, or of those that ended where the head learns at their end."""
     ended, begun = divmod(server_round, max(1, config.rounds_per_task))
     tasks = record.manifest["tasks"][: ended + (begun > 0 and not whole_tasks)]
-    return tuple(sorted(class_id for task in tasks for class_id in task))
+    return tuple(sorted({class_id for task in tasks for class_id in task}))

@@ -23,10 +23,12 @@ from torch import Tensor
 import fedtalora_flwr
 from fedtalora_flwr.aggregation import FACTORS, BadUpdate, ClientUpdate, GlobalState, LoraFactors, Step
 from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.data import ClassList, HeldClass
 from fedtalora_flwr.heads import FeatureSums
 from fedtalora_flwr.residual import Parcel
 
 ARRAYS, ORDER, METRICS, HELLO, BASE, BASE_ARRAYS = "arrays", "order", "metrics", "hello", "base", "base-arrays"
+CLASSES, HELD = "classes", "held"
 
 
 class WireError(ValueError):
@@ -61,9 +63,13 @@ class Hello:
     partition_hash
         SHA-256 over the row numbers and labels it holds, all tasks.
     class_counts
-        (C,) int64, its training examples of each class.
+        (C,) int64, its training examples of each class; empty where it brings data of its own.
     held
         Digests of the bases that it holds from before, if it was there when the run was begun.
+    own
+        The classes of the data that it brings, by name.
+    remarks
+        What is odd about these data.
     """
 
     partition_id: int
@@ -71,6 +77,8 @@ class Hello:
     partition_hash: str
     class_counts: Tensor  # (C,)
     held: tuple[str, ...] = ()
+    own: tuple[HeldClass, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def pack_state(state: GlobalState, *, classes: Sequence[int] = ()) -> ArrayRecord:
@@ -85,7 +93,7 @@ def pack_state(state: GlobalState, *, classes: Sequence[int] = ()) -> ArrayRecor
     """
     tensors = _pack_factors(state.adapters)
     if classes:
-        rows = torch.tensor(sorted(classes))
+        rows = torch.tensor(sorted(set(classes)))
         tensors |= {f"head/{name}": value[rows] for name, value in state.head.items()}
         tensors["rows/class"] = rows.int()
     return _record(tensors)
@@ -119,6 +127,30 @@ def state_message(
 def add_parcel(content: RecordDict, parcel: Parcel, arrays: ArrayRecord) -> RecordDict:
     """Give a message's content with what its client needs to reach the base; `arrays` is the packed parcel."""
     return RecordDict({**content, BASE: ConfigRecord({"chain": " ".join(parcel.chain)}), BASE_ARRAYS: arrays})
+
+
+def tell_classes(classes: ClassList | None) -> RecordDict:
+    """Pack the classes for a node that brings its own data, beside a message's other records; None: nothing yet."""
+    if classes is None:
+        return RecordDict()
+    settings: dict[str, Any] = {
+        "names": list(classes.names),
+        "tasks": [" ".join(map(str, rows)) for rows in classes.tasks],
+        "task-names": list(classes.task_names),
+    }
+    return RecordDict({CLASSES: ConfigRecord(settings)})
+
+
+def read_classes(message: Message) -> ClassList:
+    """Read the classes that the server told; none where it knows none yet."""
+    if CLASSES not in message.content.config_records:
+        return ClassList()
+    settings = message.content.config_records[CLASSES]
+    return ClassList(
+        names=tuple(cast(list[str], settings["names"])),
+        tasks=tuple(tuple(int(row) for row in rows.split()) for rows in cast(list[str], settings["tasks"])),
+        task_names=tuple(cast(list[str], settings["task-names"])),
+    )
 
 
 def read_state(message: Message) -> tuple[GlobalState, Parcel, RoundOrder]:
@@ -264,7 +296,18 @@ def hello_reply(hello: Hello) -> RecordDict:
             "library": fedtalora_flwr.__version__,
         }
     )
-    return RecordDict({HELLO: settings, ARRAYS: _record({"counts/class": hello.class_counts})})
+    content = RecordDict({HELLO: settings, ARRAYS: _record({"counts/class": hello.class_counts})})
+    if hello.own or hello.remarks:
+        content[HELD] = ConfigRecord(
+            {
+                "task": [one.task for one in hello.own],
+                "name": [one.name for one in hello.own],
+                "num-train": [one.num_train for one in hello.own],
+                "num-test": [one.num_test for one in hello.own],
+                "remarks": list(hello.remarks),
+            }
+        )
+    return content
 
 
 def read_hello(message: Message) -> Hello:
@@ -278,15 +321,43 @@ def read_hello(message: Message) -> Hello:
     try:
         settings = message.content.config_records[HELLO]
         check_library(str(settings["library"]), whose="client")
+        own: Mapping[str, Any] = message.content.config_records.get(HELD, {})
+        held = [own.get(key, []) for key in ("task", "name", "num-train", "num-test")]
         return Hello(
             partition_id=int(cast(int, settings["partition-id"])),
             num_partitions=int(cast(int, settings["num-partitions"])),
             partition_hash=str(settings["partition-hash"]),
             class_counts=_parts(message.content.array_records[ARRAYS])["counts"]["class"],
             held=tuple(str(settings["held"]).split()),
+            own=tuple(HeldClass(str(t), str(name), int(n), int(m)) for t, name, n, m in zip(*held, strict=True)),
+            remarks=tuple(own.get("remarks", ())),
         )
     except KeyError as error:
         raise WireError(f"the first reply lacks {error}") from error
+
+
+def hits_reply(correct: Sequence[int], total: Sequence[int]) -> RecordDict:
+    """Build the content of a reply with the hits on held-out examples, by task id."""
+    return RecordDict({METRICS: MetricRecord({"num-correct": list(correct), "num-examples": list(total)})})
+
+
+def read_hits(message: Message, *, num_tasks: int) -> tuple[list[int], list[int]]:
+    """Read a reply with the hits on held-out examples of `num_tasks` tasks.
+
+    Raises
+    ------
+    BadUpdate
+        If a count is missing or impossible.
+    """
+    try:
+        metrics = message.content.metric_records[METRICS]
+        correct, total = (cast(list[int], metrics[key]) for key in ("num-correct", "num-examples"))
+        fits = all(type(c) is type(n) is int and 0 <= c <= n for c, n in zip(correct, total, strict=True))
+    except (KeyError, ValueError, TypeError) as error:
+        raise BadUpdate(f"hits cannot be read: {type(error).__name__} {error}") from error
+    if len(correct) != num_tasks or not fits:
+        raise BadUpdate(f"hits {correct} of {total} are impossible for {num_tasks} tasks")
+    return correct, total
 
 
 def sums_reply(sums: FeatureSums) -> RecordDict:

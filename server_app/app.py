@@ -8,22 +8,26 @@ import time
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MessageType
 from flwr.serverapp import Grid, ServerApp
 
 from fedtalora_flwr import aggregation, checkpoint, heads, penalties, wire
 from fedtalora_flwr.aggregation import GlobalState
 from fedtalora_flwr.checkpoint import Checkpoint
 from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.data import ClassList
 from fedtalora_flwr.heads import Classifier, FeatureSums
 from fedtalora_flwr.lora import count_parameters
 from fedtalora_flwr.metrics import TaskMatrix
-from fedtalora_flwr.resident import data_of, model_of, test_examples
-from fedtalora_flwr.runlog import RoundLog, RunFolder
+from fedtalora_flwr.resident import data_of, model_of, own_reader, test_examples
+from fedtalora_flwr.runlog import Failure, RoundLog, RunFolder
 from fedtalora_flwr.train import count_correct
+from server_app import census
+from server_app.census import Census
 from server_app.strategy import AdapterStrategy, RunFailed, Tally
 
 app = ServerApp()
@@ -93,17 +97,17 @@ class Server:
         torch.set_num_threads(os.cpu_count() or 1)
         self.grid, self.config, self.folder = grid, config, folder
         self.folder.write_status(phase="loading data and model", message="")
-        self.data = data_of(config)
+        self.data = None if own_reader(config) else data_of(config)  # None: every node brings its own
         self.model = model_of(config)
         self.head = heads.resolve(config.head, asdict(config))
         self.penalty = penalties.resolve(config.penalty, asdict(config))
-        self.tasks = self.data.stream.tasks
         self.num_rounds = config.last_task * self.rounds_per_task
-        if config.check_data:  # a bad file is found before training, not at the first evaluation
+        if config.check_data and self.data:  # a bad file is found before training, not at the first evaluation
             for task_id in range(config.last_task):
                 if not len(test_examples(config, task_id=task_id)):
                     raise RunFailed(f"task {task_id} has no test example; give test data of all classes")
         self.point = self._resumed() if config.resume else self._fresh()
+        self.first_round = self.point.server_round + 1
         method = aggregation.resolve(config.method, **asdict(config))
         self.strategy = AdapterStrategy(config=config, method=method, state=self.point.state)
 
@@ -138,6 +142,8 @@ class Server:
         task_id, round_in_task = divmod(server_round - 1, self.rounds_per_task)
         order = wire.RoundOrder(server_round, task_id, round_in_task)
         self.strategy.tally = tally = Tally()
+        if self.data is None and round_in_task == 0 and server_round > self.first_round:
+            self._ask_again(task_id)
         self._show("training", server_round)
         trained = self._train(order) if self.config.rounds_per_task else Trained()
         aggregate_seconds = time.monotonic() - began - tally.wait_seconds
@@ -183,10 +189,12 @@ class Server:
     def _train(self, order: wire.RoundOrder) -> Trained:
         """Let a sample of the clients train, and fold their updates into the state."""
         strategy, seen = self.strategy, self.config.loss_classes == "seen" or self.penalty.uses_old_rows
-        classes = [c for task in self.tasks[0 if seen else order.task_id : order.task_id + 1] for c in task]
-        arrays = wire.pack_state(strategy.state, classes=classes)
-        clock = ConfigRecord({"task-id": order.task_id, "round-in-task": order.round_in_task})
-        replies = strategy.exchange(self.grid, strategy.configure_train(order.server_round, arrays, clock, self.grid))
+        classes = self.point.classes
+        arrays = wire.pack_state(
+            strategy.state, classes=classes.seen(order.task_id) if seen else classes.tasks[order.task_id]
+        )
+        messages = strategy.configure_train(order.server_round, arrays, _clock(order), self.grid)
+        replies = strategy.exchange(self.grid, messages)
         _, metrics = strategy.aggregate_train(order.server_round, (reply for _, reply in replies))
         assert metrics is not None
         return Trained(**{key.replace("-", "_"): float(str(value)) for key, value in metrics.items()})
@@ -199,7 +207,7 @@ class Server:
         if not task_ends and not due:
             return before
         sums = self._collect_sums(order) if self.head.collects_sums else before.sums
-        matrix, linear = self._evaluate(order.task_id, sums)
+        matrix, linear = self._evaluate(order.task_id, sums) if self.data else (self._ask_for_hits(order, sums), None)
         kept = Scored(sums, matrix) if task_ends else before
         return replace(kept, accuracy_seen=matrix.accuracy_seen()[order.task_id], accuracy_seen_linear=linear)
 
@@ -222,7 +230,7 @@ class Server:
         self.model.load(state.adapters, state.residual)
         classifiers = [self.head.classifier(state.head, sums)]
         classifiers += [Classifier(state.head)] if self.head.collects_sums and self.config.rounds_per_task else []
-        seen = [c for task in self.tasks[: task_id + 1] for c in task]
+        seen = self.point.classes.seen(task_id)
         hits, total = [], []
         for earlier in range(task_id + 1):
             examples = test_examples(self.config, task_id=earlier)
@@ -232,34 +240,112 @@ class Server:
         linear = sum(others[0]) / sum(total) if others else None
         return self.point.matrix.with_row(task_id, list(correct), total), linear
 
+    def _ask_for_hits(self, order: wire.RoundOrder, sums: FeatureSums) -> TaskMatrix:
+        """Let the nodes count the hits on what they have held out of every task so far, and give the matrix."""
+        state = self.strategy.state
+        classified = replace(state, head=self.head.classifier(state.head, sums).rows)
+        arrays = wire.pack_state(classified, classes=self.point.classes.seen(order.task_id))
+        messages = self.strategy.configure_evaluate(order.server_round, arrays, _clock(order), self.grid)
+        num_tasks = order.task_id + 1
+        if not (asked := list(messages)):
+            return self.point.matrix.with_row(order.task_id, [0] * num_tasks, [0] * num_tasks)
+        replies = self.strategy.exchange(self.grid, asked)
+        correct, total = self.strategy.add_hits(order.server_round, replies, num_tasks=num_tasks)
+        return self.point.matrix.with_row(order.task_id, correct, total)
+
     def _meet(self) -> None:
         """Wait for the nodes, learn who holds what, and write the manifest."""
         nodes = self._wait_for_nodes()
         self._show("meeting the clients", self.point.server_round)
-        messages = [
-            Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY, ttl=self.config.round_timeout)
-            for node in nodes
-        ]
-        hellos: dict[int, wire.Hello] = {}
-        replies = list(self.grid.send_and_receive(messages, timeout=self.config.round_timeout + 15))
-        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
-        for reply in replies:
-            node = asked[reply.metadata.reply_to_message_id]  # an error of the server's own side names no node
-            if reply.has_error():
-                raise RunFailed(f"node {node} cannot take part: {reply.error.reason}")
-            hellos[node] = wire.read_hello(reply)
+        hellos, reasons = self._hellos(nodes)
+        for node, reason in reasons.items():
+            raise RunFailed(f"node {node} cannot take part: {reason}")
         self._check_partitions(hellos)
-        self.strategy.meet(hellos, self.tasks)
+        self.strategy.meet(hellos)
         by_partition = sorted(hellos.values(), key=lambda hello: hello.partition_id)
         hashes = tuple(hello.partition_hash for hello in by_partition)
-        if self.config.resume and hashes != self.point.partition_hashes:
+        if self.data and self.config.resume and hashes != self.point.partition_hashes:
             raise RunFailed(f"{self.folder.path} was run on other data or another partition; it cannot be resumed")
         self.point = replace(self.point, partition_hashes=hashes)
+        if self.data:
+            self._take_stock(census.of_shared(by_partition, self.point.classes), settled=range(self.config.last_task))
+        else:
+            next_task, begun = divmod(self.point.server_round, self.rounds_per_task)
+            self._take_in(by_partition, playing=next_task, next_task=next_task + (begun > 0))
+        if not self.config.resume:
+            self.folder.write_manifest({"seed": self.config.seed, **self._facts()})
+        elif self.data is None:  # classes may have come while the run was down
+            self.folder.update_manifest(self._facts())
+        counts = self._parameters()
+        log.info("trains %(trainable)d parameters (LoRA %(lora)d, head %(head)d) of %(total)d", counts)
+
+    def _ask_again(self, task_id: int) -> None:
+        """Before a task, ask the nodes what they hold by now; one that does not say sits the task out."""
+        partition_of = {node: partition for partition, node in self.strategy.node_of.items()}
+        hellos, reasons = self._hellos(sorted(partition_of))
+        for node, hello in list(hellos.items()):
+            if hello.partition_id != partition_of[node]:
+                reasons[node] = f"it is partition {hello.partition_id} now"
+                del hellos[node]
+        self.strategy.tally.failures += [
+            Failure(partition_of[node], f"sits the task out: {reason}") for node, reason in reasons.items()
+        ]
+        by_partition = sorted(hellos.values(), key=lambda hello: hello.partition_id)
+        self._take_in(by_partition, playing=task_id, next_task=task_id)
+        self.folder.update_manifest(self._facts())
+
+    def _hellos(self, nodes: list[int]) -> tuple[dict[int, wire.Hello], dict[int, str]]:
+        """Ask nodes what they hold: what they say, and why others say nothing, by node id."""
+        partition_of = {node: partition for partition, node in self.strategy.node_of.items()}
+        told = {node: self.strategy.census.told.get(partition_of.get(node, -1)) for node in nodes}
+        messages = [
+            Message(
+                wire.tell_classes(classes),
+                dst_node_id=node,
+                message_type=MessageType.QUERY,
+                ttl=self.config.round_timeout,
+            )
+            for node, classes in told.items()
+        ]
+        replies = list(self.grid.send_and_receive(messages, timeout=self.config.round_timeout + 15))
+        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
+        hellos: dict[int, wire.Hello] = {}
+        reasons: dict[int, str] = {}
+        for reply in replies:
+            node = asked.pop(reply.metadata.reply_to_message_id)  # an error of the server's own side names no node
+            if reply.has_error():
+                reasons[node] = f"{reply.error.reason}"
+            else:
+                hellos[node] = wire.read_hello(reply)
+        return hellos, reasons | dict.fromkeys(asked.values(), "no reply in time")
+
+    def _take_in(self, hellos: list[wire.Hello], *, playing: int, next_task: int) -> None:
+        """Take in what nodes bring by now: new classes get rows behind the others."""
+        found = census.of_own(hellos, self.point.classes, next_task=next_task, config=self.config)
+        for remark in found.remarks:
+            log.info("%s", remark)
+        new = found.classes.names[len(self.point.classes.names) :]
+        if new:
+            log.info("new classes: %s", ", ".join(new))
+        self._take_stock(found, settled=range(playing, min(playing + 1, self.config.last_task)))
+
+    def _take_stock(self, found: Census, *, settled: range) -> None:
+        """Learn who holds what, and make room for classes that are new."""
+        num_classes = len(found.classes.names)
+        state = replace(self.strategy.state, head=heads.with_classes(self.strategy.state.head, num_classes))
+        self.strategy.state = state
+        self.point = replace(
+            self.point, state=state, sums=self.point.sums.with_classes(num_classes), classes=found.classes
+        )
+        self.strategy.take_stock(found, settled=settled)
+
+    def _parameters(self) -> dict[str, int]:
+        """Count what the model has, trains and sends."""
         factors = self.point.state.adapters
         lora = count_parameters(factors)
         trained = count_parameters(factors, only=sorted(self.strategy.method.trainable))
         rows = sum(value.numel() for value in self.point.state.head.values())
-        parameters = {
+        return {
             "total": sum(p.numel() for p in self.model.parameters()),
             "trainable": trained + rows,
             "transmitted": lora + rows,
@@ -267,9 +353,6 @@ class Server:
             "head": rows,
             "sums": self._num_sums(),
         }
-        log.info("trains %d parameters (LoRA %d, head %d) of %d", trained + rows, lora, rows, parameters["total"])
-        if not self.config.resume:
-            self._write_manifest(hashes, by_partition, parameters)
 
     def _num_sums(self) -> int:
         """Count the float64 numbers that a client sends at a task's end: half of the symmetric gram, and the moment."""
@@ -278,30 +361,32 @@ class Server:
 
     def _image_side(self) -> int | None:
         """Give the side in pixels at which images are stored before the model enlarges them; None for text."""
+        if self.data is None:
+            return self.model.backbone.preparation().get("image_size")
         source, first = self.data.source, np.zeros(1, dtype=np.int64)
         if source.modality != "image":
             return None
         return self.model.backbone.encode(source.train, first, source=source).shape[-1]
 
-    def _write_manifest(self, hashes: tuple[str, ...], hellos: list[wire.Hello], parameters: dict[str, int]) -> None:
-        stream = self.data.stream
-        self.folder.write_manifest(
-            {
-                "seed": self.config.seed,
-                "class_names": list(self.data.source.class_names),
-                "image_side": self._image_side(),
-                "class_order": list(stream.class_order),
-                "tasks": [list(task) for task in stream.tasks],
-                "partition_hashes": list(hashes),
-                "partition_hash": hashlib.sha256("".join(hashes).encode()).hexdigest(),
-                "class_counts": [hello.class_counts.tolist() for hello in hellos],
-                "parameters": parameters,
-                "adapted_modules": {
-                    name: [pair.lora_B.shape[0], pair.lora_A.shape[1]]
-                    for name, pair in self.point.state.adapters.items()
-                },
-            }
-        )
+    def _facts(self) -> dict[str, Any]:
+        """Give what the manifest says of classes, partitions and sizes."""
+        classes, hashes = self.point.classes, self.point.partition_hashes
+        found = self.strategy.census
+        remarks = {"remarks": list(found.remarks)} if found.remarks else {}
+        return {
+            "class_names": list(classes.names),
+            "image_side": self._image_side(),
+            "class_order": [row for task in classes.tasks for row in task],
+            "tasks": [list(task) for task in classes.tasks],
+            "partition_hashes": list(hashes),
+            "partition_hash": hashlib.sha256("".join(hashes).encode()).hexdigest(),
+            "class_counts": [found.of_partition(partition) for partition in range(self.config.num_clients)],
+            "parameters": self._parameters(),
+            "adapted_modules": {
+                name: [pair.lora_B.shape[0], pair.lora_A.shape[1]] for name, pair in self.point.state.adapters.items()
+            },
+            **remarks,
+        }
 
     def _wait_for_nodes(self) -> list[int]:
         """Wait until as many nodes are there as the settings say."""
@@ -330,12 +415,14 @@ class Server:
             raise RunFailed(
                 f"nodes say num-partitions {sorted(counts)}, the run has num-clients {self.config.num_clients}"
             )
-        _check_same_shape(hellos, num_classes=len(self.data.source.class_names))
+        if self.data:
+            _check_same_shape(hellos, num_classes=len(self.data.source.class_names))
 
     def _fresh(self) -> Checkpoint:
         self.folder.write_config(self.config.flat())
         (self.folder.path / "rounds.jsonl").write_text("")
-        num_classes = len(self.data.source.class_names)
+        classes = self._classes()
+        num_classes = len(classes.names)
         feature_dim = self.model.backbone.feature_dim
         return Checkpoint(
             server_round=0,
@@ -349,14 +436,21 @@ class Server:
             bytes_down=0,
             wall_seconds=0.0,
             partition_hashes=(),
+            classes=classes,
         )
+
+    def _classes(self) -> ClassList:
+        """Give the classes of the data set; none yet where the nodes bring their own."""
+        if self.data is None:
+            return ClassList(tasks=((),) * self.config.num_tasks)
+        return ClassList(self.data.source.class_names, self.data.stream.tasks)
 
     def _resumed(self) -> Checkpoint:
         point = checkpoint.load(self.folder.checkpoint)
         self.folder.check_config(self.config.flat())
         self.folder.keep_rounds(point.server_round)
         log.info("resuming after round %d", point.server_round)
-        return point
+        return replace(point, classes=self._classes()) if self.data else point
 
     def _show(self, phase: str, server_round: int, *, mean_loss: float | None = None) -> None:
         """Tell the progress display where the run is."""
@@ -391,6 +485,10 @@ class Server:
             line.seconds["total"],
             "".join(f"; partition {f.partition_id} failed: {f.reason}" for f in line.failures),
         )
+
+
+def _clock(order: wire.RoundOrder) -> ConfigRecord:
+    return ConfigRecord({"task-id": order.task_id, "round-in-task": order.round_in_task})
 
 
 def _check_same_shape(hellos: dict[int, wire.Hello], *, num_classes: int) -> None:

@@ -24,9 +24,11 @@ from fedtalora_flwr.aggregation import (
     kept_energy,
 )
 from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.data import ClassList
 from fedtalora_flwr.heads import FeatureSums
 from fedtalora_flwr.residual import Ledger
 from fedtalora_flwr.runlog import Failure
+from server_app.census import Census
 
 log = getLogger("fedtalora.server")
 
@@ -45,7 +47,7 @@ class Tally:
     Parameters
     ----------
     participants
-        Partitions that were asked.
+        Partitions that were asked to train or to sum.
     failures
         Those that gave no usable reply, and why.
     bytes_up, bytes_down
@@ -83,33 +85,41 @@ class AdapterStrategy(Strategy):
         self.state = state
         self.node_of: dict[int, int] = {}  # partition id -> node id
         self.holds_task: dict[int, list[int]] = {}  # task id -> partitions with data of it
-        self.counts: dict[tuple[int, int], Tensor] = {}  # (task id, partition id) -> examples of each class, (C,)
-        self.tasks: tuple[tuple[int, ...], ...] = ()
+        self.census = Census(ClassList(), counts={}, tests={}, told={})
         self.task_id = 0
         self.tally = Tally()
         self.ledger = Ledger(state.residual)
         self._records: dict[int, ArrayRecord] = {}  # id of a parcel of the ledger -> its arrays
 
-    def meet(self, hellos: Mapping[int, wire.Hello], tasks: Iterable[Iterable[int]]) -> None:
-        """Learn from the first exchange who holds what (node id -> its hello).
+    def meet(self, hellos: Mapping[int, wire.Hello]) -> None:
+        """Learn from the first exchange who is who, and what each still has (node id -> its hello)."""
+        self.node_of = {hello.partition_id: node for node, hello in hellos.items()}
+        for hello in hellos.values():
+            self.ledger.report(hello.partition_id, hello.held)
+
+    def take_stock(self, census: Census, *, settled: range) -> None:
+        """Learn who holds what.
+
+        Parameters
+        ----------
+        census
+            Classes and counts.
+        settled
+            The tasks whose data are there by now.
 
         Raises
         ------
         RunFailed
-            If a task that will be run is held by fewer partitions than ``min-replies``.
+            If a task of these is held by fewer partitions than ``min-replies``.
         """
-        self.node_of = {hello.partition_id: node for node, hello in hellos.items()}
-        self.tasks = tuple(tuple(classes) for classes in tasks)
-        for hello in hellos.values():
-            self.ledger.report(hello.partition_id, hello.held)
-        for task_id, classes in enumerate(self.tasks):
-            for hello in hellos.values():
-                of_task = torch.zeros_like(hello.class_counts)
-                of_task[list(classes)] = hello.class_counts[list(classes)]
-                self.counts[task_id, hello.partition_id] = of_task
-            held = {h.partition_id for h in hellos.values() if int(h.class_counts[list(classes)].sum())}
-            self.holds_task[task_id] = sorted(held)
-            if task_id < self.config.last_task and len(held) < self.config.min_replies:
+        self.census = census
+        self.holds_task = {task_id: [] for task_id in range(len(census.classes.tasks))}
+        for (task_id, partition), counts in sorted(census.counts.items(), key=lambda item: item[0]):
+            if int(counts.sum()):
+                self.holds_task[task_id].append(partition)
+        for task_id in settled:
+            held = self.holds_task[task_id]
+            if len(held) < self.config.min_replies:
                 raise RunFailed(
                     f"task {task_id} is held by {len(held)} partitions, min-replies is {self.config.min_replies}: "
                     "lower min-replies, or spread the data over more partitions"
@@ -130,7 +140,8 @@ class AdapterStrategy(Strategy):
         sent = sorted(messages, key=lambda message: partition_of[message.metadata.dst_node_id])
         order = [partition_of[message.metadata.dst_node_id] for message in sent]
         asked = dict(zip(self._push(grid, sent), sent, strict=True))
-        self.tally.participants.update(order)
+        if any(message.metadata.message_type != MessageType.EVALUATE for message in sent):
+            self.tally.participants.update(order)
         began = time.monotonic()
         settled: dict[int, Message | None] = {}
         for partition in order:
@@ -205,7 +216,7 @@ class AdapterStrategy(Strategy):
             order,
             scaling=self.config.alpha / self.config.rank,
             version=self.state.version,
-            num_classes=sum(len(classes) for classes in self.tasks),
+            num_classes=len(self.census.classes.names),
         )
         return [
             self._addressed(content, partition, message_type=message_type, group_id=str(order.server_round))
@@ -214,6 +225,8 @@ class AdapterStrategy(Strategy):
 
     def _addressed(self, content: RecordDict, partition: int, *, message_type: str, group_id: str) -> Message:
         parcel = self.ledger.parcel(partition)
+        if partition in self.census.told:
+            content = RecordDict({**content, **wire.tell_classes(self.census.told[partition])})
         if id(parcel) not in self._records:
             self._records[id(parcel)] = wire.pack_parcel(parcel)
         return Message(
@@ -294,9 +307,35 @@ class AdapterStrategy(Strategy):
         self.require(num_good, server_round)
         return total
 
+    def add_hits(
+        self, server_round: int, replies: Iterable[tuple[int, Message]], *, num_tasks: int
+    ) -> tuple[list[int], list[int]]:
+        """Add up the hits on what clients have held out: correct and all examples, by task id.
+
+        Raises
+        ------
+        RunFailed
+            If no good one remains; how many there are depends on who has held out any example.
+        """
+        good = []
+        for partition, reply in replies:
+            try:
+                good.append(wire.read_hits(reply, num_tasks=num_tasks))
+            except BadUpdate as refusal:
+                self.tally.failures.append(Failure(partition, f"refused: {refusal}"))
+        if not good:
+            self.require(0, server_round)
+        correct, total = np.sum(good, axis=0).tolist()
+        return correct, total
+
     def _check_counts(self, partition: int, counts: Tensor) -> None:
-        """Refuse examples of each class (C,) that are not those which the client holds of the task."""
-        if not torch.equal(counts.long(), self.counts[self.task_id, partition]):
+        """Refuse examples of each class (C,) that are not those which the client holds of the task.
+
+        To data that a node brings, examples may come at any time, but of no class that it has not named.
+        """
+        held = self.census.counts[self.task_id, partition]
+        grows = partition in self.census.told and not (counts.long() > 0)[held == 0].any()
+        if not grows and not torch.equal(counts.long(), held):
             raise BadUpdate("speaks of other examples than the client said it holds of this task")
 
     def require(self, num_good: int, server_round: int) -> None:
@@ -312,11 +351,13 @@ class AdapterStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask nobody: the server has the test data."""
-        return []
+        """Ask those who have held out examples of the tasks so far; nobody, where the server has the test data."""
+        order = wire.RoundOrder(server_round, int(str(config["task-id"])), int(str(config["round-in-task"])))
+        asked = {p for task_id, held in self.census.tests.items() if task_id <= order.task_id for p in held}
+        return self.messages(arrays, order, partitions=sorted(asked), message_type=MessageType.EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Expect nothing: the server has the test data."""
+        """Leave the hits to `add_hits`, which keeps them by task."""
         return None
 
     def summary(self) -> None:

@@ -2,7 +2,7 @@
 
 import tomllib
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,18 @@ def defaults() -> dict[str, Any]:
 
 
 class LocalGrid(Grid):
-    """`client` is a ClientApp or any function of message and context; raising in it is a client that fails."""
+    """`client` is a ClientApp or any function of message and context; raising in it is a client that fails.
 
-    def __init__(self, client: ClientCall, run_config: dict[str, Any], num_nodes: int | None = None):
+    With `data_paths` every node has a folder of its own.
+    """
+
+    def __init__(
+        self,
+        client: ClientCall,
+        run_config: dict[str, Any],
+        num_nodes: int | None = None,
+        data_paths: Sequence[Path] = (),
+    ):
         self.client = client
         count = num_nodes or run_config["num-clients"]
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # else Message() raises
@@ -35,7 +44,8 @@ class LocalGrid(Grid):
                 node_id=100 + p,
                 state=RecordDict(),
                 run_config=dict(run_config),
-                node_config={"partition-id": p, "num-partitions": count},
+                node_config={"partition-id": p, "num-partitions": count}
+                | ({"data-path": str(data_paths[p])} if data_paths else {}),
             )
             for p in range(count)
         }
@@ -76,11 +86,16 @@ class LocalGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
 
-def run_server(run_config: dict[str, Any], client: ClientCall | None = None, num_nodes: int | None = None) -> None:
+def run_server(
+    run_config: dict[str, Any],
+    client: ClientCall | None = None,
+    num_nodes: int | None = None,
+    data_paths: Sequence[Path] = (),
+) -> None:
     from client_app.app import app as client_app
     from server_app.app import app as server_app
 
-    grid = LocalGrid(client or client_app, run_config, num_nodes)
+    grid = LocalGrid(client or client_app, run_config, num_nodes, data_paths)
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config))
     server_app(grid, context)
 

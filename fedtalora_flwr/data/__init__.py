@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedtalora_flwr import registry
+from fedtalora_flwr.data.classes import ClassList, HeldClass
 from fedtalora_flwr.data.images import load_images, stack_images, stored_side
+from fedtalora_flwr.data.own import OwnData, OwnReader
 from fedtalora_flwr.data.source import DataError, Source, Split, take, tidy
 from fedtalora_flwr.data.stream import PARTITIONS, TASK_ORDERS, TaskStream, build_stream
 
@@ -14,13 +16,18 @@ __all__ = [
     "PARTITIONS",
     "SOURCES",
     "TASK_ORDERS",
+    "ClassList",
     "DataError",
+    "HeldClass",
+    "OwnData",
+    "OwnReader",
     "Source",
     "Split",
     "TaskStream",
     "build_stream",
     "load_images",
     "load_source",
+    "open_data",
     "stack_images",
     "stored_side",
     "take",
@@ -45,9 +52,19 @@ def load_source(dataset: str, settings: Mapping[str, Any]) -> Source:
     ValueError
         If there is no such source, or a setting is out of range.
     """
-    source: Source = registry.build(SOURCES, dataset, settings)
+    found = open_data(dataset, settings)
+    if isinstance(found, OwnReader):
+        raise DataError(f"dataset {dataset}: the data are on the nodes, there is nothing to read here")
+    return found
+
+
+def open_data(dataset: str, settings: Mapping[str, Any]) -> Source | OwnReader:
+    """Read a data set as `load_source` does, or give what reads a node's own where nodes bring theirs."""
+    found: Source | OwnReader = registry.build(SOURCES, dataset, settings)
+    if isinstance(found, OwnReader):
+        return found
     return tidy(
-        source,
+        found,
         test_fraction=settings["test_fraction"],
         max_per_class=settings["max_per_class"],
         seed=settings["seed"],

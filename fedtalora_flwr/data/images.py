@@ -81,11 +81,13 @@ def stored_side(source: Source, *, size: int) -> int:
     Parameters
     ----------
     source
-        Images; the first of the training split decides for all.
+        Images; its `image_side`, or the first of the training split, decides for all.
     size
         Side of the model's input in pixels.
     """
     assert source.modality == "image", source.name
+    if source.image_side is not None:
+        return int(min(size, source.image_side))
     first = source.train.read(np.zeros(1, dtype=np.int64))[0]
     return min(size, int(first.width), int(first.height))
 

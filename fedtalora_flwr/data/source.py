@@ -56,6 +56,8 @@ class Source:
         The two splits; a source that has no test split of its own gives `NO_ROWS`.
     groups
         Class ids by domain, e.g. the ten domains of CLINC150; empty where the classes have none.
+    image_side
+        Side in pixels at which images are stored, if the model takes that much; None: that of the first one.
 
     Raises
     ------
@@ -69,6 +71,7 @@ class Source:
     train: Split
     test: Split
     groups: tuple[tuple[int, ...], ...] = ()
+    image_side: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.train) == 0:

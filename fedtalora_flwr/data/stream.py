@@ -171,8 +171,23 @@ def _cut_classes(source: Source, *, num_tasks: int, task_order: str, seed: int) 
         raise ValueError(
             f"num-tasks must be in [1, {len(units)}], the {noun} of {source.name}, got {num_tasks}; correct num-tasks"
         )
+    return cut(units, num_tasks=num_tasks, seed=None if task_order == "given" else seed)
+
+
+def cut(units: Sequence[tuple[int, ...]], *, num_tasks: int, seed: int | None) -> tuple[tuple[int, ...], ...]:
+    """Cut classes, in units that stay together, into tasks whose sizes differ by at most one unit.
+
+    Parameters
+    ----------
+    units
+        Class ids.
+    num_tasks
+        Number of tasks, in [1, len(units)].
+    seed
+        Of the order; None keeps the units as they are.
+    """
     order = np.arange(len(units))
-    if task_order != "given":
+    if seed is not None:
         order = np.random.default_rng([seed, _CLASS_ORDER]).permutation(len(units))
     return tuple(
         tuple(class_id for unit in chosen for class_id in units[unit]) for chosen in np.array_split(order, num_tasks)

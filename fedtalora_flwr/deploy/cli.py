@@ -133,6 +133,9 @@ def supernode(
     partition_id: Annotated[int, typer.Option(min=0, help="Which part of the data it holds; 0 to num-clients - 1.")],
     directory: Dir = DEFAULT_DIR,
     data: Annotated[str, typer.Option(help="Folder of the known data sets here (FEDTALORA_DATA).")] = "",
+    data_path: Annotated[
+        str, typer.Option(help="Folder of the node's own data, a subfolder a class (dataset=nodes).")
+    ] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, cuda:0,1: the devices it may use; all.")] = "",
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; another for each node of this machine.")] = 9094,
     insecure: Insecure = False,
@@ -149,7 +152,13 @@ def supernode(
 
     folder = _folder(directory)
     command = supernode_command(
-        name, folder, superlink=superlink, partition_id=partition_id, port=port, insecure=insecure
+        name,
+        folder,
+        superlink=superlink,
+        partition_id=partition_id,
+        data_path=data_path,
+        port=port,
+        insecure=insecure,
     )
     if show:
         _print_command(command)

@@ -64,6 +64,7 @@ def supernode_command(
     *,
     superlink: str,
     partition_id: int,
+    data_path: str = "",
     port: int = NODE_PORT,
     insecure: bool = False,
 ) -> list[str]:
@@ -75,11 +76,18 @@ def supernode_command(
         Host and port of the server's Fleet API; the host is a name in the server's certificate.
     partition_id
         Which part of the data the node holds, from 0 to num-clients - 1.
+    data_path
+        Folder of the data that the node brings itself (``dataset = "nodes"``); empty: it brings none.
     port
         Port on loopback, for the node's own ClientApps; each node of a machine needs another.
+
+    Raises
+    ------
+    DeployError
+        If the folder's name cannot stand in a node config.
     """
     command = ["flower-supernode", "--superlink", superlink, "--host", LOOPBACK, "--port", str(port)]
-    command += ["--node-config", f'partition-id={partition_id} name="{name}"']
+    command += ["--node-config", f'partition-id={partition_id} name="{name}"{_own_data(data_path)}']
     if insecure:
         return [*command, "--insecure"]
     command += ["--root-certificates", str(folder.ca_certificate)]
@@ -137,6 +145,15 @@ def write_connection(folder: FederationFolder, *, control_port: int = CONTROL_PO
     connection = {"address": f"{LOOPBACK}:{control_port}", **trust}
     settings = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
     write_public(folder.flower_home / "config.toml", tomli_w.dumps(settings).encode())
+
+
+def _own_data(data_path: str) -> str:
+    if not data_path:
+        return ""
+    path = str(Path(data_path).expanduser().resolve())
+    if set(path) & set('"\\\n'):
+        raise DeployError(f"data-path {path!r} holds a quote or backslash, which a node config cannot; rename it")
+    return f' data-path="{path}"'
 
 
 def _visible(device: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ LOCAL = "local"
 SERVER = "superlink"
 _CALL_SECONDS = 300.0
 _SERVER_KEYS = {"host", "address", "listen", "control-port"}
-_NODE_KEYS = {"name", "host", "partition-id", "data", "device", "port"}
+_NODE_KEYS = {"name", "host", "partition-id", "data", "data-path", "device", "port"}
 _KEYS = {"folder", "program", "insecure", "server", "nodes"}
 _CALL_FAILED = 255  # ssh's own status when it did not reach the machine
 
@@ -40,6 +40,8 @@ class LabNode:
         Which part of the data it holds.
     data
         Folder of the known data sets on its machine; empty: none.
+    data_path
+        Folder of the data that it brings itself; empty: none.
     device
         What of its machine's devices it uses; empty: all.
     port
@@ -50,6 +52,7 @@ class LabNode:
     host: str
     partition_id: int
     data: str
+    data_path: str
     device: str
     port: int
 
@@ -206,6 +209,7 @@ def _supernode_words(lab: Lab, node: LabNode) -> list[str]:
     words = ["supernode", node.name, "--superlink", lab.address, "--partition-id", str(node.partition_id)]
     words += ["--port", str(node.port), "--background"]
     words += ["--data", node.data] if node.data else []
+    words += ["--data-path", node.data_path] if node.data_path else []
     words += ["--device", node.device] if node.device else []
     return [*words, *(["--insecure"] if lab.insecure else [])]
 
@@ -293,6 +297,7 @@ def _nodes(found: object) -> tuple[LabNode, ...]:
             host=host,
             partition_id=_whole(values, "partition-id", position),
             data=str(values.get("data", "")),
+            data_path=str(values.get("data-path", "")),
             device=str(values.get("device", "")),
             port=_whole(values, "port", NODE_PORT + beside),
         )

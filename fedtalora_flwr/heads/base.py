@@ -52,6 +52,10 @@ class FeatureSums:
         moment = f.new_zeros(num_classes, f.shape[1]).index_add_(0, labels, f)
         return cls(f.T @ f, moment)
 
+    def with_classes(self, num_classes: int) -> "FeatureSums":
+        """Give the sums with room for more classes, of which no example has been seen."""
+        return FeatureSums(self.gram, _with_zero_rows(self.moment, num_classes))
+
     def __add__(self, other: "FeatureSums") -> "FeatureSums":
         return FeatureSums(self.gram + other.gram, self.moment + other.moment)
 
@@ -120,6 +124,15 @@ class Head(ABC):
 def init_rows(*, num_classes: int, feature_dim: int) -> dict[str, Tensor]:
     """Give the class rows that clients train, all zero: no class is preferred before it has been seen."""
     return {"weight": torch.zeros(num_classes, feature_dim), "bias": torch.zeros(num_classes)}
+
+
+def with_classes(rows: Mapping[str, Tensor], num_classes: int) -> dict[str, Tensor]:
+    """Give class rows with the start of `init_rows` for classes that are new; the others stay as they are."""
+    return {name: _with_zero_rows(value, num_classes) for name, value in rows.items()}
+
+
+def _with_zero_rows(value: Tensor, num_rows: int) -> Tensor:
+    return torch.cat([value, value.new_zeros(num_rows - len(value), *value.shape[1:])])
 
 
 def logits(rows: Mapping[str, Tensor], features: Tensor, classes: Tensor) -> Tensor:

@@ -136,6 +136,7 @@ def read_run(path: Path | str) -> RunRecord:
     metrics = _read_object(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
     status = _read_object(folder / "status.json") if (folder / "status.json").is_file() else {}
     state, why = _diagnose(config, rounds, status, finished=metrics is not None)
+    notes += [f"About the data: {remark}." for remark in manifest.get("remarks") or ()]
     return RunRecord(folder, config, manifest, rounds, metrics, state, (*why, *notes))
 
 

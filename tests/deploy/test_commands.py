@@ -40,6 +40,14 @@ def test_a_node_checks_the_server_shows_its_key_and_tells_its_partition():
     assert parse_config_args([parsed.node_config]) == {"partition-id": 3, "name": "site0"}
 
 
+def test_a_node_s_own_folder_goes_into_its_node_config():
+    command = supernode_command("site0", FOLDER, **NODE, data_path="/mnt/my scans")
+    config = supernode_parser().parse_args(command[1:]).node_config
+    assert parse_config_args([config]) == {"partition-id": 3, "name": "site0", "data-path": "/mnt/my scans"}
+    with pytest.raises(DeployError, match="holds a quote or backslash"):
+        supernode_command("site0", FOLDER, **NODE, data_path='/mnt/"scans"')
+
+
 def test_insecure_turns_off_certificates_and_keys_together():
     superlink = superlink_parser().parse_args(superlink_command(FOLDER, insecure=True)[1:])
     supernode = supernode_parser().parse_args(supernode_command("site0", FOLDER, **NODE, insecure=True)[1:])

@@ -13,7 +13,7 @@ from fedtalora_flwr.cli import cli
 
 UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
 FILLED = {"%i": "site0", "${SUPERLINK}": "superlink.lab:9092", "${PARTITION_ID}": "2", "${DEVICE}": "cuda:1"}
-FILLED |= {"${PORT}": "9095", "${FLEET}": "10.0.0.5:9092"}
+FILLED |= {"${PORT}": "9095", "${FLEET}": "10.0.0.5:9092", "${DATA_PATH}": "/mnt/scans"}
 
 
 class _Sections(ConfigParser):
@@ -48,7 +48,10 @@ def test_a_node_s_unit_starts_the_node_of_its_name():
     command = command_of("fedtalora-supernode@.service")
     assert command[:3] == ["flower-supernode", "--superlink", "superlink.lab:9092"]
     assert command[-1] == "/var/lib/fedtalora/site0.key" and "--insecure" not in command
-    assert 'partition-id=2 name="site0"' in command and command[command.index("--port") + 1] == "9095"
+    assert (
+        'partition-id=2 name="site0" data-path="/mnt/scans"' in command
+        and command[command.index("--port") + 1] == "9095"
+    )
 
 
 @pytest.mark.parametrize("name", ["fedtalora-superlink.service", "fedtalora-supernode@.service"])

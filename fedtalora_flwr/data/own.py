@@ -1,0 +1,225 @@
+"""The data that a node brings: a folder of its own, with one subfolder or text file a class, maybe in task folders.
+
+    <data-path>/<class>/*.png             or   <data-path>/<task>/<class>/*.png
+    <data-path>/<class>.txt, *.csv        or   <data-path>/<task>/<class>.txt, *.csv
+
+A share of each class is held out to test on. Which examples these are follows from the names of the files, or from
+the texts, alone: what arrives later moves none from one side to the other.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fedtalora_flwr.data.classes import ClassList, HeldClass, require_distinct
+from fedtalora_flwr.data.hf_load import load_files
+from fedtalora_flwr.data.hf_rows import source_from_splits
+from fedtalora_flwr.data.images import decode_image
+from fedtalora_flwr.data.locate import existing
+from fedtalora_flwr.data.source import DataError, Ints, Split
+from fedtalora_flwr.data.sources.imagefolder import image_files
+
+_TABLES = (".csv", ".tsv", ".json", ".jsonl")
+
+Item = Path | str  # an image file, or a text
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """One class in one task, as found: its examples with the names by which they are held out."""
+
+    task: str
+    name: str
+    train: tuple[Item, ...]
+    test: tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """What a node found in its folder.
+
+    Parameters
+    ----------
+    root
+        The folder.
+    folders
+        Its classes, in order of task and name.
+    remarks
+        What is odd but no error, without paths.
+    """
+
+    root: Path
+    folders: tuple[_Folder, ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def held(self) -> tuple[HeldClass, ...]:
+        """What to tell the server."""
+        return tuple(HeldClass(f.task, f.name, len(f.train), len(f.test)) for f in self.folders)
+
+    @property
+    def modality(self) -> Literal["image", "text"] | None:
+        """What the examples are; None where there is none."""
+        for folder in self.folders:
+            return "text" if isinstance((*folder.train, *folder.test)[0], str) else "image"
+        return None
+
+    @cached_property
+    def digest(self) -> str:
+        """Fingerprint of the names of files and the texts: SHA-256 in hexadecimal."""
+        digest = hashlib.sha256()
+        for folder in self.folders:
+            for item in (*folder.train, *folder.test):
+                digest.update("\0".join((folder.task, folder.name, _key(item), "")).encode())
+        return digest.hexdigest()
+
+    def split(self, which: Literal["train", "test"], task_id: int, classes: ClassList) -> Split:
+        """Give the examples of a task, labelled by their rows in `classes`."""
+        items: list[Item] = []
+        labels: list[int] = []
+        for folder in self.folders:
+            place = classes.place(folder.task, folder.name)
+            if place is not None and place[0] == task_id:
+                found: tuple[Item, ...] = getattr(folder, which)
+                items += found
+                labels += [place[1]] * len(found)
+        return _split(items, labels)
+
+    def unknown(self, classes: ClassList) -> Split:
+        """Give the examples of classes that are not in `classes`, without their labels."""
+        folders = [folder for folder in self.folders if classes.place(folder.task, folder.name) is None]
+        items = [item for folder in folders for item in (*folder.train, *folder.test)]
+        return _split(items, [0] * len(items))
+
+
+@dataclass(frozen=True)
+class OwnReader:
+    """How every node reads its own folder.
+
+    Parameters
+    ----------
+    input_column, label_column
+        Of tables; empty: found by their usual names.
+    test_fraction
+        Share of each class that is held out, in (0, 1).
+    max_per_class
+        Training examples to keep of each class in a task; 0 keeps all.
+    """
+
+    input_column: str
+    label_column: str
+    test_fraction: float
+    max_per_class: int
+
+    def read(self, data_path: str) -> OwnData:
+        """List a node's folder; of images the names alone.
+
+        Raises
+        ------
+        DataError
+            If there is no such folder, a table cannot be read, the layout is mixed, or two names differ only by case
+            or space.
+        """
+        root = existing(data_path, key="data-path")
+        if not root.is_dir():
+            raise DataError(f"data-path {root} is a file; give the folder that holds a subfolder or a file a class")
+        subfolders = [entry for entry in _entries(root) if entry.is_dir()]
+        of_tasks = [folder for folder in subfolders if _holds_classes(folder)]
+        if of_tasks and len(of_tasks) + len(_empty(subfolders)) < len(_entries(root)):
+            others = sorted({entry.name for entry in _entries(root)} - {folder.name for folder in of_tasks})
+            raise DataError(
+                f"data-path {root} holds task folders ({of_tasks[0].name}) beside classes ({others[0]}); "
+                "put every class into a task folder, or none"
+            )
+        found = [(task.name, *one) for task in of_tasks for one in self._classes(task)]
+        found = found or [("", *one) for one in self._classes(root)]
+        folders = [self._held_out(task, name, items) for task, name, items in found if items]
+        remarks = [f"{'/'.join(filter(None, (task, name)))} is empty" for task, name, items in found if not items]
+        if not folders:
+            remarks = [*remarks, "no example in data-path"]
+        data = OwnData(root, tuple(folders), tuple(remarks))
+        if len({type(item) is str for folder in folders for item in (*folder.train, *folder.test)}) > 1:
+            raise DataError(f"data-path {root} holds images and texts; a run trains on one kind")
+        return data
+
+    def _classes(self, folder: Path) -> list[tuple[str, list[Item]]]:
+        """List the classes in a folder, by name, with their examples."""
+        classes: dict[str, list[Item]] = {}
+        for entry in _entries(folder):
+            if entry.is_dir():
+                classes.setdefault(entry.name, []).extend(image_files(entry))
+            elif entry.suffix.lower() == ".txt":
+                classes.setdefault(entry.stem, []).extend(_lines(entry))
+            elif entry.suffix.lower() in _TABLES:
+                for name, texts in self._table(entry).items():
+                    classes.setdefault(name, []).extend(texts)
+        require_distinct(sorted(classes), where=f"the folders and files in {folder}")
+        return sorted(classes.items())
+
+    def _table(self, file: Path) -> dict[str, list[str]]:
+        source = source_from_splits(
+            str(file), {"train": load_files([file])}, input_column=self.input_column, label_column=self.label_column
+        )
+        if source.modality != "text":
+            raise DataError(f"{file} holds no texts; put images into one subfolder a class")
+        texts = source.train.read(np.arange(len(source.train)))
+        by_class: dict[str, list[str]] = {}
+        for label, text in zip(source.train.labels, texts, strict=True):
+            by_class.setdefault(source.class_names[label], []).append(text)
+        return by_class
+
+    def _held_out(self, task: str, name: str, items: Sequence[Item]) -> _Folder:
+        """Part a class's examples by their names; where all would be held out, all are trained on."""
+        places = [_draw(name, _key(item)) for item in items]
+        train = [row for row, place in enumerate(places) if place >= self.test_fraction]
+        test = [row for row, place in enumerate(places) if place < self.test_fraction] if train else []
+        train = train or list(range(len(items)))
+        if self.max_per_class:
+            train = sorted(sorted(train, key=places.__getitem__)[: self.max_per_class])
+        return _Folder(task, name, tuple(items[row] for row in train), tuple(items[row] for row in test))
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def _holds_classes(folder: Path) -> bool:
+    """Tell a task's folder from a class's: it holds folders or texts, and no image itself."""
+    entries = _entries(folder)
+    images = {path.name for path in image_files(folder) if path.parent == folder}
+    return not images and any(entry.is_dir() or entry.suffix.lower() in (".txt", *_TABLES) for entry in entries)
+
+
+def _empty(folders: Sequence[Path]) -> list[Path]:
+    return [folder for folder in folders if not _entries(folder)]
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 ({error}); convert it first") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _key(item: Item) -> str:
+    """Name an example: a file by its own name, a text by itself."""
+    return item.name if isinstance(item, Path) else item
+
+
+def _draw(name: str, key: str) -> float:
+    """Draw a number in [0, 1) that is the same on every machine and in every run."""
+    return int.from_bytes(hashlib.sha256(f"{name}/{key}".encode()).digest()[:6]) / 2**48
+
+
+def _split(items: Sequence[Item], labels: Sequence[int]) -> Split:
+    def read(rows: Ints) -> Sequence[Any]:
+        found = [items[row] for row in rows]
+        return [decode_image(item, where=f"image {item}") if isinstance(item, Path) else item for item in found]
+
+    return Split(labels=np.asarray(labels, dtype=np.int64), read=read)

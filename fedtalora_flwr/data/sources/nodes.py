@@ -1,0 +1,8 @@
+"""Every node brings its own folder, named by ``data-path`` in its node config; the server has no data."""
+
+from fedtalora_flwr.data.own import OwnReader
+
+
+def create(*, input_column: str, label_column: str, test_fraction: float, max_per_class: int) -> OwnReader:
+    """Build what reads a node's folder; nothing is read here."""
+    return OwnReader(input_column, label_column, test_fraction, max_per_class)

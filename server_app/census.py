@@ -1,0 +1,102 @@
+"""Who holds what: from what the nodes say of themselves to counts by task, partition and class."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.data import ClassList
+from fedtalora_flwr.wire import Hello
+
+
+@dataclass(frozen=True)
+class Census:
+    """The classes, and who holds which of them.
+
+    Parameters
+    ----------
+    classes
+        All classes known so far.
+    counts
+        Training examples of each class, (C,) int64, by task id and partition id.
+    tests
+        Task id -> partitions that have held-out examples of it; none where the server has the test data.
+    told
+        Partition id -> the classes under the names that it has said itself; none where all read one data set.
+    remarks
+        What is odd about the data, a line for each oddity.
+    """
+
+    classes: ClassList
+    counts: Mapping[tuple[int, int], Tensor]
+    tests: Mapping[int, Sequence[int]]
+    told: Mapping[int, ClassList]
+    remarks: tuple[str, ...] = ()
+
+    def of_partition(self, partition_id: int) -> list[int]:
+        """Count what a partition holds of each class, over all tasks."""
+        held = [counts for (_, partition), counts in self.counts.items() if partition == partition_id]
+        return torch.stack(held).sum(0).tolist() if held else [0] * len(self.classes.names)
+
+
+def of_shared(hellos: Iterable[Hello], classes: ClassList) -> Census:
+    """Count who holds what of a data set that all processes read."""
+    counts = {}
+    for hello in hellos:
+        for task_id, rows in enumerate(classes.tasks):
+            of_task = torch.zeros_like(hello.class_counts)
+            of_task[list(rows)] = hello.class_counts[list(rows)]
+            counts[task_id, hello.partition_id] = of_task
+    return Census(classes, counts, tests={}, told={})
+
+
+def of_own(hellos: Sequence[Hello], classes: ClassList, *, next_task: int, config: RunConfig) -> Census:
+    """Take in the classes that nodes bring, and count who holds what of them.
+
+    Parameters
+    ----------
+    hellos
+        Of the nodes that take part in the next task.
+    classes
+        What was known before.
+    next_task
+        The first task that has not begun.
+    config
+        The run's settings.
+
+    Raises
+    ------
+    DataError
+        If the names or the layout of the nodes do not go together.
+    """
+    held = [one for hello in hellos for one in hello.own]
+    seed = None if config.task_order == "given" else config.seed
+    classes = classes.grown(held, next_task=next_task, num_tasks=config.num_tasks, seed=seed)
+    counts = {
+        (task_id, hello.partition_id): torch.zeros(len(classes.names), dtype=torch.int64)
+        for hello in hellos
+        for task_id in range(len(classes.tasks))
+    }
+    tests: dict[int, set[int]] = {}
+    remarks = []
+    for hello in hellos:
+        remarks += [f"partition {hello.partition_id}: {remark}" for remark in hello.remarks]
+        for one in hello.own:
+            place = classes.place(one.task, one.name)
+            if place is None:
+                named = "/".join(filter(None, (one.task, one.name)))
+                remarks.append(f"partition {hello.partition_id}: {named} came after its task had begun, it is left out")
+                continue
+            task_id, row = place
+            counts[task_id, hello.partition_id][row] += one.num_train
+            if one.num_test:
+                tests.setdefault(task_id, set()).add(hello.partition_id)
+    return Census(
+        classes,
+        counts,
+        tests={task_id: sorted(partitions) for task_id, partitions in tests.items()},
+        told={hello.partition_id: classes.only(hello.own) for hello in hellos},
+        remarks=tuple(remarks),
+    )

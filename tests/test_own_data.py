@@ -1,0 +1,337 @@
+"""Whole runs in which every node brings a folder of its own, in this process, on a few digits."""
+
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from flwr.app import Context, Message, MessageType
+from local_grid import defaults, run_server
+from sklearn.datasets import load_digits
+
+from client_app import app as client_module
+from fedtalora_flwr import checkpoint, wire
+from fedtalora_flwr.backbones import vit_mini
+from fedtalora_flwr.data import DataError
+from fedtalora_flwr.predict import predict, read_items
+from fedtalora_flwr.trained import open_trained
+from server_app.strategy import RunFailed
+
+TINY = {
+    "dataset": "nodes",
+    "num-tasks": 2,
+    "num-clients": 3,
+    "rounds-per-task": 1,
+    "test-fraction": 0.3,
+    "task-order": "given",
+    "lora-blocks": "last:1",
+    "lora-targets": "proj",
+    "batch-size": 8,
+    "device": "cpu",
+    "head": "linear",
+    "head-learning-rate": 0.01,
+    "ridge-features": 0,
+}
+DIGITS = load_digits()
+NAMES = ("ant", "bee", "cat", "dog", "elk", "fox")
+
+# Task -> class -> examples, by node; the second node has nothing of the second task.
+NODES: list[dict[str, dict[str, int]]] = [
+    {"task-2": {"ant": 7, "bee": 5}, "task-10": {"cat": 6, "dog": 9}},
+    {"task-2": {"bee": 8}},
+    {"task-2": {"ant": 4}, "task-10": {"cat": 10, "dog": 3}},
+]
+
+ClientCall = Callable[[Message, Context], Message | None]
+run_client: ClientCall = client_module.app
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def draw(folder: Path, name: str, count: int, *, first: int = 0, digit: int | None = None) -> None:
+    """Put pictures of one digit into a folder of the class's name."""
+    pixels = (DIGITS.images[DIGITS.target == (NAMES.index(name) if digit is None else digit)] * 255 / 16).astype("u1")
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    for number in range(first, first + count):
+        PIL.Image.fromarray(pixels[number]).save(folder / name / f"{folder.parent.name}-{number}.png")
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    """Folders of three nodes with task folders."""
+    for node, tasks in enumerate(NODES):
+        for task, classes in tasks.items():
+            for name, count in classes.items():
+                draw(tmp_path / f"site{node}" / task, name, count, first=10 * node)
+    return [tmp_path / f"site{node}" for node in range(len(NODES))]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _backbone_is_built_once():
+    built = vit_mini.create()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vit_mini, "create", lambda: deepcopy(built))
+        yield
+
+
+def run(out: Path, paths: list[Path], client: ClientCall = run_client, **changes: Any) -> Path:
+    settings = {key.replace("_", "-"): value for key, value in changes.items()}
+    run_server(defaults() | TINY | {"out": str(out)} | settings, client, data_paths=paths)
+    return out
+
+
+def read(out: Path, name: str) -> dict[str, Any]:
+    return json.loads((out / name).read_text())
+
+
+def rounds(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+
+
+def sizes(nodes: list[dict[str, dict[str, int]]]) -> list[int]:
+    """Examples of each class over all nodes."""
+    return [sum(classes.get(name, 0) for tasks in nodes for classes in tasks.values()) for name in NAMES[:4]]
+
+
+def before_task(task_id: int, change: Callable[[], None]) -> ClientCall:
+    """A client in whose world something changes before the server asks for the second time, third time, ..."""
+    asked = {"times": -len(NODES)}
+
+    def client(message: Message, context: Context) -> Message | None:
+        if message.metadata.message_type == MessageType.QUERY:
+            if asked["times"] == (task_id - 1) * len(NODES):
+                change()
+            asked["times"] += 1
+        return run_client(message, context)
+
+    return client
+
+
+@pytest.mark.parametrize(("head", "least_faa"), [("linear", 0.0), ("ridge", 0.6)])
+def test_run_on_the_nodes_own_folders_learns_their_classes_by_name(paths, tmp_path, head, least_faa):
+    out = run(tmp_path / "run", paths, head=head, rounds_per_task=2)
+    manifest, metrics = read(out, "manifest.json"), read(out, "metrics.json")
+    assert manifest["class_names"] == ["ant", "bee", "cat", "dog"]
+    assert manifest["tasks"] == [[0, 1], [2, 3]]
+    point = checkpoint.load(out / "checkpoint")
+    assert point.classes.task_names == ("task-2", "task-10")
+    held_out = np.array(sizes(NODES)) - np.sum(manifest["class_counts"], axis=0)
+    assert point.matrix.total[1].tolist() == [held_out[:2].sum(), held_out[2:].sum()]
+    assert metrics["faa"] > least_faa  # a guess gives 0.25
+    losses = [line["mean_loss"] for line in rounds(out)]
+    assert losses[1] < losses[0] and losses[3] < losses[2]
+
+
+def test_node_without_data_of_a_task_sits_it_out_and_is_still_asked_about_what_it_held_before(paths, tmp_path):
+    asked: list[tuple[str, int, int]] = []
+
+    def client(message: Message, context: Context) -> Message | None:
+        server_round = int(message.metadata.group_id or 0)
+        asked.append((message.metadata.message_type, int(context.node_config["partition-id"]), server_round))
+        return run_client(message, context)
+
+    out = run(tmp_path / "run", paths, client)
+    assert [partition for kind, partition, now in asked if (kind, now) == (MessageType.TRAIN, 2)] == [0, 2]
+    assert (MessageType.EVALUATE, 1, 2) in asked
+    assert [line["failures"] for line in rounds(out)] == [[], []]
+
+
+def test_node_is_told_no_name_that_it_has_not_said_itself(paths, tmp_path):
+    told: dict[int, set[str]] = {0: set(), 1: set(), 2: set()}
+
+    def client(message: Message, context: Context) -> Message | None:
+        told[int(context.node_config["partition-id"])].update(wire.read_classes(message).names)
+        return run_client(message, context)
+
+    run(tmp_path / "run", paths, client)
+    assert told == {0: {"ant", "bee", "cat", "dog"}, 1: {"", "bee"}, 2: {"", "ant", "cat", "dog"}}
+
+
+@pytest.mark.parametrize("head", ["linear", "ridge"])
+def test_class_that_arrives_between_tasks_gets_a_row_behind_the_others(paths, tmp_path, head):
+    arrives = before_task(1, lambda: draw(paths[1] / "task-10", "fox", 9))
+    out = run(tmp_path / "run", paths, arrives, head=head)
+    manifest, point = read(out, "manifest.json"), checkpoint.load(out / "checkpoint")
+    assert manifest["class_names"] == list(point.classes.names) == ["ant", "bee", "cat", "dog", "fox"]
+    assert manifest["tasks"] == [[0, 1], [2, 3, 4]]
+    assert [line["participants"] for line in rounds(out)] == [[0, 1, 2], [0, 1, 2]]
+    assert len(point.state.head["weight"]) == len(point.sums.moment) == 5
+    assert point.state.head["weight"][4].abs().sum() > 0
+    if head == "ridge":
+        assert int(point.sums.moment[4, -1]) == manifest["class_counts"][1][4] > 0
+
+
+def test_rows_of_known_classes_stay_bit_for_bit_when_a_class_arrives(paths, tmp_path):
+    alone = run(tmp_path / "alone", paths, num_tasks=2, stop_after_task=1)
+    before = checkpoint.load(alone / "checkpoint").state.head["weight"]
+    out = run(tmp_path / "run", paths, before_task(1, lambda: draw(paths[1] / "task-10", "elk", 9)))
+    after = checkpoint.load(out / "checkpoint").state.head["weight"]
+    assert torch.equal(after[:2], before[:2]) and len(after) == 5
+
+
+def test_task_whose_folder_is_not_there_when_it_is_due_fails_and_the_run_goes_on_once_it_is(paths, tmp_path):
+    late = [path / "task-10" for path in (paths[0], paths[2])]
+    for folder in late:
+        folder.rename(folder.parent.with_name(f"{folder.parent.name}-later"))
+    with pytest.raises(RunFailed, match="task 1 is held by 0 partitions, min-replies is 1"):
+        run(tmp_path / "run", paths)
+    for folder in late:
+        folder.parent.with_name(f"{folder.parent.name}-later").rename(folder)
+    out = run(tmp_path / "run", paths, resume=True)
+    assert read(out, "manifest.json")["class_names"] == ["ant", "bee", "cat", "dog"]
+    assert len(rounds(out)) == 2 and read(out, "metrics.json")["faa"] is not None
+
+
+def test_run_killed_within_a_task_and_after_it_ends_with_the_same_bits(paths, tmp_path):
+    def killed_at(server_round: int) -> ClientCall:
+        def client(message: Message, context: Context) -> Message | None:
+            if int(message.metadata.group_id or 0) == server_round:
+                raise Killed
+            return run_client(message, context)
+
+        return client
+
+    whole = run(tmp_path / "whole", paths, rounds_per_task=2, head="ridge")
+    for server_round in (2, 3):
+        with pytest.raises(Killed):
+            run(
+                tmp_path / "run",
+                paths,
+                killed_at(server_round),
+                rounds_per_task=2,
+                head="ridge",
+                resume=server_round > 2,
+            )
+    out = run(tmp_path / "run", paths, rounds_per_task=2, head="ridge", resume=True)
+    first, second = ({p.name: p.read_bytes() for p in (f / "checkpoint").glob("*.safetensors")} for f in (whole, out))
+    assert first == second
+    assert read(whole, "metrics.json")["accuracy_matrix"] == read(out, "metrics.json")["accuracy_matrix"]
+
+
+def test_one_folder_a_class_is_cut_into_tasks_and_a_late_class_joins_the_next_one(tmp_path):
+    paths = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    for path, names in zip(paths, (("dog", "ant"), ("bee", "ant"), ("cat",)), strict=True):
+        for name in names:
+            draw(path, name, 6)
+    out = run(tmp_path / "run", paths, before_task(1, lambda: draw(paths[2], "aardvark", 5, digit=7)))
+    manifest = read(out, "manifest.json")
+    assert manifest["class_names"] == ["ant", "bee", "cat", "dog", "aardvark"]
+    assert manifest["tasks"] == [[0, 1], [2, 3, 4]]
+    assert [line["participants"] for line in rounds(out)] == [[0, 1], [0, 2]]
+
+
+def test_node_that_cannot_say_what_it_holds_sits_the_task_out_and_is_named(paths, tmp_path):
+    def corrupt() -> None:
+        draw(paths[2] / "task-10", "fox", 3)
+        (paths[2] / "task-10" / "fox" / "broken.png").write_bytes(b"no picture")
+
+    out = run(tmp_path / "run", paths, before_task(1, corrupt))
+    failure = rounds(out)[1]["failures"][0]
+    assert failure["partition_id"] == 2
+    assert "broken.png cannot be decoded" in failure["reason"] and str(tmp_path) not in failure["reason"]
+    assert rounds(out)[1]["participants"] == [0]
+    assert read(out, "manifest.json")["class_names"] == ["ant", "bee", "cat", "dog"]
+
+
+def test_examples_that_come_during_a_task_are_trained_on_at_once(paths, tmp_path):
+    def client(message: Message, context: Context) -> Message | None:
+        if message.metadata.message_type == MessageType.TRAIN and context.node_config["partition-id"] == 0:
+            draw(paths[0] / "task-2", "ant", 12)
+        return run_client(message, context)
+
+    assert rounds(run(tmp_path / "run", paths, client))[0]["failures"] == []
+
+
+WRONG: dict[str, tuple[Callable[[list[Path]], None], str]] = {
+    "a name that differs by case on another node": (
+        lambda paths: draw(paths[1] / "task-2", "Ant", 3, digit=0),
+        "'Ant' and a class 'ant', which differ only by case or space",
+    ),
+    "a name that differs by a space on one node": (
+        lambda paths: draw(paths[0] / "task-2", "ant ", 3, digit=0),
+        "'ant' and a class 'ant ', which differ only by case or space",
+    ),
+    "a corrupt file": (
+        lambda paths: (paths[1] / "task-2" / "bee" / "x.png").write_bytes(b"x"),
+        "x.png cannot be decoded",
+    ),
+    "more task folders than tasks": (
+        lambda paths: draw(paths[1] / "task-11", "fox", 3),
+        "the nodes hold 3 task folders (task-2, task-10, task-11), num-tasks is 2",
+    ),
+    "a class beside the tasks of a node": (
+        lambda paths: draw(paths[1], "fox", 3),
+        "holds task folders (task-2) beside classes (fox)",
+    ),
+    "another layout than the other nodes": (
+        lambda paths: (shutil.rmtree(paths[1] / "task-2"), draw(paths[1], "fox", 3))[1],
+        "some nodes have one folder a class, others one folder a task",
+    ),
+    "no folder": (lambda paths: shutil.rmtree(paths[1]), "there is no file or folder"),
+    "texts": (
+        lambda paths: (paths[1] / "task-2" / "notes.txt").write_text("one\ntwo\n"),
+        "holds images and texts",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_node_is_refused_before_the_first_round_with(paths, tmp_path, what):
+    spoil, message = WRONG[what]
+    spoil(paths)
+    with pytest.raises((RunFailed, DataError), match=re.escape(message)):
+        run(tmp_path / "run", paths)
+    assert message.split("'")[0] in read(tmp_path / "run", "status.json")["message"]
+
+
+def test_node_that_names_no_folder_is_told_how_to(paths, tmp_path):
+    with pytest.raises(RunFailed, match="this node has no data-path; start it with fedtalora supernode --data-path"):
+        run(tmp_path / "run", [])
+
+
+def test_simulated_nodes_find_their_folders_by_their_number(paths, tmp_path):
+    out = run(tmp_path / "run", [], data_path=str(tmp_path / "site{partition-id}"))
+    assert read(out, "manifest.json")["class_names"] == ["ant", "bee", "cat", "dog"]
+
+
+def test_empty_folders_are_named_and_a_node_with_nothing_else_sits_out(paths, tmp_path):
+    shutil.rmtree(paths[1] / "task-2")
+    (paths[0] / "task-10" / "gnu").mkdir()
+    out = run(tmp_path / "run", paths)
+    assert read(out, "manifest.json")["remarks"] == [
+        "partition 0: task-10/gnu is empty",
+        "partition 1: no example in data-path",
+    ]
+    assert [line["participants"] for line in rounds(out)] == [[0, 2], [0, 2]]
+
+
+def test_texts_in_files_of_lines_are_learnt_by_the_name_of_the_file(tmp_path, small_bert):
+    paths = [tmp_path / f"site{node}" for node in range(3)]
+    for path, names in zip(paths, (("lamp", "door"), ("door",), ("oven", "lamp")), strict=True):
+        path.mkdir()
+        for name in names:
+            lines = [f"{verb} the {name} {path.name}" for verb in ("open", "close", "clean", "sell", "find", "lose")]
+            (path / f"{name}.txt").write_text("\n".join(lines))
+    out = run(tmp_path / "run", paths, backbone=f"hf:{small_bert}", lora_targets="attn", head="ridge")
+    assert read(out, "manifest.json")["class_names"] == ["door", "lamp", "oven"]
+    assert read(out, "manifest.json")["image_side"] is None
+    assert read(out, "metrics.json")["faa"] is not None
+
+
+def test_run_can_be_opened_and_names_its_classes(paths, tmp_path):
+    out = run(tmp_path / "run", paths, head="ridge")
+    trained = open_trained(out, device="cpu")
+    assert trained.class_names == ("ant", "bee", "cat", "dog")
+    picture = next((paths[0] / "task-2" / "ant").iterdir())
+    (found,) = predict(trained, read_items([str(picture)], modality="image", stdin=io.BytesIO()), top=1)
+    assert found.ranking[0][0] == "ant"
