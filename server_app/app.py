@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedtalora_flwr import aggregation, checkpoint, heads, penalties, wire
 from fedtalora_flwr.aggregation import GlobalState
-from fedtalora_flwr.checkpoint import Checkpoint
+from fedtalora_flwr.checkpoint import Checkpoint, CheckpointError
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.heads import Classifier, FeatureSums
 from fedtalora_flwr.lora import count_parameters
@@ -24,6 +24,7 @@ from fedtalora_flwr.metrics import TaskMatrix
 from fedtalora_flwr.resident import data_of, model_of, test_examples
 from fedtalora_flwr.runlog import RoundLog, RunFolder
 from fedtalora_flwr.train import count_correct
+from server_app.attendance import Attendance
 from server_app.strategy import AdapterStrategy, RunFailed, Tally
 
 app = ServerApp()
@@ -106,6 +107,7 @@ class Server:
         self.point = self._resumed() if config.resume else self._fresh()
         method = aggregation.resolve(config.method, **asdict(config))
         self.strategy = AdapterStrategy(config=config, method=method, state=self.point.state)
+        self.nodes = Attendance(grid, config, self.strategy, self._show)
 
     @property
     def rounds_per_task(self) -> int:
@@ -139,12 +141,12 @@ class Server:
         order = wire.RoundOrder(server_round, task_id, round_in_task)
         self.strategy.tally = tally = Tally()
         self._show("training", server_round)
-        trained = self._train(order) if self.config.rounds_per_task else Trained()
+        trained = self.nodes.insist(self._train, order) if self.config.rounds_per_task else Trained()
         aggregate_seconds = time.monotonic() - began - tally.wait_seconds
         self._show("evaluating", server_round, mean_loss=trained.mean_loss)
         scored = self._score(order)
         total_seconds = time.monotonic() - began
-        self.point = replace(
+        point = replace(
             self.point,
             server_round=server_round,
             state=self.strategy.state,
@@ -175,10 +177,23 @@ class Server:
             accuracy_seen=scored.accuracy_seen,
             accuracy_seen_linear=scored.accuracy_seen_linear,
         )
-        self.folder.append_round(line)
-        checkpoint.save(self.folder.checkpoint, self.point)
+        self._write_down(line, point)
         self._say(line)
         self._show("training", server_round, mean_loss=trained.mean_loss)
+
+    def _write_down(self, line: RoundLog, point: Checkpoint) -> None:
+        """Log and checkpoint a round; where that cannot be, the checkpoint before it stays as it was."""
+        try:
+            self.folder.append_round(line)
+            checkpoint.save(self.folder.checkpoint, point)
+        except (OSError, CheckpointError) as error:
+            done = self.point.server_round
+            kept = f"the checkpoint of round {done} is whole" if done else "no round was finished before"
+            raise RunFailed(
+                f"round {line.server_round} cannot be written to {self.folder.path}: {error}; {kept}. "
+                f"Make room, and {'go on with resume=true' if done else 'start again'}"
+            ) from error
+        self.point = point
 
     def _train(self, order: wire.RoundOrder) -> Trained:
         """Let a sample of the clients train, and fold their updates into the state."""
@@ -198,7 +213,7 @@ class Server:
         before = Scored(sums=self.point.sums, matrix=self.point.matrix)
         if not task_ends and not due:
             return before
-        sums = self._collect_sums(order) if self.head.collects_sums else before.sums
+        sums = self.nodes.insist(self._collect_sums, order) if self.head.collects_sums else before.sums
         matrix, linear = self._evaluate(order.task_id, sums)
         kept = Scored(sums, matrix) if task_ends else before
         return replace(kept, accuracy_seen=matrix.accuracy_seen()[order.task_id], accuracy_seen_linear=linear)
@@ -236,15 +251,8 @@ class Server:
         """Wait for the nodes, learn who holds what, and write the manifest."""
         nodes = self._wait_for_nodes()
         self._show("meeting the clients", self.point.server_round)
-        messages = [
-            Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY, ttl=self.config.round_timeout)
-            for node in nodes
-        ]
         hellos: dict[int, wire.Hello] = {}
-        replies = list(self.grid.send_and_receive(messages, timeout=self.config.round_timeout + 15))
-        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
-        for reply in replies:
-            node = asked[reply.metadata.reply_to_message_id]  # an error of the server's own side names no node
+        for node, reply in self.nodes.ask(nodes).items():
             if reply.has_error():
                 raise RunFailed(f"node {node} cannot take part: {reply.error.reason}")
             hellos[node] = wire.read_hello(reply)

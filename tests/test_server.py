@@ -379,6 +379,28 @@ def test_round_goes_on_without_a_client_that(name, tmp_path):
     assert all(torch.equal(got.head[key], wanted.head[key]) for key in wanted.head)
 
 
+def test_a_long_reason_of_a_client_is_cut_and_stays_on_one_line(tmp_path):
+    def client(message, context):
+        if (round_of(message), partition_of(context)) == (1, 1):
+            raise RuntimeError("word\n" * 100_000)
+        return run_client(message, context)
+
+    run(tmp_path, client, **SHORT)
+    (failure,) = rounds(tmp_path)[0]["failures"]
+    assert len(failure["reason"]) <= 500 and "\n" not in failure["reason"]
+
+
+def test_every_message_expires_with_its_round_so_that_a_slow_client_finds_no_stale_ones(tmp_path):
+    lives: list[float] = []
+
+    def client(message, context):
+        lives.append(message.metadata.ttl)
+        return run_client(message, context)
+
+    run(tmp_path, client, **SHORT, head="ridge", round_timeout=7.0)
+    assert set(lives) == {7.0}
+
+
 def test_too_few_good_replies_fail_the_run_with_a_message_that_names_everyone(tmp_path):
     def client(message, context):
         partition, reply = partition_of(context), run_client(message, context)

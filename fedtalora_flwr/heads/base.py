@@ -52,6 +52,17 @@ class FeatureSums:
         moment = f.new_zeros(num_classes, f.shape[1]).index_add_(0, labels, f)
         return cls(f.T @ f, moment)
 
+    def possible(self, *, tolerance: float = 1e-6) -> bool:
+        """Tell whether examples with such sums can exist: Cauchy-Schwarz holds, and the moment adds up."""
+        largest = self.gram.diagonal().clamp(min=0).sqrt() * (1 + tolerance)
+        bounded = (self.gram.abs() <= torch.outer(largest, largest)).all()
+        gap = (self.moment.sum(0) - self.gram[-1]).abs()
+        return bool(bounded and (gap <= tolerance * largest * largest[-1]).all())
+
+    def feature_norm(self) -> float:
+        """Give the root of the mean square norm of the summed features, their trailing 1 included."""
+        return float((self.gram.trace() / self.gram[-1, -1]).sqrt())
+
     def __add__(self, other: "FeatureSums") -> "FeatureSums":
         return FeatureSums(self.gram + other.gram, self.moment + other.moment)
 
