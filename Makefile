@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help install demo test test-full lint format clean
+.PHONY: help install demo test test-full test-deploy lint format clean
 
 help:            ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -29,6 +29,9 @@ test: install    ## run the test suite
 
 test-full: install  ## run also the slow, full-size checks
 	$(BIN)/python -m pytest -m "full or not full"
+
+test-deploy: install  ## run the real deployments and every fault in docs/DEPLOY.md, printed as the rows of its table
+	$(BIN)/python -m pytest -m "full or not full" tests/test_deployment.py tests/test_faults.py tests/test_full_disk.py tests/test_fuzz.py tests/deploy
 
 lint: install    ## ruff, ruff format, mypy --strict
 	$(BIN)/ruff check .

@@ -1,7 +1,6 @@
 """Train on what this node holds, sum features, count hits, and say what it holds."""
 
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import wraps
@@ -12,18 +11,19 @@ from flwr.clientapp import ClientApp
 
 from fedtalora_flwr import aggregation, heads, penalties, wire
 from fedtalora_flwr.aggregation import ClientUpdate
-from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.config import ConfigError, RunConfig
 from fedtalora_flwr.heads import Classifier
 from fedtalora_flwr.holding import Own, Share, holding_of
 from fedtalora_flwr.resident import base_store, model_of
 from fedtalora_flwr.residual import BaseMissing
 from fedtalora_flwr.train import compared_classes, count_correct, fit, sum_features
+from fedtalora_flwr.wire import WireError
 
 app = ClientApp()
 log = logging.getLogger("fedtalora.client")
 
-# A path up to its last separator; the names of folders may hold blanks and commas.
-_FOLDERS = re.compile(r"""[^\s/\\'"(;]*[/\\](?:(?:[^/\\'"(;:\n]|:(?! ))*[/\\])*""")
+# What these say comes from the run's settings and the node's config: no path of the data, nothing of what is in it.
+_SAFE = (WireError, ConfigError)
 
 
 class ClientError(RuntimeError):
@@ -36,19 +36,17 @@ _Handler = Callable[[Message, Context], Message]
 def _discreet(handler: _Handler) -> _Handler:
     """Log an error in full on the node, and raise it with a text that may travel.
 
-    Flower sends an exception's text to the server. Our own errors keep theirs, less the folders in it; of any
-    other only the type is told.
+    Flower sends an exception's text to the server, and an error over data may hold a file's name or a row of it. So
+    only its class is told, unless it is one of those that know nothing of the data.
     """
 
     @wraps(handler)
     def guarded(message: Message, context: Context) -> Message:
         try:
             return handler(message, context)
-        except ValueError as error:
+        except _SAFE as error:
             log.exception("refused a message")
-            own = type(error).__module__.startswith("fedtalora_flwr.")
-            text = _FOLDERS.sub("", str(error))
-            raise ClientError(text if own else f"{type(error).__name__}, see the node's log") from None
+            raise ClientError(f"{type(error).__name__}: {error}") from None
         except Exception as error:
             log.exception("failed on a message")
             raise ClientError(f"{type(error).__name__}, see the node's log") from None

@@ -7,6 +7,8 @@ whole checkpoint, the last or the one before.
 import json
 import os
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,13 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint and drop the one before."""
+    """Write a checkpoint and drop the one before.
+
+    Raises
+    ------
+    CheckpointError, OSError
+        If it cannot be written; the one before is whole then.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     state = checkpoint.state
     tensors = {f"lora_A/{name}": pair.lora_A for name, pair in state.adapters.items()}
@@ -70,9 +78,11 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     tensors |= {"sums/gram": checkpoint.sums.gram, "sums/moment": checkpoint.sums.moment}
     name = f"round-{checkpoint.server_round:06d}.safetensors"
     temporary = folder / f"{name}.part"
-    save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
-    _flush(temporary)
-    temporary.replace(folder / name)
+    with _whole(temporary, folder / name):
+        try:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
+        except SafetensorError as error:  # so it words a full disk
+            raise CheckpointError(f"{folder / name} cannot be written: {error}") from error
     facts: dict[str, Any] = {
         "tensors": name,
         "server_round": checkpoint.server_round,
@@ -141,9 +151,20 @@ def _class_list(facts: dict[str, Any]) -> ClassList:
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_text(text)
-    _flush(temporary)
-    temporary.replace(path)
+    with _whole(temporary, path):
+        temporary.write_text(text)
+
+
+@contextmanager
+def _whole(temporary: Path, path: Path) -> Iterator[None]:
+    """Put the file that is written meanwhile in its place, or leave the old one and no rest of the new."""
+    try:
+        yield
+        _flush(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _flush(path: Path) -> None:

@@ -11,7 +11,10 @@ from typing import Any
 
 # Where and how a run is carried out, which a resumed run may do otherwise; all else is what the run is.
 MAY_CHANGE_ON_RESUME = frozenset(
-    {"out", "resume", "device", "cache-gb", "base-cache-gb", "check-data", "round-timeout", "node-timeout", "data-root"}
+    {
+        *("out", "resume", "device", "cache-gb", "base-cache-gb", "check-data", "data-root"),
+        *("norm-limit", "round-timeout", "node-timeout"),
+    }
 )
 
 Scalar = str | int | float | bool
@@ -49,6 +52,7 @@ class RunConfig:
     num_clients: int
     fraction_train: float
     min_replies: int
+    norm_limit: float
     wire_dtype: str
     round_timeout: float
     node_timeout: float
@@ -201,6 +205,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num-clients": _at_least(1),
     "fraction-train": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "min-replies": _at_least(1),
+    "norm-limit": _POSITIVE,
     "wire-dtype": _one_of("fp32", "fp16"),
     "round-timeout": _POSITIVE,
     "node-timeout": _POSITIVE,

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -154,8 +155,9 @@ class RunFolder:
         )
 
     def write_status(self, **values: Any) -> None:
-        """Write ``status.json``, what the progress display shows."""
-        self._write("status.json", values)
+        """Write ``status.json``, what the progress display shows; a full disk is for the checkpoint to report."""
+        with suppress(OSError):
+            self._write("status.json", values)
 
     def _write(self, name: str, value: Mapping[str, Any]) -> None:
         write_text(self.path / name, json.dumps(_finite(value), indent=1) + "\n")

@@ -5,8 +5,9 @@ base (see `Parcel`) ``left <i>/<module>`` and ``right <i>/<module>`` for the i-t
 travel in config and metric records under kebab-case keys.
 """
 
+import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -29,6 +30,8 @@ from fedtalora_flwr.residual import Parcel
 
 ARRAYS, ORDER, METRICS, HELLO, BASE, BASE_ARRAYS = "arrays", "order", "metrics", "hello", "base", "base-arrays"
 CLASSES, HELD = "classes", "held"
+COUNTS = frozenset({"counts/class", "counts/examples"})
+_LONGEST_HEADER = 256  # characters that describe an array; np.save writes some 60
 
 
 class WireError(ValueError):
@@ -261,28 +264,35 @@ def read_update(
     """
     try:
         metrics = message.content.metric_records[METRICS]
-        parts = _parts(message.content.array_records[ARRAYS])
+        names = {*_pack_factors(like.adapters, trainable), *(f"head/{name}" for name in like.head), *COUNTS}
+        parts = _parts(message.content.array_records[ARRAYS], only=names)
         num_classes = len(next(iter(like.head.values()))) if like.head else 0
-        trained = _class_numbers(parts["counts"].pop("class"), num_classes)
-        counts = torch.zeros(num_classes, dtype=torch.int64)
-        counts[trained] = parts.pop("counts")["examples"].long()
+        counted = parts.pop("counts")
+        trained = _class_numbers(counted["class"], num_classes)
+        examples = _whole_numbers(counted["examples"])
+        if examples.shape != trained.shape:
+            raise ValueError(f"{len(trained)} classes have examples of shape {tuple(examples.shape)}")
+        counts = torch.zeros(num_classes, dtype=torch.int64).index_copy_(0, trained, examples)
         if "exponents" in metrics:
             origin = _trained(like.adapters, like.head, trained, factors=trainable)
             parts = _from_halves(parts, cast(list[int], metrics["exponents"]), origin)
         parts = _frozen(like.adapters, trainable) | parts
         update = ClientUpdate(
-            partition_id=int(cast(int, metrics["partition-id"])),
-            num_examples=int(cast(int, metrics["num-examples"])),
+            partition_id=_whole(metrics, "partition-id"),
+            num_examples=_whole(metrics, "num-examples"),
             adapters=_factors(parts, scaling=float(cast(float, metrics["scaling"]))),
             head={name: _with_rows(like.head, name, trained, rows) for name, rows in parts.get("head", {}).items()},
             class_counts=counts,
-            base_version=int(cast(int, metrics["base-version"])),
+            base_version=_whole(metrics, "base-version"),
         )
-        return update, float(cast(float, metrics["mean-loss"]))
+        mean_loss = float(cast(float, metrics["mean-loss"]))
     except BadUpdate:
         raise
-    except (KeyError, ValueError, TypeError, IndexError, OverflowError, RuntimeError) as error:
+    except Exception as error:  # whatever a foreign reply trips over, it is that reply which is refused
         raise BadUpdate(f"reply cannot be read: {type(error).__name__} {error}") from error
+    if not math.isfinite(mean_loss):
+        raise BadUpdate(f"mean-loss is {mean_loss}")
+    return update, mean_loss
 
 
 def hello_reply(hello: Hello) -> RecordDict:
@@ -327,13 +337,17 @@ def read_hello(message: Message) -> Hello:
             partition_id=int(cast(int, settings["partition-id"])),
             num_partitions=int(cast(int, settings["num-partitions"])),
             partition_hash=str(settings["partition-hash"]),
-            class_counts=_parts(message.content.array_records[ARRAYS])["counts"]["class"],
+            class_counts=_whole_numbers(_parts(message.content.array_records[ARRAYS])["counts"]["class"]),
             held=tuple(str(settings["held"]).split()),
             own=tuple(HeldClass(str(t), str(name), int(n), int(m)) for t, name, n, m in zip(*held, strict=True)),
             remarks=tuple(own.get("remarks", ())),
         )
     except KeyError as error:
         raise WireError(f"the first reply lacks {error}") from error
+    except WireError:
+        raise
+    except Exception as error:  # as of an update
+        raise WireError(f"the first reply cannot be read: {type(error).__name__} {error}") from error
 
 
 def hits_reply(correct: Sequence[int], total: Sequence[int]) -> RecordDict:
@@ -377,10 +391,13 @@ def read_sums(message: Message, *, like: FeatureSums) -> FeatureSums:
         If a part is missing, has another shape than in `like`, or holds a number that is not finite.
     """
     try:
-        parts = _parts(message.content.array_records[ARRAYS])["sums"]
-        triangle, moment = parts["gram"].double(), parts["moment"].double()
+        names = {"sums/gram", "sums/moment", "sums/class"}
+        parts = _parts(message.content.array_records[ARRAYS], only=names)["sums"]
+        triangle, moment = parts["gram"], parts["moment"]
         held = _class_numbers(parts["class"], len(like.moment))
-    except (KeyError, ValueError, TypeError) as error:
+        if not triangle.dtype == moment.dtype == torch.float64:
+            raise ValueError(f"they hold {triangle.dtype} and {moment.dtype}, expected torch.float64")
+    except Exception as error:  # as of an update
         raise BadUpdate(f"sums cannot be read: {type(error).__name__} {error}") from error
     rows, columns = torch.triu_indices(*like.gram.shape)
     if triangle.shape != rows.shape or moment.shape != (len(held), like.moment.shape[1]):
@@ -481,8 +498,9 @@ def _from_halves(
     whole: dict[str, dict[str, Tensor]] = {}
     for key, exponent in zip(sorted(halves), exponents, strict=True):
         half, start = halves[key], origin[key]
-        if half.shape != start.shape:
-            raise ValueError(f"{key} has shape {tuple(half.shape)}, expected {tuple(start.shape)}")
+        if half.shape != start.shape or half.dtype != torch.float16:
+            got, want = f"{half.dtype} {tuple(half.shape)}", f"torch.float16 {tuple(start.shape)}"
+            raise ValueError(f"{key} holds {got}, expected {want}")
         part, _, name = key.partition("/")
         whole.setdefault(part, {})[name] = (start.double() + half.double() * 2.0**-exponent).float()
     return whole
@@ -490,10 +508,24 @@ def _from_halves(
 
 def _class_numbers(sent: Tensor, num_classes: int) -> Tensor:
     """Check a list of classes: rising, each in [0, num_classes)."""
-    classes = sent.long().flatten()
-    if len(classes) and (min(classes) < 0 or max(classes) >= num_classes or (classes.diff() <= 0).any()):
+    classes = _whole_numbers(sent)
+    if len(classes) and (classes[0] < 0 or classes[-1] >= num_classes or (classes.diff() <= 0).any()):
         raise ValueError(f"classes must rise within 0-{num_classes - 1}")
     return classes
+
+
+def _whole_numbers(sent: Tensor) -> Tensor:
+    """Check a list of whole numbers, (n,), and give it as int64."""
+    if sent.dtype not in (torch.int32, torch.int64) or sent.dim() != 1:
+        raise ValueError(f"a list of whole numbers was expected, got {sent.dtype} {tuple(sent.shape)}")
+    return sent.long()
+
+
+def _whole(metrics: MetricRecord, key: str) -> int:
+    value = metrics[key]
+    if not isinstance(value, int):
+        raise TypeError(f"{key} is {value!r}, not a whole number")
+    return value
 
 
 def _with_rows(head: Mapping[str, Tensor], name: str, classes: Tensor, rows: Tensor) -> Tensor:
@@ -519,10 +551,27 @@ def _record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     return ArrayRecord({key: Array(value.contiguous().numpy()) for key, value in tensors.items()})
 
 
-def _parts(record: ArrayRecord) -> dict[str, dict[str, Tensor]]:
+def _parts(record: ArrayRecord, *, only: Set[str] | None = None) -> dict[str, dict[str, Tensor]]:
+    """Read the arrays of a record; with `only`, it must hold these and no others."""
+    if only is not None and record.keys() != only:
+        missing, unknown = sorted(only - record.keys())[:3], sorted(record.keys() - only)[:3]
+        raise ValueError(f"arrays: missing {missing}, unknown {unknown}")
     parts: dict[str, dict[str, Tensor]] = {}
     for key, array in record.items():
         part, _, name = key.partition("/")
+        _check_bytes(key, array)
         # np.load of the wire's bytes gives arrays that own their memory, so no copy is needed.
         parts.setdefault(part, {})[name] = torch.from_numpy(np.ascontiguousarray(array.numpy()))
     return parts
+
+
+def _check_bytes(key: str, array: Array) -> None:
+    """Refuse an array whose bytes are not what it declares: NumPy would first make room for all that they claim."""
+    file = io.BytesIO(array.data)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError(f"{key} is not an array as np.save writes it")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file, max_header_size=_LONGEST_HEADER)
+    if (str(dtype), shape) != (array.dtype, tuple(array.shape)):
+        raise ValueError(f"{key} declares {array.dtype} {tuple(array.shape)} and holds {dtype} {shape}")
+    if len(array.data) - file.tell() != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{key} is cut short or too long for {dtype} {shape}")

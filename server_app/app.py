@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context, Message, MessageType
+from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedtalora_flwr import aggregation, checkpoint, heads, penalties, wire
 from fedtalora_flwr.aggregation import GlobalState
-from fedtalora_flwr.checkpoint import Checkpoint
+from fedtalora_flwr.checkpoint import Checkpoint, CheckpointError
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import ClassList
 from fedtalora_flwr.heads import Classifier, FeatureSums
@@ -27,6 +27,7 @@ from fedtalora_flwr.resident import data_of, model_of, own_reader, test_examples
 from fedtalora_flwr.runlog import Failure, RoundLog, RunFolder
 from fedtalora_flwr.train import count_correct
 from server_app import census
+from server_app.attendance import Attendance
 from server_app.census import Census
 from server_app.strategy import AdapterStrategy, RunFailed, Tally
 
@@ -110,6 +111,7 @@ class Server:
         self.first_round = self.point.server_round + 1
         method = aggregation.resolve(config.method, **asdict(config))
         self.strategy = AdapterStrategy(config=config, method=method, state=self.point.state)
+        self.nodes = Attendance(grid, config, self.strategy, self._show)
 
     @property
     def rounds_per_task(self) -> int:
@@ -145,12 +147,12 @@ class Server:
         if self.data is None and round_in_task == 0 and server_round > self.first_round:
             self._ask_again(task_id)
         self._show("training", server_round)
-        trained = self._train(order) if self.config.rounds_per_task else Trained()
+        trained = self.nodes.insist(self._train, order) if self.config.rounds_per_task else Trained()
         aggregate_seconds = time.monotonic() - began - tally.wait_seconds
         self._show("evaluating", server_round, mean_loss=trained.mean_loss)
         scored = self._score(order)
         total_seconds = time.monotonic() - began
-        self.point = replace(
+        point = replace(
             self.point,
             server_round=server_round,
             state=self.strategy.state,
@@ -181,10 +183,23 @@ class Server:
             accuracy_seen=scored.accuracy_seen,
             accuracy_seen_linear=scored.accuracy_seen_linear,
         )
-        self.folder.append_round(line)
-        checkpoint.save(self.folder.checkpoint, self.point)
+        self._write_down(line, point)
         self._say(line)
         self._show("training", server_round, mean_loss=trained.mean_loss)
+
+    def _write_down(self, line: RoundLog, point: Checkpoint) -> None:
+        """Log and checkpoint a round; where that cannot be, the checkpoint before it stays as it was."""
+        try:
+            self.folder.append_round(line)
+            checkpoint.save(self.folder.checkpoint, point)
+        except (OSError, CheckpointError) as error:
+            done = self.point.server_round
+            kept = f"the checkpoint of round {done} is whole" if done else "no round was finished before"
+            raise RunFailed(
+                f"round {line.server_round} cannot be written to {self.folder.path}: {error}; {kept}. "
+                f"Make room, and {'go on with resume=true' if done else 'start again'}"
+            ) from error
+        self.point = point
 
     def _train(self, order: wire.RoundOrder) -> Trained:
         """Let a sample of the clients train, and fold their updates into the state."""
@@ -206,7 +221,7 @@ class Server:
         before = Scored(sums=self.point.sums, matrix=self.point.matrix)
         if not task_ends and not due:
             return before
-        sums = self._collect_sums(order) if self.head.collects_sums else before.sums
+        sums = self.nodes.insist(self._collect_sums, order) if self.head.collects_sums else before.sums
         matrix, linear = self._evaluate(order.task_id, sums) if self.data else (self._ask_for_hits(order, sums), None)
         kept = Scored(sums, matrix) if task_ends else before
         return replace(kept, accuracy_seen=matrix.accuracy_seen()[order.task_id], accuracy_seen_linear=linear)
@@ -296,28 +311,15 @@ class Server:
 
     def _hellos(self, nodes: list[int]) -> tuple[dict[int, wire.Hello], dict[int, str]]:
         """Ask nodes what they hold: what they say, and why others say nothing, by node id."""
-        partition_of = {node: partition for partition, node in self.strategy.node_of.items()}
-        told = {node: self.strategy.census.told.get(partition_of.get(node, -1)) for node in nodes}
-        messages = [
-            Message(
-                wire.tell_classes(classes),
-                dst_node_id=node,
-                message_type=MessageType.QUERY,
-                ttl=self.config.round_timeout,
-            )
-            for node, classes in told.items()
-        ]
-        replies = list(self.grid.send_and_receive(messages, timeout=self.config.round_timeout + 15))
-        asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
         hellos: dict[int, wire.Hello] = {}
-        reasons: dict[int, str] = {}
-        for reply in replies:
-            node = asked.pop(reply.metadata.reply_to_message_id)  # an error of the server's own side names no node
+        reasons = dict.fromkeys(nodes, "no reply in time")
+        for node, reply in self.nodes.ask(nodes).items():
             if reply.has_error():
-                reasons[node] = f"{reply.error.reason}"
+                reasons[node] = str(reply.error.reason)
             else:
                 hellos[node] = wire.read_hello(reply)
-        return hellos, reasons | dict.fromkeys(asked.values(), "no reply in time")
+                del reasons[node]
+        return hellos, reasons
 
     def _take_in(self, hellos: list[wire.Hello], *, playing: int, next_task: int) -> None:
         """Take in what nodes bring by now: new classes get rows behind the others."""

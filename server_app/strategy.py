@@ -34,10 +34,15 @@ log = getLogger("fedtalora.server")
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between two looks for replies, a twentieth of the wait so far
 _GRACE = 15.0  # seconds beyond a message's time to live, so that its expiry is reported and not just silence
+_LONGEST_REASON = 500  # characters
 
 
 class RunFailed(RuntimeError):
     """The run cannot go on; the message says why and what to do."""
+
+
+class TooFewReplies(RunFailed):
+    """A round has fewer than ``min-replies`` good replies; the message names everyone's reason."""
 
 
 @dataclass
@@ -86,6 +91,7 @@ class AdapterStrategy(Strategy):
         self.node_of: dict[int, int] = {}  # partition id -> node id
         self.holds_task: dict[int, list[int]] = {}  # task id -> partitions with data of it
         self.census = Census(ClassList(), counts={}, tests={}, told={})
+        self.hashes: dict[int, str] = {}  # partition id -> hash of what it holds
         self.task_id = 0
         self.tally = Tally()
         self.ledger = Ledger(state.residual)
@@ -94,6 +100,7 @@ class AdapterStrategy(Strategy):
     def meet(self, hellos: Mapping[int, wire.Hello]) -> None:
         """Learn from the first exchange who is who, and what each still has (node id -> its hello)."""
         self.node_of = {hello.partition_id: node for node, hello in hellos.items()}
+        self.hashes = {hello.partition_id: hello.partition_hash for hello in hellos.values()}
         for hello in hellos.values():
             self.ledger.report(hello.partition_id, hello.held)
 
@@ -124,6 +131,20 @@ class AdapterStrategy(Strategy):
                     f"task {task_id} is held by {len(held)} partitions, min-replies is {self.config.min_replies}: "
                     "lower min-replies, or spread the data over more partitions"
                 )
+
+    def rejoin(self, node: int, hello: wire.Hello) -> None:
+        """Take a node for the holder of its partition from now on, in place of the one before.
+
+        Raises
+        ------
+        WireError
+            If it holds other data than that one; data of a node's own may have grown.
+        """
+        own = hello.partition_id in self.census.told
+        if not own and hello.partition_hash != self.hashes.get(hello.partition_id):
+            raise wire.WireError(f"it holds other data than partition {hello.partition_id} of this run")
+        self.node_of[hello.partition_id] = node
+        self.ledger.report(hello.partition_id, hello.held)
 
     def exchange(self, grid: Grid, messages: Iterable[Message]) -> Iterator[tuple[int, Message]]:
         """Send messages and give the replies with content, while the tally takes the cost and the failures.
@@ -197,7 +218,11 @@ class AdapterStrategy(Strategy):
 
     def _settle(self, settled: dict[int, Message | None], partition: int, reason: str) -> None:
         settled[partition] = None
-        self.tally.failures.append(Failure(partition, reason))
+        self._fail(partition, reason)
+
+    def _fail(self, partition: int, reason: str) -> None:
+        """Note a failure on one line and not for ever long: a client may have written the reason."""
+        self.tally.failures.append(Failure(partition, " ".join(reason[:_LONGEST_REASON].split())))
 
     def sample(self, server_round: int, task_id: int) -> list[int]:
         """Draw the partitions of a round, among those that hold data of the task; the rest sit it out."""
@@ -253,7 +278,7 @@ class AdapterStrategy(Strategy):
 
         Raises
         ------
-        RunFailed
+        TooFewReplies
             If fewer than ``min-replies`` good updates remain.
         """
         updates: list[ClientUpdate] = []
@@ -265,10 +290,10 @@ class AdapterStrategy(Strategy):
                 update, mean_loss = wire.read_update(reply, like=self.state, trainable=self.method.trainable)
                 if update.partition_id != partition:
                     raise BadUpdate(f"speaks for partition {update.partition_id}, holds {partition}")
-                check_update(self.state, update, trainable=self.method.trainable)
+                check_update(self.state, update, trainable=self.method.trainable, norm_limit=self.config.norm_limit)
                 self._check_counts(partition, update.class_counts)
             except BadUpdate as refusal:
-                self.tally.failures.append(Failure(partition, f"refused: {refusal}"))
+                self._fail(partition, f"refused: {refusal}")
                 continue
             updates.append(update)
             losses.append(mean_loss)
@@ -292,7 +317,7 @@ class AdapterStrategy(Strategy):
 
         Raises
         ------
-        RunFailed
+        TooFewReplies
             If fewer than ``min-replies`` good ones remain.
         """
         total, num_good = to, 0
@@ -300,8 +325,9 @@ class AdapterStrategy(Strategy):
             try:
                 sums = wire.read_sums(reply, like=to)
                 self._check_counts(partition, sums.moment[:, -1])
+                self._check_sums(sums)
             except BadUpdate as refusal:
-                self.tally.failures.append(Failure(partition, f"refused: {refusal}"))
+                self._fail(partition, f"refused: {refusal}")
                 continue
             total, num_good = total + sums, num_good + 1
         self.require(num_good, server_round)
@@ -335,16 +361,28 @@ class AdapterStrategy(Strategy):
         """
         held = self.census.counts[self.task_id, partition]
         grows = partition in self.census.told and not (counts.long() > 0)[held == 0].any()
-        if not grows and not torch.equal(counts.long(), held):
+        if not grows and not torch.equal(counts.double(), held.double()):
             raise BadUpdate("speaks of other examples than the client said it holds of this task")
 
+    def _check_sums(self, sums: FeatureSums) -> None:
+        if not sums.possible():
+            raise BadUpdate("sums contradict each other: no examples have such sums")
+        if not (norm := sums.feature_norm()) <= self.config.norm_limit:
+            raise BadUpdate(f"features have a norm of {norm:.3g}, norm-limit is {self.config.norm_limit:g}")
+
     def require(self, num_good: int, server_round: int) -> None:
-        """Fail the run if a round has fewer than ``min-replies`` good replies."""
+        """Check that a round has ``min-replies`` good replies.
+
+        Raises
+        ------
+        TooFewReplies
+            If it has fewer.
+        """
         if num_good < self.config.min_replies:
             reasons = (
                 "; ".join(f"partition {f.partition_id}: {f.reason}" for f in self.tally.failures) or "no client replied"
             )
-            raise RunFailed(
+            raise TooFewReplies(
                 f"round {server_round} has {num_good} good replies, min-replies is {self.config.min_replies}: {reasons}"
             )
 

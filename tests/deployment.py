@@ -113,8 +113,12 @@ class Part:
 
     def crash(self) -> None:
         """End it and everything that Flower started for it at once, as a power failure does."""
-        _kill_all(lambda: _processes_of(Path(self.env["FLWR_HOME"])))
+        _kill_all(self.processes)
         self.kill()
+
+    def processes(self) -> dict[int, str]:
+        """Find it and everything that Flower started for it: id -> command line."""
+        return _processes_of(Path(self.env["FLWR_HOME"]))
 
 
 class Deployment:

@@ -1,15 +1,24 @@
 """Refuse a bad update by name before it can touch the state."""
 
+import math
+
 import torch
 
 from fedtalora_flwr.aggregation.base import FACTORS, ClientUpdate, GlobalState
+from fedtalora_flwr.aggregation.step import Step
 
 
 class BadUpdate(ValueError):
     """An update that the server refuses; the message is the reason in the round's log."""
 
 
-def check_update(state: GlobalState, update: ClientUpdate, *, trainable: frozenset[str] = FACTORS) -> None:
+def check_update(
+    state: GlobalState,
+    update: ClientUpdate,
+    *,
+    trainable: frozenset[str] = FACTORS,
+    norm_limit: float = math.inf,
+) -> None:
     """Check an update against the state it claims to start from.
 
     Parameters
@@ -18,11 +27,13 @@ def check_update(state: GlobalState, update: ClientUpdate, *, trainable: frozens
         What was sent, and what came back.
     trainable
         The factors that the method trains; the others must have come back as they were sent.
+    norm_limit
+        The largest `update_norm` that is taken.
 
     Raises
     ------
     BadUpdate
-        If its version, keys, shapes, numbers or counts cannot be right.
+        If its version, keys, shapes, numbers, counts or norm cannot be right.
     """
     if update.base_version != state.version:
         raise BadUpdate(f"trained on version {update.base_version}, the server is at {state.version}")
@@ -35,6 +46,8 @@ def check_update(state: GlobalState, update: ClientUpdate, *, trainable: frozens
         a, b = tuple(theirs.lora_A.shape), tuple(theirs.lora_B.shape)
         if len(a) != 2 or len(b) != 2 or a[1] != d_in or b[0] != d_out or a[0] != b[1] or a[0] < 1:
             raise BadUpdate(f"{name}: lora_A {a} and lora_B {b} do not fit ({d_out}, rank) @ (rank, {d_in})")
+        if a[0] > min(d_out, d_in):
+            raise BadUpdate(f"{name}: rank {a[0]} is more than the {d_in}->{d_out} layer can have")
         if not 0 < theirs.scaling < float("inf"):
             raise BadUpdate(f"{name}: scaling {theirs.scaling} is not a positive number")
         _check_numbers(f"{name}.lora_A", theirs.lora_A)
@@ -50,6 +63,23 @@ def check_update(state: GlobalState, update: ClientUpdate, *, trainable: frozens
             got, want = tuple(update.head[name].shape), tuple(parameter.shape)
             raise BadUpdate(f"head {name} has shape {got}, expected {want}")
         _check_numbers(f"head {name}", update.head[name])
+    if (norm := update_norm(state, update)) > norm_limit:
+        raise BadUpdate(f"changes the weights by a norm of {norm:.3g}, norm-limit is {norm_limit:g}")
+
+
+def update_norm(state: GlobalState, update: ClientUpdate) -> float:
+    """Give the Frobenius norm of all that an update changes: the layers' effective weights, and the head's rows.
+
+    It is taken from the factors, ``scaling B A - scaling_0 B_0 A_0 = [scaling B, -scaling_0 B_0] [A; A_0]``.
+    """
+    energy = 0.0
+    for name, ours in state.adapters.items():
+        theirs = update.adapters[name]
+        left = torch.cat([theirs.scaling * theirs.lora_B.double(), -ours.scaling * ours.lora_B.double()], 1)
+        energy += max(0.0, Step(left, torch.cat([theirs.lora_A, ours.lora_A], 0)).energy())
+    for name, parameter in state.head.items():
+        energy += float((update.head[name].double() - parameter.double()).square().sum())
+    return math.sqrt(energy)
 
 
 def _check_counts(state: GlobalState, update: ClientUpdate) -> None:

@@ -88,13 +88,16 @@ def await_ready(
     Raises
     ------
     DeployError
-        If it ends first, or time does; the message has the end of its log.
+        If it ends first, or time does; the message has the end of its log. Why it ended is added to the log.
     """
     deadline = time.monotonic() + seconds
     while not ready():
         if pid_of(folder, name) is None:
             log = tail(folder, name, num_lines=15)
-            raise DeployError(f"{name} did not come up: {explain(log)}\n{log}")
+            meaning = explain(log)
+            with folder.log(name).open("a") as file:
+                file.write(f"fedtalora: {meaning}\n")
+            raise DeployError(f"{name} did not come up: {meaning}\n{log}")
         if time.monotonic() > deadline:
             stop(folder, name)
             log = tail(folder, name, num_lines=15)

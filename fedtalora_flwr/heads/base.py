@@ -56,6 +56,17 @@ class FeatureSums:
         """Give the sums with room for more classes, of which no example has been seen."""
         return FeatureSums(self.gram, _with_zero_rows(self.moment, num_classes))
 
+    def possible(self, *, tolerance: float = 1e-6) -> bool:
+        """Tell whether examples with such sums can exist: Cauchy-Schwarz holds, and the moment adds up."""
+        largest = self.gram.diagonal().clamp(min=0).sqrt() * (1 + tolerance)
+        bounded = (self.gram.abs() <= torch.outer(largest, largest)).all()
+        gap = (self.moment.sum(0) - self.gram[-1]).abs()
+        return bool(bounded and (gap <= tolerance * largest * largest[-1]).all())
+
+    def feature_norm(self) -> float:
+        """Give the root of the mean square norm of the summed features, their trailing 1 included."""
+        return float((self.gram.trace() / self.gram[-1, -1]).sqrt())
+
     def __add__(self, other: "FeatureSums") -> "FeatureSums":
         return FeatureSums(self.gram + other.gram, self.moment + other.moment)
 

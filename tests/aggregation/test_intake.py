@@ -7,6 +7,7 @@ import torch
 from made_updates import FEATURE_DIM, NUM_CLASSES, draw, make_state, make_update
 
 from fedtalora_flwr.aggregation import BadUpdate, ClientUpdate, GlobalState, LoraFactors, check_update
+from fedtalora_flwr.aggregation.intake import update_norm
 
 LAYER = "blocks.0.attn.qkv"  # (7, 5)
 
@@ -107,6 +108,28 @@ def test_pair_whose_product_overflows_is_refused(state, update):
     huge = {"lora_A": torch.full((2, 5), 1e25), "lora_B": torch.full((7, 2), 1e25)}
     with pytest.raises(BadUpdate, match=f"{LAYER}: lora_B @ lora_A is too large"):
         check_update(state, with_pair(update, **huge))
+
+
+def test_rank_that_the_layer_cannot_have_is_refused_before_it_takes_memory(state, update):
+    with pytest.raises(BadUpdate, match=f"{LAYER}: rank 6 is more than the 5->7 layer can have"):
+        check_update(state, with_pair(update, lora_A=torch.ones(6, 5), lora_B=torch.ones(7, 6)))
+
+
+def test_norm_of_an_update_is_that_of_the_change_of_the_effective_weights_and_the_rows(state, update):
+    squares = [
+        (update.adapters[name].delta() - pair.delta()).square().sum() for name, pair in state.adapters.items()
+    ] + [(update.head[name] - value).square().sum() for name, value in state.head.items()]
+    norm = float(sum(squares)) ** 0.5
+    assert update_norm(state, update) == pytest.approx(norm, rel=1e-5)
+    check_update(state, update, norm_limit=1.01 * norm)
+    with pytest.raises(BadUpdate, match=r"changes the weights by a norm of .*, norm-limit is"):
+        check_update(state, update, norm_limit=0.99 * norm)
+
+
+def test_update_that_says_the_same_in_other_factors_changes_nothing(state):
+    mixed = {name: replace(p, lora_A=2 * p.lora_A, lora_B=p.lora_B / 2) for name, p in state.adapters.items()}
+    same = replace(make_update(state, 1, generator=draw(1)), adapters=mixed, head=state.head)
+    assert update_norm(state, same) < 1e-5
 
 
 @pytest.mark.parametrize("scaling", [0.0, -1.0, float("nan"), float("inf")])

@@ -1,0 +1,300 @@
+"""Ten thousand bad replies against the server's intake: each is refused with a reason, none leaves a trace."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from local_grid import defaults
+
+from fedtalora_flwr import wire
+from fedtalora_flwr.aggregation import ClientUpdate, GlobalState, LoraFactors, resolve
+from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.heads import FeatureSums
+from fedtalora_flwr.wire import ARRAYS, METRICS
+from server_app.strategy import AdapterStrategy, RunFailed, Tally
+
+LAYERS = {"blocks.0.attn.qkv": (7, 5), "blocks.1.mlp.fc2": (3, 11)}  # (d_out, d_in)
+RANK, NUM_CLASSES, FEATURE_DIM, SCALING = 2, 4, 6, 2.0
+COUNTS = torch.tensor([4, 0, 2, 1])
+NUM_UPDATES, NUM_SUMS, BATCH = 10_000, 2_000, 250
+MEMORY_LIMIT = 100e6  # bytes beyond what the process held before
+
+Change = Callable[[RecordDict, np.random.Generator], None]
+
+
+def make_state(generator: torch.Generator) -> GlobalState:
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return GlobalState(
+        {name: LoraFactors(randn(RANK, d_in), randn(d_out, RANK), SCALING) for name, (d_out, d_in) in LAYERS.items()},
+        head={"weight": randn(NUM_CLASSES, FEATURE_DIM), "bias": randn(NUM_CLASSES)},
+        version=3,
+    )
+
+
+def make_reply(state: GlobalState, generator: torch.Generator, *, wire_dtype: str = "fp32") -> RecordDict:
+    def moved(value: torch.Tensor) -> torch.Tensor:
+        return value + 0.1 * torch.randn(value.shape, generator=generator)
+
+    update = ClientUpdate(
+        partition_id=0,
+        num_examples=int(COUNTS.sum()),
+        adapters={
+            name: LoraFactors(moved(pair.lora_A), moved(pair.lora_B), SCALING) for name, pair in state.adapters.items()
+        },
+        head={name: moved(value) for name, value in state.head.items()},
+        class_counts=COUNTS,
+        base_version=state.version,
+    )
+    return wire.update_reply(update, like=state, mean_loss=0.5, scaling=SCALING, wire_dtype=wire_dtype)
+
+
+def make_strategy(state: GlobalState) -> AdapterStrategy:
+    config = RunConfig.parse(defaults() | {"num-clients": 1})
+    strategy = AdapterStrategy(config=config, method=resolve("fedtalora"), state=state)
+    strategy.node_of = {0: 1}
+    strategy.counts = {(0, 0): COUNTS}
+    return strategy
+
+
+# --- What can be wrong with a reply ---
+
+
+def pick(reply: RecordDict, rng: np.random.Generator, *, among: str = "") -> str:
+    return str(rng.choice(sorted(key for key in reply[ARRAYS] if key.startswith(among))))
+
+
+def replace_array(reply: RecordDict, rng: np.random.Generator, *, change: Callable[..., np.ndarray], among: str = ""):
+    key = pick(reply, rng, among=among)
+    reply[ARRAYS][key] = Array(np.asarray(change(reply[ARRAYS][key].numpy(), rng)))
+
+
+def replace_bytes(reply: RecordDict, rng: np.random.Generator, *, change: Callable[[Array, Any], bytes]) -> None:
+    array = reply[ARRAYS][key := pick(reply, rng)]
+    reply[ARRAYS][key] = Array(array.dtype, array.shape, array.stype, change(array, rng))
+
+
+def declare(reply: RecordDict, rng: np.random.Generator) -> None:
+    array = reply[ARRAYS][key := pick(reply, rng)]
+    wrong = [
+        Array("float128", array.shape, array.stype, array.data),
+        Array(array.dtype, (*array.shape, 1), array.stype, array.data),
+        Array(array.dtype, array.shape, "pickle", array.data),
+    ]
+    reply[ARRAYS][key] = wrong[rng.integers(len(wrong))]
+
+
+def header(shape: str, descr: str = "'<f4'") -> bytes:
+    """What starts a file of NumPy's; the shape is what it claims."""
+    text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}"
+    text += " " * (-(len(text) + 11) % 64) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+def claim_more(array: Array, rng: np.random.Generator) -> bytes:
+    shapes = ["(10**12,)", "(1000000000000,)", "(-1, -5)", "(4294967296, 4294967296)", "(" * 150 + ")" * 150]
+    shapes += ["()", "(0, 1000000000000)", "(2.5,)", "'a'", "(" + "9" * 5000 + ",)", "-" * 20_000 + "1"]
+    descrs = ["'<f4'", "'|O'", "'|S0'", "[('a', '<f4')]", "'|V0'", "'>c16'", "'nonsense'"]
+    return header(str(rng.choice(shapes)), str(rng.choice(descrs))) + bytes(rng.integers(0, 64))
+
+
+def foreign(array: Array, rng: np.random.Generator) -> bytes:
+    starts = [b"", b"PK\x03\x04", b"PK\x05\x06" + bytes(18), b"\x80\x04K\x01.", b"\x93NUMPY\x02\x00", b"\x93NUMPY"]
+    return starts[rng.integers(len(starts))] + rng.bytes(rng.integers(0, 200)) * int(rng.integers(0, 2))
+
+
+def poisoned(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    array = array.copy()
+    array.flat[rng.integers(array.size)] = rng.choice([np.nan, np.inf, -np.inf])
+    return array
+
+
+def reshaped(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    padded = np.pad(array, [(0, int(rng.integers(1, 4)))] * array.ndim, constant_values=1)
+    choices = [padded, array[None], array[..., None], array[:-1], array[:0], array.flat[0], np.stack([array] * 3)]
+    choices += [array.T, array.ravel(), array[:, 1:]] if array.ndim == 2 else []
+    return choices[rng.integers(len(choices))]
+
+
+def retyped(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    types = ["f8", ">f4", "i2", "u1", "u4", "?", "c8", "S5", "U3"]
+    return array.astype(rng.choice([kind for kind in types if np.dtype(kind) != array.dtype]))
+
+
+def huge(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return array * np.float32(10.0 ** rng.uniform(5, 35) * rng.choice([-1, 1])) + np.float32(1e5)
+
+
+def other_counts(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    choices = [array + 1, array[::-1], -array, array * 0, array + 2**20, np.roll(array, 1), np.zeros(0, np.int32)]
+    return np.ascontiguousarray(choices[rng.integers(len(choices))])
+
+
+def rename(reply: RecordDict, rng: np.random.Generator) -> None:
+    key = pick(reply, rng)
+    names = ["", "/", key.upper(), key + " ", "../" + key, key.replace("/", "."), "lora_C/x", "é" * 5000, key[:-1]]
+    reply[ARRAYS][str(rng.choice([name for name in names if name not in reply[ARRAYS]]))] = reply[ARRAYS][key]
+    if rng.integers(2):
+        del reply[ARRAYS][key]
+
+
+def drop(reply: RecordDict, rng: np.random.Generator) -> None:
+    del reply[ARRAYS][pick(reply, rng)]
+
+
+def crowd(reply: RecordDict, rng: np.random.Generator) -> None:
+    for index in range(int(rng.integers(1, 60))):
+        reply[ARRAYS][f"lora_A/blocks.{index}.more"] = Array(np.ones((2, 5), np.float32))
+
+
+def drop_number(reply: RecordDict, rng: np.random.Generator) -> None:
+    del reply[METRICS][str(rng.choice(sorted({*reply[METRICS]} - {"exponents"})))]
+
+
+def other_number(reply: RecordDict, rng: np.random.Generator) -> None:
+    wrong: dict[str, list[Any]] = {
+        "partition-id": [1, -1, 2**62, 0.0, float("nan"), [0], []],
+        "num-examples": [0, -7, 8, 2**62, 7.0, float("inf"), [7]],
+        "base-version": [2, 4, -3, 2**62, 3.0, [3, 3]],
+        "scaling": [0.0, -2.0, float("nan"), float("inf"), 1e9, 1e300, [2.0]],
+        "mean-loss": [float("nan"), float("inf"), -float("inf"), [0.5]],
+        "exponents": [[0], [10**6] * 8, [-(10**6)] * 8, [0.5] * 8, 3, [], [float("nan")] * 8],
+    }
+    key = str(rng.choice(sorted(wrong)))
+    reply[METRICS][key] = wrong[key][rng.integers(len(wrong[key]))]
+
+
+def drop_record(reply: RecordDict, rng: np.random.Generator) -> None:
+    key = str(rng.choice([ARRAYS, METRICS]))
+    other = [None, ConfigRecord({"a": "b"}), MetricRecord({"a": 1}), ArrayRecord({"a": Array(np.ones(3))})]
+    del reply[key]
+    if (record := other[rng.integers(len(other))]) is not None:
+        reply[key] = record
+
+
+BYTES: dict[str, Change] = {
+    "cut short": partial(replace_bytes, change=lambda array, rng: array.data[: rng.integers(len(array.data))]),
+    "too long": partial(replace_bytes, change=lambda array, rng: array.data + rng.bytes(rng.integers(1, 99))),
+    "claims more than there is": partial(replace_bytes, change=claim_more),
+    "of another format": partial(replace_bytes, change=foreign),
+    "declared otherwise": declare,
+}
+UPDATES: dict[str, Change] = BYTES | {
+    "array missing": drop,
+    "array renamed": rename,
+    "arrays unknown": crowd,
+    "of another type": partial(replace_array, change=retyped),
+    "of another shape": partial(replace_array, change=reshaped),
+    "not finite": partial(replace_array, change=poisoned, among="lora"),
+    "not finite in the head": partial(replace_array, change=poisoned, among="head"),
+    "huge": partial(replace_array, change=huge, among="lora"),
+    "huge in the head": partial(replace_array, change=huge, among="head"),
+    "of other counts": partial(replace_array, change=other_counts, among="counts"),
+    "number missing": drop_number,
+    "of another number": other_number,
+    "record missing": drop_record,
+}
+SUMS: dict[str, Change] = BYTES | {
+    "array missing": drop,
+    "array renamed": rename,
+    "arrays unknown": crowd,
+    "of another type": partial(replace_array, change=retyped),
+    "of another shape": partial(replace_array, change=reshaped),
+    "not finite": partial(replace_array, change=poisoned, among="sums/gram"),
+    "huge": partial(replace_array, change=lambda array, rng: array * 10.0 ** rng.uniform(1, 280), among="sums/gram"),
+    "huge moment": partial(replace_array, change=lambda array, rng: array * 1e9, among="sums/moment"),
+    "of other classes": partial(replace_array, change=other_counts, among="sums/class"),
+}
+
+
+def copied(reply: RecordDict) -> RecordDict:
+    """Copy the records; the arrays in them are replaced and never changed."""
+    records = {ARRAYS: ArrayRecord(dict(reply[ARRAYS]))}
+    return RecordDict(records | ({METRICS: MetricRecord(dict(reply[METRICS]))} if METRICS in reply else {}))
+
+
+def bad_replies(
+    replies: list[RecordDict], changes: dict[str, Change], *, number: int, kind: str
+) -> list[tuple[str, Message]]:
+    rng, order = np.random.default_rng(11), Message(RecordDict(), dst_node_id=1, message_type=kind)
+    made = []
+    for index in range(number):
+        name = sorted(changes)[index % len(changes)]
+        content = copied(replies[index // len(changes) % len(replies)])
+        changes[name](content, rng)
+        made.append((name, Message(content, reply_to=order)))
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _task_identity():
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1  # else Message() raises
+
+
+class PeakMemory:
+    """The most that this process holds beyond what it held at the beginning, in bytes."""
+
+    def __enter__(self) -> "PeakMemory":
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        self._before = self._held("VmRSS")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bytes = self._held("VmHWM") - self._before
+
+    @staticmethod
+    def _held(what: str) -> int:
+        found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found
+        return 1024 * int(found[1])
+
+
+def test_ten_thousand_bad_updates_are_refused_with_a_reason_and_leave_the_state_as_it_was():
+    state = make_state(torch.Generator().manual_seed(1))
+    replies = [make_reply(state, torch.Generator().manual_seed(2), wire_dtype=kind) for kind in ("fp32", "fp16")]
+    strategy, wanted = make_strategy(state), make_strategy(state)
+    bad = bad_replies(replies, UPDATES, number=NUM_UPDATES, kind="train")
+    with PeakMemory() as peak:
+        for start in range(0, NUM_UPDATES, BATCH):
+            strategy.tally, batch = Tally(), bad[start : start + BATCH]
+            with pytest.raises(RunFailed, match="has 0 good replies"):
+                strategy.aggregate_train(1, [reply for _, reply in batch])
+            assert strategy.state is state
+            assert len(strategy.tally.failures) == len(batch)
+            for (name, _), failure in zip(batch, strategy.tally.failures, strict=True):
+                assert re.match("(refused: .{10})", failure.reason) and len(failure.reason) <= 500, name
+    assert peak.bytes < MEMORY_LIMIT
+    order = Message(RecordDict(), dst_node_id=1, message_type="train")
+    for one in (strategy, wanted):
+        one.aggregate_train(1, [Message(copied(replies[0]), reply_to=order)])
+    for name, residual in wanted.state.residual.items():
+        assert torch.equal(strategy.state.residual[name], residual)
+    assert strategy.state.version == wanted.state.version == 4
+
+
+def test_two_thousand_bad_sums_are_refused_with_a_reason_and_none_is_added():
+    features = torch.randn(int(COUNTS.sum()), FEATURE_DIM, generator=torch.Generator().manual_seed(3))
+    labels = torch.repeat_interleave(torch.arange(NUM_CLASSES), COUNTS)
+    sums = FeatureSums.of(features, labels, num_classes=NUM_CLASSES)
+    before = FeatureSums.zero(num_classes=NUM_CLASSES, feature_dim=FEATURE_DIM)
+    strategy = make_strategy(make_state(torch.Generator().manual_seed(1)))
+    bad = bad_replies([wire.sums_reply(sums)], SUMS, number=NUM_SUMS, kind="train.sums")
+    with PeakMemory() as peak:
+        for name, reply in bad:
+            strategy.tally = Tally()
+            with pytest.raises(RunFailed, match="has 0 good replies"):
+                strategy.add_sums(1, [(0, reply)], to=before)
+            (failure,) = strategy.tally.failures
+            assert failure.reason.startswith("refused: "), name
+    assert peak.bytes < MEMORY_LIMIT
+    order = Message(RecordDict(), dst_node_id=1, message_type="train.sums")
+    added = strategy.add_sums(1, [(0, Message(wire.sums_reply(sums), reply_to=order))], to=before)
+    assert torch.equal(added.gram, sums.gram) and torch.equal(added.moment, sums.moment)
