@@ -1,157 +1,33 @@
-"""Train on what this node holds, sum features, and say what it holds."""
+"""The messages that a node answers; the work is in `client_app.handlers`, which this process may never import."""
 
-import logging
-import re
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import wraps
-
-import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedtalora_flwr import aggregation, heads, penalties, wire
-from fedtalora_flwr.aggregation import ClientUpdate
-from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.resident import base_store, data_of, model_of, training_examples
-from fedtalora_flwr.residual import BaseMissing
-from fedtalora_flwr.train import compared_classes, fit, sum_features
+from fedtalora_flwr import warm
 
 app = ClientApp()
-log = logging.getLogger("fedtalora.client")
-
-# A path up to its last separator; the names of folders may hold blanks and commas.
-_FOLDERS = re.compile(r"""[^\s/\\'"(;]*[/\\](?:(?:[^/\\'"(;:\n]|:(?! ))*[/\\])*""")
-
-
-class ClientError(RuntimeError):
-    """What leaves the node of an error: no path, no data."""
-
-
-_Handler = Callable[[Message, Context], Message]
-
-
-def _discreet(handler: _Handler) -> _Handler:
-    """Log an error in full on the node, and raise it with a text that may travel.
-
-    Flower sends an exception's text to the server. Our own errors keep theirs, less the folders in it; of any
-    other only the type is told.
-    """
-
-    @wraps(handler)
-    def guarded(message: Message, context: Context) -> Message:
-        try:
-            return handler(message, context)
-        except ValueError as error:
-            log.exception("refused a message")
-            own = type(error).__module__.startswith("fedtalora_flwr.")
-            text = _FOLDERS.sub("", str(error))
-            raise ClientError(text if own else f"{type(error).__name__}, see the node's log") from None
-        except Exception as error:
-            log.exception("failed on a message")
-            raise ClientError(f"{type(error).__name__}, see the node's log") from None
-
-    return guarded
 
 
 @app.query()
-@_discreet
 def hello(message: Message, context: Context) -> Message:
-    """Say which partition this node holds; a bad file or setting is found here, before the first round."""
-    config, partition_id = _settings(context)
-    data = data_of(config)
-    if config.check_data:
-        for task_id in range(config.last_task):
-            training_examples(config, partition_id=partition_id, task_id=task_id)
-    counts = data.stream.class_counts(data.source.train.labels)[partition_id]
-    reply = wire.Hello(
-        partition_id=partition_id,
-        num_partitions=int(str(context.node_config.get("num-partitions", config.num_clients))),
-        partition_hash=data.stream.partition_hash(data.source.train.labels, partition_id),
-        class_counts=torch.as_tensor(counts, dtype=torch.int64),
-        held=tuple(base_store(config).digests()),
-    )
-    return Message(wire.hello_reply(reply), reply_to=message)
+    """Say which partition this node holds, and what of it."""
+    return _answer("hello", message, context)
 
 
 @app.train()
-@_discreet
 def train(message: Message, context: Context) -> Message:
-    """Set the model to the server's state, train on this node's data of the task, send the pairs and rows back."""
-    config, partition_id = _settings(context)
-    state, parcel, order = wire.read_state(message)
-    try:
-        base = base_store(config).reach(parcel)
-    except BaseMissing as missing:
-        return _without_base(missing, message)
-    method = aggregation.resolve(config.method, **asdict(config))
-    tasks = data_of(config).stream.tasks
-    examples = training_examples(config, partition_id=partition_id, task_id=order.task_id)
-    model = model_of(config)
-    model.load(state.adapters, base.residual)
-    class_counts = torch.bincount(examples.labels, minlength=len(state.head["bias"]))
-    result = fit(
-        model,
-        state.head,
-        examples,
-        classes=compared_classes(
-            config.loss_classes,
-            task_classes=tasks[order.task_id],
-            present=class_counts.nonzero().flatten().tolist(),
-            seen=[c for task in tasks[: order.task_id + 1] for c in task],
-        ),
-        trainable=method.trainable,
-        penalty=penalties.resolve(config.penalty, asdict(config)),
-        old_classes=[c for task in tasks[: order.task_id] for c in task],
-        config=config,
-        task_id=order.task_id,
-        round_in_task=order.round_in_task,
-        seed=[config.seed, order.server_round, partition_id],
-    )
-    update = ClientUpdate(
-        partition_id=partition_id,
-        num_examples=len(examples),
-        adapters=result.adapters,
-        head=result.head,
-        class_counts=class_counts,
-        base_version=state.version,
-    )
-    reply = wire.update_reply(
-        update,
-        like=state,
-        trainable=method.trainable,
-        mean_loss=result.mean_loss,
-        scaling=config.alpha / config.rank,
-        wire_dtype=config.wire_dtype,
-    )
-    return Message(reply, reply_to=message)
+    """Train on this node's data of the task."""
+    return _answer("train", message, context)
 
 
 @app.train("sums")
-@_discreet
 def sums(message: Message, context: Context) -> Message:
-    """Sum this node's features of the task under the server's state."""
-    config, partition_id = _settings(context)
-    state, parcel, order = wire.read_state(message)
-    try:
-        base = base_store(config).reach(parcel)
-    except BaseMissing as missing:
-        return _without_base(missing, message)
-    model = model_of(config)
-    model.load(state.adapters, base.residual)
-    examples = training_examples(config, partition_id=partition_id, task_id=order.task_id)
-    head = heads.resolve(config.head, asdict(config))
-    num_classes = len(data_of(config).source.class_names)
-    result = sum_features(model, examples, head=head, num_classes=num_classes, config=config)
-    return Message(wire.sums_reply(result), reply_to=message)
+    """Sum this node's features of the task."""
+    return _answer("sums", message, context)
 
 
-def _without_base(missing: BaseMissing, message: Message) -> Message:
-    log.info("asks for the base: %s", missing)
-    return Message(wire.base_missing_reply(missing.held), reply_to=message)
-
-
-def _settings(context: Context) -> tuple[RunConfig, int]:
-    config = RunConfig.parse(context.run_config)
-    torch.set_num_threads(config.threads)
-    return config, wire.partition_of(context.node_config, config)
+def _answer(handler: str, message: Message, context: Context) -> Message:
+    """Have a message handled: in the node's warm process, or here if the node's config has no ``warm=true``."""
+    task = warm.Task("client_app.handlers", handler, (message, context.run_config, context.node_config))
+    content = warm.call(task, run_id=context.run_id) if context.node_config.get("warm") else task.run()
+    return Message(content, reply_to=message)
