@@ -135,6 +135,10 @@ def supernode(
     data: Annotated[str, typer.Option(help="Folder of the known data sets here (FEDTALORA_DATA).")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, cuda:0,1: the devices it may use; all.")] = "",
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; another for each node of this machine.")] = 9094,
+    cold: Annotated[
+        bool,
+        typer.Option("--cold", help="Load libraries, model and data anew for each message: slower, no memory kept."),
+    ] = False,
     insecure: Insecure = False,
     background: Background = False,
     show: Print = False,
@@ -149,7 +153,7 @@ def supernode(
 
     folder = _folder(directory)
     command = supernode_command(
-        name, folder, superlink=superlink, partition_id=partition_id, port=port, insecure=insecure
+        name, folder, superlink=superlink, partition_id=partition_id, port=port, insecure=insecure, warm=not cold
     )
     if show:
         _print_command(command)

@@ -66,6 +66,7 @@ def supernode_command(
     partition_id: int,
     port: int = NODE_PORT,
     insecure: bool = False,
+    warm: bool = True,
 ) -> list[str]:
     """Give the command of a node.
 
@@ -77,9 +78,11 @@ def supernode_command(
         Which part of the data the node holds, from 0 to num-clients - 1.
     port
         Port on loopback, for the node's own ClientApps; each node of a machine needs another.
+    warm
+        Keep libraries, model and data in memory between messages (see `fedtalora_flwr.warm`).
     """
     command = ["flower-supernode", "--superlink", superlink, "--host", LOOPBACK, "--port", str(port)]
-    command += ["--node-config", f'partition-id={partition_id} name="{name}"']
+    command += ["--node-config", f'partition-id={partition_id} name="{name}" warm={str(warm).lower()}']
     if insecure:
         return [*command, "--insecure"]
     command += ["--root-certificates", str(folder.ca_certificate)]

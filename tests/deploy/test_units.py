@@ -48,7 +48,7 @@ def test_a_node_s_unit_starts_the_node_of_its_name():
     command = command_of("fedtalora-supernode@.service")
     assert command[:3] == ["flower-supernode", "--superlink", "superlink.lab:9092"]
     assert command[-1] == "/var/lib/fedtalora/site0.key" and "--insecure" not in command
-    assert 'partition-id=2 name="site0"' in command and command[command.index("--port") + 1] == "9095"
+    assert 'partition-id=2 name="site0" warm=true' in command and command[command.index("--port") + 1] == "9095"
 
 
 @pytest.mark.parametrize("name", ["fedtalora-superlink.service", "fedtalora-supernode@.service"])
