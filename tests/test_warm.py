@@ -12,8 +12,11 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import TINY
+from conftest import TINY, tiny_run
 from deployment import COMPLETED, Deployment
+from flwr.app import Context, Message
+
+from client_app.app import app as run_client
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 60  # of patience on a loaded machine
@@ -243,6 +246,29 @@ def test_it_ends_when_nobody_waits_for_its_task(node: Node) -> None:
     time.sleep(1)  # until it has asked
     os.kill(message, signal.SIGKILL)
     assert eventually(lambda: not psutil.pid_exists(worker))
+
+
+def test_a_run_by_warm_nodes_is_that_of_cold_ones_to_the_last_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def warm_client(message: Message, context: Context) -> Message:
+        context.node_config["warm"] = True
+        return run_client(message, context)
+
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    cold = tiny_run(tmp_path / "cold", head="linear")
+    try:
+        warm = tiny_run(tmp_path / "warm", warm_client, head="linear")
+    finally:
+        for record in (tmp_path / "home" / "warm").glob("*.json"):
+            os.kill(json.loads(record.read_text())["pid"], signal.SIGKILL)  # it belongs to what started pytest
+    assert "process of its own" not in caplog.text
+    assert rounds(warm) == rounds(cold) and len(rounds(warm)) == 4
+
+
+def rounds(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(text) for text in (folder / "rounds.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
