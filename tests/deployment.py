@@ -207,6 +207,10 @@ class Deployment:
         self._streams[run_id] = stream
         return run_id
 
+    def running(self, run_id: int) -> bool:
+        """Say whether a run still goes on, as far as its log tells."""
+        return self._streams[run_id].alive
+
     def outcome(self, run_id: int, *, seconds: float) -> Outcome:
         """Wait for a run's end."""
         deadline, stream = time.monotonic() + seconds, self._streams[run_id]

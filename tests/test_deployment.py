@@ -50,12 +50,17 @@ class Played:
     folder: Path
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "secure"])
+@pytest.fixture(
+    scope="module",
+    params=[{}, {"secure": True}, {"node_config": "warm=true"}],
+    ids=["plain", "secure", "warm"],
+)
 def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Played:
     folder = tmp_path_factory.mktemp("played")
-    with Deployment(folder / "lab", num_nodes=3, secure=request.param) as lab:
+    with Deployment(folder / "lab", num_nodes=3, **request.param) as lab:
         outcome = lab.run(ROOT, SETTINGS | {"out": str(folder / "out")}, seconds=600)
     assert outcome.status == COMPLETED, f"{outcome.details}\n{lab.tails()}"
+    assert "in a process of its own" not in lab.tails(num_lines=1000)  # no message fell back
     return Played(lab, outcome, folder / "out")
 
 

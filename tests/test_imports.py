@@ -25,6 +25,7 @@ ALLOWED = {
     },
     "registry.py": set(),
     "deploy": {"cryptography", "yaml", "tomli_w", "typer"},
+    "warm": {"fedtalora_flwr.__version__"},
     "lora.py": {"torch", "peft", "fedtalora_flwr.aggregation", "fedtalora_flwr.backbones"},
     "train.py": {
         *("torch", "numpy"),

@@ -17,7 +17,8 @@ from local_grid import defaults, run_server
 from PIL import Image
 
 import fedtalora_flwr
-from client_app import app as client_module
+from client_app import handlers
+from client_app.app import app
 from fedtalora_flwr import aggregation, checkpoint, wire
 from fedtalora_flwr.aggregation import GlobalState, resolve
 from fedtalora_flwr.backbones import vit_mini
@@ -48,7 +49,7 @@ LAYER = "blocks.5.attn.proj"
 DEADLINE = "error 3: no reply in time"
 
 ClientCall = Callable[[Message, Context], Message | None]
-run_client: ClientCall = client_module.app
+run_client: ClientCall = app
 
 
 class Killed(BaseException):
@@ -525,7 +526,7 @@ def test_of_a_clients_error_only_the_class_travels_and_the_rest_is_in_the_nodes_
     def broken(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(client_module, "fit", broken)
+    monkeypatch.setattr(handlers, "fit", broken)
     with pytest.raises(RunFailed) as failed:
         run(tmp_path, **SHORT, num_clients=1)
     left = [str(failed.value), read(tmp_path, "status.json")["message"]]

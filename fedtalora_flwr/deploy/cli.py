@@ -138,6 +138,10 @@ def supernode(
     ] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, cuda:0,1: the devices it may use; all.")] = "",
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; another for each node of this machine.")] = 9094,
+    cold: Annotated[
+        bool,
+        typer.Option("--cold", help="Load libraries, model and data anew for each message: slower, no memory kept."),
+    ] = False,
     insecure: Insecure = False,
     background: Background = False,
     show: Print = False,
@@ -159,6 +163,7 @@ def supernode(
         data_path=data_path,
         port=port,
         insecure=insecure,
+        warm=not cold,
     )
     if show:
         _print_command(command)

@@ -67,6 +67,7 @@ def supernode_command(
     data_path: str = "",
     port: int = NODE_PORT,
     insecure: bool = False,
+    warm: bool = True,
 ) -> list[str]:
     """Give the command of a node.
 
@@ -80,6 +81,8 @@ def supernode_command(
         Folder of the data that the node brings itself (``dataset = "nodes"``); empty: it brings none.
     port
         Port on loopback, for the node's own ClientApps; each node of a machine needs another.
+    warm
+        Keep libraries, model and data in memory between messages (see `fedtalora_flwr.warm`).
 
     Raises
     ------
@@ -87,7 +90,8 @@ def supernode_command(
         If the folder's name cannot stand in a node config.
     """
     command = ["flower-supernode", "--superlink", superlink, "--host", LOOPBACK, "--port", str(port)]
-    command += ["--node-config", f'partition-id={partition_id} name="{name}"{_own_data(data_path)}']
+    node_config = f'partition-id={partition_id} name="{name}" warm={str(warm).lower()}{_own_data(data_path)}'
+    command += ["--node-config", node_config]
     if insecure:
         return [*command, "--insecure"]
     command += ["--root-certificates", str(folder.ca_certificate)]

@@ -23,7 +23,7 @@ LOCAL = "local"
 SERVER = "superlink"
 _CALL_SECONDS = 300.0
 _SERVER_KEYS = {"host", "address", "listen", "control-port"}
-_NODE_KEYS = {"name", "host", "partition-id", "data", "data-path", "device", "port"}
+_NODE_KEYS = {"name", "host", "partition-id", "data", "data-path", "device", "port", "cold"}
 _KEYS = {"folder", "program", "insecure", "server", "nodes"}
 _CALL_FAILED = 255  # ssh's own status when it did not reach the machine
 
@@ -46,6 +46,8 @@ class LabNode:
         What of its machine's devices it uses; empty: all.
     port
         On its machine's loopback.
+    cold
+        Load libraries, model and data anew for each message.
     """
 
     name: str
@@ -55,6 +57,7 @@ class LabNode:
     data_path: str
     device: str
     port: int
+    cold: bool
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,7 @@ def _supernode_words(lab: Lab, node: LabNode) -> list[str]:
     words += ["--data", node.data] if node.data else []
     words += ["--data-path", node.data_path] if node.data_path else []
     words += ["--device", node.device] if node.device else []
+    words += ["--cold"] if node.cold else []
     return [*words, *(["--insecure"] if lab.insecure else [])]
 
 
@@ -275,7 +279,7 @@ def _parse(found: object) -> Lab:
     return Lab(
         folder=folder,
         program=str(top.get("program", "fedtalora")),
-        insecure=_boolean(top.get("insecure", False)),
+        insecure=_boolean("insecure", top.get("insecure", False)),
         host=str(server["host"]),
         address=str(server["address"]),
         listen=str(server.get("listen", f"{LOOPBACK if host in (LOOPBACK, 'localhost') else '0.0.0.0'}:{port}")),
@@ -300,6 +304,7 @@ def _nodes(found: object) -> tuple[LabNode, ...]:
             data_path=str(values.get("data-path", "")),
             device=str(values.get("device", "")),
             port=_whole(values, "port", NODE_PORT + beside),
+            cold=_boolean("cold", values.get("cold", False)),
         )
         if node.name == SERVER:
             raise DeployError(f"{SERVER} is the server's name; give the node another")
@@ -336,7 +341,7 @@ def _whole(values: Mapping[str, Any], key: str, default: int) -> int:
     return value
 
 
-def _boolean(value: object) -> bool:
+def _boolean(key: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise DeployError(f"insecure must be true or false, got {value!r}")
+        raise DeployError(f"{key} must be true or false, got {value!r}")
     return value

@@ -37,7 +37,12 @@ def test_a_node_checks_the_server_shows_its_key_and_tells_its_partition():
     assert parsed.root_certificates == "/srv/fl/ca.crt" and not parsed.insecure
     assert parsed.auth_supernode_private_key == "/srv/fl/site0.key"
     assert (parsed.superlink, parsed.host, parsed.port) == ("superlink.lab:9092", "127.0.0.1", 9094)
-    assert parse_config_args([parsed.node_config]) == {"partition-id": 3, "name": "site0"}
+    assert parse_config_args([parsed.node_config]) == {"partition-id": 3, "name": "site0", "warm": True}
+
+
+def test_a_cold_node_says_so_in_its_config():
+    parsed = supernode_parser().parse_args(supernode_command("site0", FOLDER, **NODE, warm=False)[1:])
+    assert parse_config_args([parsed.node_config])["warm"] is False
 
 
 def test_a_node_s_own_folder_goes_into_its_node_config():

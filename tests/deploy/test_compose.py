@@ -56,7 +56,7 @@ def test_every_part_is_there_and_starts_flower_with_tls_and_keys():
 def test_nodes_differ_in_name_partition_key_and_volume():
     for k in range(3):
         command, service = command_of(f"node{k}"), SERVICES[f"node{k}"]
-        assert f'partition-id={k} name="node{k}"' in command and f"/federation/node{k}.key" in command
+        assert f'partition-id={k} name="node{k}" warm=true' in command and f"/federation/node{k}.key" in command
         assert service["volumes"][0] == f"node{k}:/federation"
         assert not any(volume.startswith("server:") for volume in service["volumes"])
 

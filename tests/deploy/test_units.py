@@ -49,7 +49,7 @@ def test_a_node_s_unit_starts_the_node_of_its_name():
     assert command[:3] == ["flower-supernode", "--superlink", "superlink.lab:9092"]
     assert command[-1] == "/var/lib/fedtalora/site0.key" and "--insecure" not in command
     assert (
-        'partition-id=2 name="site0" data-path="/mnt/scans"' in command
+        'partition-id=2 name="site0" warm=true data-path="/mnt/scans"' in command
         and command[command.index("--port") + 1] == "9095"
     )
 

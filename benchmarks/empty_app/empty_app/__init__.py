@@ -1,0 +1,1 @@
+"""An app whose messages hold nothing."""

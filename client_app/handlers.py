@@ -1,0 +1,139 @@
+"""Train on what this node holds, sum features, count hits, and say what it holds.
+
+A handler keeps nothing in Flower's context, so the process that does the work need not be the one that Flower started.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from flwr.app import Message, RecordDict
+
+from client_app.discreet import discreet
+from fedtalora_flwr import aggregation, heads, penalties, wire
+from fedtalora_flwr.aggregation import ClientUpdate
+from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.heads import Classifier
+from fedtalora_flwr.holding import Own, Share, holding_of
+from fedtalora_flwr.resident import base_store, model_of
+from fedtalora_flwr.residual import BaseMissing
+from fedtalora_flwr.train import compared_classes, count_correct, fit, sum_features
+
+log = logging.getLogger("fedtalora.client")
+
+
+@discreet
+def hello(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
+    """Say which partition this node holds; a bad file or setting is found here, before the first round."""
+    config, _, holding = _settings(message, run_config, node_config)
+    if config.check_data:
+        holding.check()
+    return wire.hello_reply(
+        holding.hello(num_partitions=int(str(node_config.get("num-partitions", config.num_clients))))
+    )
+
+
+@discreet
+def train(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
+    """Set the model to the server's state, train on this node's data of the task, send the pairs and rows back."""
+    config, partition_id, holding = _settings(message, run_config, node_config)
+    state, parcel, order = wire.read_state(message)
+    try:
+        base = base_store(config).reach(parcel)
+    except BaseMissing as missing:
+        return _without_base(missing)
+    method = aggregation.resolve(config.method, **asdict(config))
+    tasks = holding.tasks
+    examples = holding.training(order.task_id)
+    model = model_of(config)
+    model.load(state.adapters, base.residual)
+    class_counts = torch.bincount(examples.labels, minlength=len(state.head["bias"]))
+    result = fit(
+        model,
+        state.head,
+        examples,
+        classes=compared_classes(
+            config.loss_classes,
+            task_classes=tasks[order.task_id],
+            present=class_counts.nonzero().flatten().tolist(),
+            seen=[c for task in tasks[: order.task_id + 1] for c in task],
+        ),
+        trainable=method.trainable,
+        penalty=penalties.resolve(config.penalty, asdict(config)),
+        old_classes=[c for task in tasks[: order.task_id] for c in task],
+        config=config,
+        task_id=order.task_id,
+        round_in_task=order.round_in_task,
+        seed=[config.seed, order.server_round, partition_id],
+    )
+    update = ClientUpdate(
+        partition_id=partition_id,
+        num_examples=len(examples),
+        adapters=result.adapters,
+        head=result.head,
+        class_counts=class_counts,
+        base_version=state.version,
+    )
+    return wire.update_reply(
+        update,
+        like=state,
+        trainable=method.trainable,
+        mean_loss=result.mean_loss,
+        scaling=config.alpha / config.rank,
+        wire_dtype=config.wire_dtype,
+    )
+
+
+@discreet
+def sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
+    """Sum this node's features of the task under the server's state."""
+    config, _, holding = _settings(message, run_config, node_config)
+    state, parcel, order = wire.read_state(message)
+    try:
+        base = base_store(config).reach(parcel)
+    except BaseMissing as missing:
+        return _without_base(missing)
+    model = model_of(config)
+    model.load(state.adapters, base.residual)
+    examples = holding.training(order.task_id)
+    head = heads.resolve(config.head, asdict(config))
+    return wire.sums_reply(sum_features(model, examples, head=head, num_classes=holding.num_classes, config=config))
+
+
+@discreet
+def evaluate(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
+    """Count the hits of the server's classifier on what this node has held out of the tasks so far."""
+    config, _, holding = _settings(message, run_config, node_config)
+    if not isinstance(holding, Own):
+        raise wire.WireError("this node holds no test data; the server evaluates where all read one data set")
+    state, parcel, order = wire.read_state(message)
+    try:
+        base = base_store(config).reach(parcel)
+    except BaseMissing as missing:
+        return _without_base(missing)
+    model = model_of(config)
+    model.load(state.adapters, base.residual)
+    classifier = Classifier(state.head, heads.resolve(config.head, asdict(config)).lift)
+    seen = holding.classes.seen(order.task_id)
+    held_out = [holding.held_out(task_id) for task_id in range(order.task_id + 1)]
+    correct = [
+        count_correct(model, [classifier], examples, classes=seen, config=config)[0] if len(examples) else 0
+        for examples in held_out
+    ]
+    return wire.hits_reply(correct, [len(examples) for examples in held_out])
+
+
+def _without_base(missing: BaseMissing) -> RecordDict:
+    log.info("asks for the base: %s", missing)
+    return wire.base_missing_reply(missing.held)
+
+
+def _settings(
+    message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]
+) -> tuple[RunConfig, int, Share | Own]:
+    config = RunConfig.parse(run_config)
+    torch.set_num_threads(config.threads)
+    partition_id, classes = wire.partition_of(node_config, config), wire.read_classes(message)
+    return config, partition_id, holding_of(config, node_config, partition_id=partition_id, classes=classes)
