@@ -48,7 +48,12 @@ def test_a_cold_node_says_so_in_its_config():
 def test_a_node_s_own_folder_goes_into_its_node_config():
     command = supernode_command("site0", FOLDER, **NODE, data_path="/mnt/my scans")
     config = supernode_parser().parse_args(command[1:]).node_config
-    assert parse_config_args([config]) == {"partition-id": 3, "name": "site0", "data-path": "/mnt/my scans"}
+    assert parse_config_args([config]) == {
+        "partition-id": 3,
+        "name": "site0",
+        "warm": True,
+        "data-path": "/mnt/my scans",
+    }
     with pytest.raises(DeployError, match="holds a quote or backslash"):
         supernode_command("site0", FOLDER, **NODE, data_path='/mnt/"scans"')
 
