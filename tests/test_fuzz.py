@@ -16,8 +16,10 @@ from local_grid import defaults
 from fedtalora_flwr import wire
 from fedtalora_flwr.aggregation import ClientUpdate, GlobalState, LoraFactors, resolve
 from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.data import ClassList
 from fedtalora_flwr.heads import FeatureSums
 from fedtalora_flwr.wire import ARRAYS, METRICS
+from server_app.census import Census
 from server_app.strategy import AdapterStrategy, RunFailed, Tally
 
 LAYERS = {"blocks.0.attn.qkv": (7, 5), "blocks.1.mlp.fc2": (3, 11)}  # (d_out, d_in)
@@ -61,7 +63,7 @@ def make_strategy(state: GlobalState) -> AdapterStrategy:
     config = RunConfig.parse(defaults() | {"num-clients": 1})
     strategy = AdapterStrategy(config=config, method=resolve("fedtalora"), state=state)
     strategy.node_of = {0: 1}
-    strategy.counts = {(0, 0): COUNTS}
+    strategy.census = Census(ClassList(), counts={(0, 0): COUNTS}, tests={}, told={})
     return strategy
 
 
