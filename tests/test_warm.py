@@ -12,9 +12,9 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import TINY, tiny_run
 from deployment import COMPLETED, Deployment
 from flwr.app import Context, Message
+from local_grid import TINY, tiny_run
 
 from client_app.app import app as run_client
 
