@@ -241,9 +241,9 @@ def test_it_ends_with_the_process_that_starts_the_messages(node: Node) -> None:
 def test_it_ends_when_nobody_waits_for_its_task(node: Node) -> None:
     node.ask("pid")
     node.send("rest", 1000)
-    assert eventually(node.messages)
-    (worker,), (message,) = node.workers(), node.messages()
+    assert eventually(lambda: node.messages() and node.workers())
     time.sleep(1)  # until it has asked
+    (worker,), (message,) = node.workers(), node.messages()
     os.kill(message, signal.SIGKILL)
     assert eventually(lambda: not psutil.pid_exists(worker))
 
