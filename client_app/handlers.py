@@ -4,8 +4,9 @@ A handler keeps nothing in Flower's context, so the process that does the work n
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import wraps
 from typing import Any
 
 import torch
@@ -13,15 +14,32 @@ from flwr.app import Message, RecordDict
 
 from client_app.discreet import discreet
 from fedtalora_flwr import aggregation, heads, penalties, wire
-from fedtalora_flwr.aggregation import ClientUpdate
+from fedtalora_flwr.aggregation import ClientUpdate, GlobalState
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.heads import Classifier
 from fedtalora_flwr.holding import Own, Share, holding_of
+from fedtalora_flwr.lora import AdaptedModel
 from fedtalora_flwr.resident import base_store, model_of
 from fedtalora_flwr.residual import BaseMissing
 from fedtalora_flwr.train import compared_classes, count_correct, fit, sum_features
 
 log = logging.getLogger("fedtalora.client")
+
+_Handler = Callable[[Message, Mapping[str, Any], Mapping[str, Any]], RecordDict]
+
+
+def _asks_for_the_base(handler: _Handler) -> _Handler:
+    """Answer, where the server's base cannot be reached, with the bases that are held here."""
+
+    @wraps(handler)
+    def asking(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
+        try:
+            return handler(message, run_config, node_config)
+        except BaseMissing as missing:
+            log.info("asks for the base: %s", missing)
+            return wire.base_missing_reply(missing.held)
+
+    return asking
 
 
 @discreet
@@ -36,19 +54,14 @@ def hello(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
 
 
 @discreet
+@_asks_for_the_base
 def train(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
     """Set the model to the server's state, train on this node's data of the task, send the pairs and rows back."""
     config, partition_id, holding = _settings(message, run_config, node_config)
-    state, parcel, order = wire.read_state(message)
-    try:
-        base = base_store(config).reach(parcel)
-    except BaseMissing as missing:
-        return _without_base(missing)
+    model, state, order = _loaded(message, config)
     method = aggregation.resolve(config.method, **asdict(config))
     tasks = holding.tasks
     examples = holding.training(order.task_id)
-    model = model_of(config)
-    model.load(state.adapters, base.residual)
     class_counts = torch.bincount(examples.labels, minlength=len(state.head["bias"]))
     result = fit(
         model,
@@ -87,34 +100,24 @@ def train(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
 
 
 @discreet
+@_asks_for_the_base
 def sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
     """Sum this node's features of the task under the server's state."""
     config, _, holding = _settings(message, run_config, node_config)
-    state, parcel, order = wire.read_state(message)
-    try:
-        base = base_store(config).reach(parcel)
-    except BaseMissing as missing:
-        return _without_base(missing)
-    model = model_of(config)
-    model.load(state.adapters, base.residual)
+    model, _, order = _loaded(message, config)
     examples = holding.training(order.task_id)
     head = heads.resolve(config.head, asdict(config))
     return wire.sums_reply(sum_features(model, examples, head=head, num_classes=holding.num_classes, config=config))
 
 
 @discreet
+@_asks_for_the_base
 def evaluate(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
     """Count the hits of the server's classifier on what this node has held out of the tasks so far."""
     config, _, holding = _settings(message, run_config, node_config)
     if not isinstance(holding, Own):
         raise wire.WireError("this node holds no test data; the server evaluates where all read one data set")
-    state, parcel, order = wire.read_state(message)
-    try:
-        base = base_store(config).reach(parcel)
-    except BaseMissing as missing:
-        return _without_base(missing)
-    model = model_of(config)
-    model.load(state.adapters, base.residual)
+    model, state, order = _loaded(message, config)
     classifier = Classifier(state.head, heads.resolve(config.head, asdict(config)).lift)
     seen = holding.classes.seen(order.task_id)
     held_out = [holding.held_out(task_id) for task_id in range(order.task_id + 1)]
@@ -125,11 +128,6 @@ def evaluate(message: Message, run_config: Mapping[str, Any], node_config: Mappi
     return wire.hits_reply(correct, [len(examples) for examples in held_out])
 
 
-def _without_base(missing: BaseMissing) -> RecordDict:
-    log.info("asks for the base: %s", missing)
-    return wire.base_missing_reply(missing.held)
-
-
 def _settings(
     message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]
 ) -> tuple[RunConfig, int, Share | Own]:
@@ -137,3 +135,12 @@ def _settings(
     torch.set_num_threads(config.threads)
     partition_id, classes = wire.partition_of(node_config, config), wire.read_classes(message)
     return config, partition_id, holding_of(config, node_config, partition_id=partition_id, classes=classes)
+
+
+def _loaded(message: Message, config: RunConfig) -> tuple[AdaptedModel, GlobalState, wire.RoundOrder]:
+    """Set the model to the server's state."""
+    state, parcel, order = wire.read_state(message)
+    base = base_store(config).reach(parcel)
+    model = model_of(config)
+    model.load(state.adapters, base.residual)
+    return model, state, order
