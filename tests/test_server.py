@@ -512,15 +512,19 @@ def test_sample_is_the_fraction_of_the_holders_and_at_least_min_replies(fraction
 @pytest.mark.parametrize(
     ("error", "wanted"),
     [
-        (DataError("cannot decode /secret/dir/patient.jpg: broken"), "DataError, see the node's log"),
+        (DataError("cannot decode /secret/dir/x.jpg: broken"), "cannot decode x.jpg: broken"),
+        (DataError("cannot decode '/secret/my dir/x.jpg'"), "x.jpg"),
+        (DataError(r"cannot decode C:\secret\dir\x.jpg"), "cannot decode x.jpg"),
+        (DataError("cannot decode /secret/dir, my/x.jpg: broken"), "cannot decode x.jpg: broken"),
+        (DataError("cannot decode secret/dir/x.jpg (in secret/y.zip); replace it"), "x.jpg (in y.zip); replace it"),
         (ValueError("no number: 'a patient'"), "ValueError, see the node's log"),
         (FileNotFoundError(2, "No such file", "/secret/dir/x.jpg"), "FileNotFoundError, see the node's log"),
         (RuntimeError("a patient in /secret/dir/x.jpg"), "RuntimeError, see the node's log"),
         (UnicodeDecodeError("utf-8", b"secret dir", 0, 1, "bad"), "UnicodeDecodeError, see the node's log"),
-        (WireError("this node has no partition-id"), "WireError: this node has no partition-id"),
+        (WireError("this node has no partition-id"), "this node has no partition-id"),
     ],
 )
-def test_of_a_clients_error_only_the_class_travels_and_the_rest_is_in_the_nodes_log(
+def test_text_of_a_clients_error_travels_without_the_folders_in_it_and_is_whole_in_the_nodes_log(
     tmp_path, monkeypatch, caplog, error, wanted
 ):
     def broken(*arguments, **options):
