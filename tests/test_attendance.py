@@ -7,9 +7,8 @@ from typing import Any
 
 import local_grid
 import pytest
-from conftest import tiny_run
 from flwr.app import Message
-from local_grid import LocalGrid
+from local_grid import LocalGrid, tiny_run
 
 from client_app.app import app as client_app
 from fedtalora_flwr import checkpoint, wire

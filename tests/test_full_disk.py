@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import tiny_run
 from flwr.app import Context, Message
+from local_grid import tiny_run
 
 from client_app.app import app as client_app
 from fedtalora_flwr import checkpoint
