@@ -79,8 +79,9 @@ def run(
         file = preset_file(app, preset) if preset else config
         settings = gather(app, file=file, assignments=assignments)
         settings |= {"num-clients": nodes} if nodes else {}
-        name = preset or (config.stem if config else str(settings["dataset"]).partition(":")[0])
-        folder = (out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}").resolve()
+        name = preset or (config.stem if config else str(settings["dataset"]).partition(":")[0].replace("/", "-"))
+        by_default = f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}"
+        folder = (out or Path(str(settings["out"]) or by_default)).resolve()
         if (folder / "config.json").exists():
             _fail(f"{folder} holds a run already; choose another --out, or go on with it by --resume")
     settings["out"] = str(folder)

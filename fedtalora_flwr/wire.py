@@ -7,13 +7,14 @@ travel in config and metric records under kebab-case keys.
 
 import io
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -31,6 +32,7 @@ from fedtalora_flwr.residual import Parcel
 ARRAYS, ORDER, METRICS, HELLO, BASE, BASE_ARRAYS = "arrays", "order", "metrics", "hello", "base", "base-arrays"
 CLASSES, HELD = "classes", "held"
 COUNTS = frozenset({"counts/class", "counts/examples"})
+_QUOTED = re.compile(r"<class '[^']*'>:<'(.*)'>", re.DOTALL)  # an exception as Flower writes it
 _LONGEST_HEADER = 256  # characters that describe an array; np.save writes some 60
 
 
@@ -407,6 +409,13 @@ def read_sums(message: Message, *, like: FeatureSums) -> FeatureSums:
     gram = torch.zeros_like(like.gram)
     gram[rows, columns] = gram[columns, rows] = triangle
     return FeatureSums(gram, torch.zeros_like(like.moment).index_copy_(0, held, moment))
+
+
+def error_text(error: Error) -> str:
+    """Give what a client's error says, without the trace and quotes that Flower and Ray put around its text."""
+    reason = error.reason or f"error {error.code}"
+    quoted = _QUOTED.fullmatch(reason)
+    return (quoted[1] if quoted else reason).rpartition("ClientAppException occurred. Message: ")[2].strip()
 
 
 def message_bytes(messages: Iterable[Message]) -> int:

@@ -315,7 +315,7 @@ class Server:
         reasons = dict.fromkeys(nodes, "no reply in time")
         for node, reply in self.nodes.ask(nodes).items():
             if reply.has_error():
-                reasons[node] = str(reply.error.reason)
+                reasons[node] = wire.error_text(reply.error)
             else:
                 hellos[node] = wire.read_hello(reply)
                 del reasons[node]

@@ -110,7 +110,7 @@ class Attendance:
         for node, reply in self.ask(newcomers).items():
             try:
                 if reply.has_error():
-                    raise wire.WireError(reply.error.reason)
+                    raise wire.WireError(wire.error_text(reply.error))
                 hello = wire.read_hello(reply)
                 self.strategy.rejoin(node, hello)
             except wire.WireError as refusal:

@@ -199,7 +199,7 @@ class AdapterStrategy(Strategy):
             message = asked.pop(reply.metadata.reply_to_message_id)
             partition = partition_of[message.metadata.dst_node_id]
             if reply.has_error():
-                self._settle(settled, partition, f"error {reply.error.code}: {reply.error.reason}")
+                self._settle(settled, partition, f"error {reply.error.code}: {wire.error_text(reply.error)}")
             elif (held := wire.read_base_missing(reply)) is None:
                 self.ledger.acknowledge(partition)
                 settled[partition] = reply

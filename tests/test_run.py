@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import psutil
 import pytest
 
@@ -106,6 +108,27 @@ def test_a_run_that_cannot_start_training_fails_with_what_to_change(tmp_path: Pa
     output = finish(process)
     assert process.returncode == 1
     assert "lora-blocks '4-9': 4-9 is out of range, blocks are 0-5" in output
+
+
+@pytest.mark.full
+def test_a_clients_error_is_told_in_its_own_words_and_traced_in_the_log(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (4, 10, 32, 32, 3), dtype=np.uint8)
+    for label, images in enumerate(noise):
+        for split in ("train", "test"):
+            folder = tmp_path / "patients" / split / f"class {label}"
+            folder.mkdir(parents=True)
+            for number, image in enumerate(images):
+                PIL.Image.fromarray(image).save(folder / f"{number}.png")
+    broken = tmp_path / "patients" / "train" / "class 2" / "7.png"
+    broken.write_bytes(b"no image")
+    data = ["dataset=imagefolder", f"data-path={tmp_path / 'patients'}", "num-tasks=2", "num-clients=2"]
+    process = start("--out", tmp_path / "run", *(word for pair in data for word in ("--set", pair)))
+    output = finish(process)
+    assert process.returncode == 1
+    assert "image 7.png cannot be decoded as an image (cannot identify image file '7.png')" in output
+    assert "Traceback" not in output
+    assert "patients" not in output
+    assert f"DataError: image {broken}" in (tmp_path / "run" / "logs" / "flwr-run.log").read_text()
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -1,6 +1,7 @@
 """Whole runs of the real ServerApp and ClientApp in this process, on a few digits."""
 
 import json
+import logging.handlers
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from local_grid import defaults, run_server
 from PIL import Image
 
 import fedtalora_flwr
-from client_app import handlers
+from client_app import discreet, handlers
 from client_app.app import app
 from fedtalora_flwr import aggregation, checkpoint, wire
 from fedtalora_flwr.aggregation import GlobalState, resolve
@@ -525,19 +526,21 @@ def test_sample_is_the_fraction_of_the_holders_and_at_least_min_replies(fraction
     ],
 )
 def test_text_of_a_clients_error_travels_without_the_folders_in_it_and_is_whole_in_the_nodes_log(
-    tmp_path, monkeypatch, caplog, error, wanted
+    tmp_path, monkeypatch, error, wanted
 ):
     def broken(*arguments, **options):
         raise error
 
     monkeypatch.setattr(handlers, "fit", broken)
+    kept = logging.handlers.BufferingHandler(capacity=100)
+    monkeypatch.setattr(discreet.log, "handlers", [kept])
     with pytest.raises(RunFailed) as failed:
         run(tmp_path, **SHORT, num_clients=1)
     left = [str(failed.value), read(tmp_path, "status.json")["message"]]
     for text in left:
         assert wanted in text
         assert not {"secret", "dir", "patient"} & set(re.findall(r"\w+", text))
-    (logged,) = [record for record in caplog.records if record.name == "fedtalora.client" and record.exc_info]
+    (logged,) = kept.buffer
     assert logged.exc_info[1] is error
 
 

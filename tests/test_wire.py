@@ -335,3 +335,20 @@ def test_counting_leaves_a_message_that_can_be_sent_to_another_process():
     counted = message(RecordDict({"a": ArrayRecord([torch.randn(10).numpy()])}))
     wire.message_bytes([counted])
     assert pickle.loads(pickle.dumps(counted)).content == counted.content
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "image 'x.png' is broken",
+        "<class 'client_app.discreet.ClientError'>:<'image 'x.png' is broken'>",
+        "<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'ray::ClientAppActor.run()\n  File \"/home\"\n"
+        "\nException ClientAppException occurred. Message: image 'x.png' is broken'>",
+    ],
+)
+def test_text_of_a_clients_error_is_read_without_what_flower_and_ray_put_around_it(reason):
+    assert wire.error_text(Error(2, reason)) == "image 'x.png' is broken"
+
+
+def test_error_without_a_text_is_told_by_its_number():
+    assert wire.error_text(Error(8)) == "error 8"
