@@ -152,7 +152,7 @@ def supernode(
     """
     from fedtalora_flwr.deploy import processes
     from fedtalora_flwr.deploy.commands import environment, supernode_command
-    from fedtalora_flwr.deploy.probe import check_superlink, explain_supernode, online
+    from fedtalora_flwr.deploy.probe import check_clock, check_superlink, explain_supernode, online
 
     folder = _folder(directory)
     command = supernode_command(
@@ -177,7 +177,12 @@ def supernode(
     else:
         if not folder.node_key(name).exists():
             raise DeployError(f"no key of {name} in {folder.root}; make it first: fedtalora node key {name}")
-        check_superlink(superlink, folder)
+        try:
+            check_superlink(superlink, folder)
+            check_clock(superlink, folder, name)
+        except DeployError as refusal:
+            processes.note(folder, name, str(refusal))
+            raise
     env = environment(folder, superlink=superlink, data=data, device=device)
     if not background:
         processes.become(folder, name, command, env)

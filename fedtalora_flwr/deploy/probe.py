@@ -1,13 +1,15 @@
-"""Why a server cannot be used, before Flower tries: its SuperNode would retry for ever without a word of the reason."""
+"""Why a server cannot be used, before Flower tries: its SuperNode would retry for ever, or end, without the reason."""
 
 import http.client
 import socket
 import ssl
+from datetime import UTC, datetime
 
 from fedtalora_flwr.deploy.commands import LOOPBACK
 from fedtalora_flwr.deploy.folder import DeployError, FederationFolder
 
 PROBE_SECONDS = 10.0
+_CLOCK_IS_OFF = "Invalid timestamp"  # the SuperLink's answer to a signature of another time
 
 # What Flower prints of a refusal -> what it means; the first that is found explains.
 _REFUSALS = {
@@ -71,6 +73,50 @@ def check_superlink(superlink: str, folder: FederationFolder) -> None:
         ) from None
     if protocol != "h2":
         raise DeployError(f"{superlink} is not the Fleet API but another TLS port; nodes call port 9092")
+
+
+def check_clock(superlink: str, folder: FederationFolder, name: str) -> None:
+    """Call the Fleet API with this node's signature, in which the time is.
+
+    The call asks for what is no node's, so it changes nothing. Of its answers one alone is of interest, for of that one
+    Flower's SuperNode says nothing: it ends as if it had been asked to.
+
+    Parameters
+    ----------
+    superlink
+        Host and port; `check_superlink` has passed.
+    name
+        The node's, whose key is in the folder.
+
+    Raises
+    ------
+    DeployError
+        If this machine's clock is not the server's.
+    """
+    import grpc
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+    from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
+    from flwr.proto.fleet_pb2 import PullMessagesRequest
+    from flwr.proto.fleet_pb2_grpc import FleetStub
+    from flwr.proto.node_pb2 import Node
+    from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
+
+    key = load_ssh_private_key(folder.node_key(name).read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey), f"{folder.node_key(name)} is not of an elliptic curve"
+    trust = grpc.ssl_channel_credentials(folder.ca_certificate.read_bytes())
+    signed = [RuntimeVersionClientInterceptor("SuperNode"), NodeAuthClientInterceptor(key, key.public_key())]
+    with grpc.secure_channel(superlink, trust, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        fleet = FleetStub(grpc.intercept_channel(channel, *signed))
+        try:
+            fleet.PullMessages(PullMessagesRequest(node=Node(node_id=1)), timeout=PROBE_SECONDS)
+        except grpc.RpcError as error:
+            if _CLOCK_IS_OFF in (error.details() or ""):
+                raise DeployError(
+                    f"this machine's clock says {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, and {superlink} refuses a "
+                    "node whose clock is more than 5 s ahead of its own or 5 minutes behind: compare `date --utc` on "
+                    "both machines, and switch on NTP (timedatectl set-ntp true)"
+                ) from None
 
 
 def healthy(folder: FederationFolder, *, port: int, insecure: bool = False) -> bool:

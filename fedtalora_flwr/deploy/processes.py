@@ -95,8 +95,7 @@ def await_ready(
         if pid_of(folder, name) is None:
             log = tail(folder, name, num_lines=15)
             meaning = explain(log)
-            with folder.log(name).open("a") as file:
-                file.write(f"fedtalora: {meaning}\n")
+            note(folder, name, meaning)
             raise DeployError(f"{name} did not come up: {meaning}\n{log}")
         if time.monotonic() > deadline:
             stop(folder, name)
@@ -123,6 +122,12 @@ def stop(folder: FederationFolder, name: str, *, seconds: float = STOP_SECONDS) 
                 _signal(number, signal.SIGKILL)
         time.sleep(0.1)
     return True
+
+
+def note(folder: FederationFolder, name: str, text: str) -> None:
+    """Add a line of our own to a process's log."""
+    with folder.log(name).open("a") as file:
+        file.write(f"fedtalora: {text}\n")
 
 
 def tail(folder: FederationFolder, name: str, *, num_lines: int) -> str:

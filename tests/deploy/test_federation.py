@@ -7,13 +7,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 import pytest
 import yaml
+from clock import skewed
 
 from fedtalora_flwr.deploy.commands import environment
 from fedtalora_flwr.deploy.folder import FederationFolder
@@ -56,9 +58,11 @@ class Played:
         return {node.name: node.status for node in list_nodes(self.server)}
 
 
-def fedtalora(*words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def fedtalora(
+    *words: str, stdin: str = "", variables: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fedtalora_flwr.cli", *words]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **variables}
     return subprocess.run(command, input=stdin, capture_output=True, text=True, env=env, timeout=SECONDS)
 
 
@@ -68,8 +72,8 @@ def said(*words: str, stdin: str = "") -> str:
     return done.stdout
 
 
-def refused(*words: str, stdin: str = "") -> str:
-    done = fedtalora(*words, stdin=stdin)
+def refused(*words: str, stdin: str = "", variables: Mapping[str, str] = MappingProxyType({})) -> str:
+    done = fedtalora(*words, stdin=stdin, variables=variables)
     assert done.returncode == 2, f"{words}: {done.stdout}{done.stderr}"
     return done.stderr
 
@@ -154,6 +158,15 @@ def test_a_second_use_of_a_key_is_refused_while_the_first_stays_online(played, t
 def test_the_same_node_does_not_start_twice_on_its_machine(played):
     words = [word for word in node_words(played, "site0", played.folder / "site0") if word != "--background"]
     assert "site0 runs already, as process" in refused(*words)
+
+
+@pytest.mark.parametrize("seconds", [10, -400])
+def test_a_node_whose_clock_is_off_is_told_so_in_the_foreground_and_in_its_log(played, tmp_path, seconds):
+    said("node", "key", "site5", "--dir", str(tmp_path), "--ca", str(played.server.ca_certificate))
+    words = [word for word in node_words(played, "site5", tmp_path) if word != "--background"]
+    told = "refuses a node whose clock is more than 5 s ahead of its own or 5 minutes behind"
+    assert told in refused(*words, variables=skewed(tmp_path, seconds))
+    assert told in said("logs", "site5", "--dir", str(tmp_path))
 
 
 @pytest.mark.full
