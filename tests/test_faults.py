@@ -19,8 +19,11 @@ import psutil
 import pytest
 from clock import skewed
 from deployment import COMPLETED, Deployment, Part
+from flwr.app import Context, Message
 from local_grid import ROOT, defaults, run_server
 from network import Network
+
+from client_app.app import app as run_client
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1200)]
 
@@ -289,6 +292,93 @@ def test_node_with_another_version_of_the_library_is_named_before_the_first_roun
             f"\n| node with another library version | {outcome.details} | at start | 0 | `-k another_version` |",
             flush=True,
         )
+
+
+# What partition 1 does in the rounds of the test's own copy of the bundle; the product has no such hook.
+MISBEHAVIOUR = """
+import numpy as np
+from flwr.app import Array
+
+PATH = "/".join(["", "data", "ward" + "7", "patients.csv"])  # in parts: the server may hold this code, not the path
+
+
+def spoiled(content, message, context):
+    '''Change what leaves the node: an array, or what the node says of itself.'''
+    if message.metadata.message_type != "train" or context.node_config["partition-id"] != 1:
+        return content
+    arrays, numbers = content["arrays"], content["metrics"]
+    name = min(key for key in arrays if key.startswith("lora_B/"))
+    values, server_round = arrays[name].numpy(), int(message.metadata.group_id)
+    if server_round == 1:
+        arrays[name] = Array(np.full_like(values, np.nan))
+    if server_round == 2:
+        arrays[name] = Array(values[:-1])
+    if server_round == 3:
+        numbers["base-version"] = 7
+    if server_round == 4:
+        arrays[name] = Array(np.full_like(values, 1e6))
+    return content
+
+
+def failing(fit):
+    '''Fail within the node's own code, with a text that no one else may read.'''
+    def failed(*arguments, seed, **options):
+        if seed[1:] == [5, 1]:
+            raise FileNotFoundError(2, "No such file or directory", PATH)
+        return fit(*arguments, seed=seed, **options)
+    return failed
+"""
+MISBEHAVED = {
+    1: "lora_B holds a number that is not finite",
+    2: "do not fit",
+    3: "trained on version 7, the server is at 2",
+    4: "norm-limit is 1000",
+    5: "FileNotFoundError, see the node's log",
+}
+
+
+def misbehaving_bundle(folder: Path) -> Path:
+    """Copy the app, with a ClientApp that misbehaves as partition 1."""
+    folder.mkdir()
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("server_app", "client_app"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "client_app" / "misbehaviour.py").write_text(MISBEHAVIOUR)
+    app, handlers = folder / "client_app" / "app.py", folder / "client_app" / "handlers.py"
+    answer = "return Message(content, reply_to=message)"
+    assert app.read_text().count(answer) == 1
+    spoilt = answer.replace("content", "spoiled(content, message, context)")
+    app.write_text(app.read_text().replace(answer, spoilt) + "\n\nfrom client_app.misbehaviour import spoiled\n")
+    with handlers.open("a") as file:
+        file.write("\n\nfrom client_app.misbehaviour import failing\n\nfit = failing(fit)\n")
+    return folder
+
+
+def test_a_node_that_misbehaves_is_refused_by_name_and_reason_and_the_run_ends_well(tmp_path: Path, row: Row) -> None:
+    bundle, changes = misbehaving_bundle(tmp_path / "bundle"), {"rounds-per-task": 3, "num-clients": 3}
+
+    def client(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 1 and int(message.metadata.group_id or 0) in MISBEHAVED:
+            raise RuntimeError("as if it were not there")
+        return run_client(message, context)
+
+    run_server(defaults() | SETTINGS | changes | {"out": str(tmp_path / "without")}, client)
+    with Deployment(tmp_path / "lab", num_nodes=3, secure=True, node_config="warm=true") as lab:
+        watch = Watch(lab, tmp_path / "out")
+        outcome = lab.run(bundle, SETTINGS | changes | {"out": str(watch.out)}, seconds=PATIENCE)
+        assert outcome.status == COMPLETED, f"{outcome.details}\n{lab.tails()}"
+    failures = watch.failures()
+    assert failures.keys() == MISBEHAVED.keys() and all(list(failed) == [1] for failed in failures.values())
+    for server_round, reason in MISBEHAVED.items():
+        assert reason in failures[server_round][1], failures
+    assert [line["participants"] for line in watch.rounds()] == [[0, 1, 2]] * 6  # in the sixth it is welcome again
+    assert accuracies(watch.out) == accuracies(tmp_path / "without")
+    secret = b"ward7"
+    assert secret in (lab.folder / "node1.log").read_bytes()
+    elsewhere = [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.startswith("node1")]
+    assert not [path for path in elsewhere if secret in path.read_bytes()]
+    row("NaN, wrong shape, wrong version, huge numbers, an error whose text holds a path: a round each", 0, watch)
 
 
 @pytest.mark.parametrize("how", [[], ["--background"]], ids=["foreground", "background"])

@@ -162,6 +162,22 @@ def test_another_run_has_a_process_of_its_own_and_the_former_ends(node: Node) ->
     assert eventually(lambda: node.workers() == {second["value"]})
 
 
+def test_two_runs_that_take_turns_replace_each_others_process_and_share_nothing(node: Node) -> None:
+    assert [node.ask("count", run_id=run_id)["value"] for run_id in (1, 2, 2, 1)] == [1, 1, 2, 1]
+    assert eventually(lambda: len(node.workers()) == 1)
+
+
+def test_a_message_of_another_run_does_not_end_the_process_that_is_at_work(node: Node) -> None:
+    (busy,) = {node.ask("pid", run_id=1)["value"]}
+    node.send("rest", 6, run_id=1)
+    assert eventually(node.messages)
+    time.sleep(1)  # until it has asked
+    other = node.ask("pid", run_id=2)
+    assert other["value"] == other["pid"] and "has another message" in other["log"][0]
+    rested = node.receive()
+    assert rested["value"] == "done" and rested["log"] == [] and node.workers() == {busy}
+
+
 def test_changed_code_is_seen_by_the_next_message(node: Node) -> None:
     assert node.ask("count")["value"] == 1
     work = node.app / "toyapp" / "work.py"

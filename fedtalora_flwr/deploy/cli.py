@@ -14,6 +14,9 @@ Dir = Annotated[
 ]
 Name = Annotated[str, typer.Argument(help="The node's name: letters, digits, - and _.")]
 ControlPort = Annotated[int, typer.Option(help="Port on 127.0.0.1 for flwr and the SuperExec.")]
+ServerData = Annotated[
+    str, typer.Option("--data", help="Folder of the known data sets here (FEDTALORA_DATA), with a run's test data.")
+]
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="WITHOUT TLS AND NODE KEYS: anyone on the network may join.")
 ]
@@ -61,6 +64,7 @@ def certs(
 def superlink(
     directory: Dir = DEFAULT_DIR,
     fleet: Annotated[str, typer.Option(help="Address and port where nodes call.")] = "0.0.0.0:9092",
+    data: ServerData = "",
     control_port: ControlPort = 8000,
     separate_superexec: Annotated[
         bool, typer.Option("--separate-superexec", help="ServerApps run under fedtalora superexec.")
@@ -97,10 +101,10 @@ def superlink(
         raise DeployError(f"no certificate in {folder.root}; make it first: fedtalora certs NAME-OF-THIS-SERVER")
     folder.make()
     if background and (pid := processes.pid_of(folder, "superlink")):
-        print(f"superlink runs already, as process {pid}")
+        print(f"superlink runs already, as process {pid}; to submit runs here: export FLWR_HOME={folder.flower_home}")
         return
     write_connection(folder, control_port=control_port, insecure=insecure)
-    env = environment(folder)
+    env = environment(folder, data=data)
     if not background:
         processes.become(folder, "superlink", command, env)
     pid = processes.start(folder, "superlink", command, env)
@@ -112,7 +116,11 @@ def superlink(
 
 
 def superexec(
-    directory: Dir = DEFAULT_DIR, control_port: ControlPort = 8000, insecure: Insecure = False, show: Print = False
+    directory: Dir = DEFAULT_DIR,
+    data: ServerData = "",
+    control_port: ControlPort = 8000,
+    insecure: Insecure = False,
+    show: Print = False,
 ) -> None:
     """On the server: run what starts ServerApps, beside fedtalora superlink --separate-superexec."""
     from fedtalora_flwr.deploy import processes
@@ -124,7 +132,7 @@ def superexec(
         _print_command(command)
         return
     folder.make()
-    processes.become(folder, "superexec", command, environment(folder))
+    processes.become(folder, "superexec", command, environment(folder, data=data))
 
 
 def supernode(
@@ -362,7 +370,10 @@ def _folder(directory: Path) -> FederationFolder:
 
 
 def _read(file: str) -> bytes:
-    return sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    try:
+        return sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        raise DeployError(f"{file} cannot be read ({error.strerror}); copy it here first") from None
 
 
 def _print_command(command: list[str]) -> None:

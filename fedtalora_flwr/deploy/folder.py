@@ -89,10 +89,22 @@ class FederationFolder:
         return self.root / f"{checked_name(name)}.pid"
 
     def make(self) -> None:
-        """Make the folder where it is absent, readable for its owner alone."""
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.flower_home.mkdir(mode=0o700, exist_ok=True)
-        self.working_directory.mkdir(exist_ok=True)
+        """Make the folder where it is absent, readable for its owner alone.
+
+        Raises
+        ------
+        DeployError
+            If this user may not.
+        """
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.flower_home.mkdir(mode=0o700, exist_ok=True)
+            self.working_directory.mkdir(exist_ok=True)
+        except OSError as error:
+            raise DeployError(
+                f"{self.root} cannot be made ({error.strerror}): give another folder, or make one that is yours, once: "
+                f"sudo install --directory --mode=0700 --owner=$USER {self.root}"
+            ) from None
 
 
 def checked_name(name: str) -> str:

@@ -22,10 +22,11 @@ from fedtalora_flwr.deploy.probe import split_address
 LOCAL = "local"
 SERVER = "superlink"
 _CALL_SECONDS = 300.0
-_SERVER_KEYS = {"host", "address", "listen", "control-port"}
+_SERVER_KEYS = {"host", "address", "listen", "control-port", "data"}
 _NODE_KEYS = {"name", "host", "partition-id", "data", "data-path", "device", "port", "cold"}
 _KEYS = {"folder", "program", "insecure", "server", "nodes"}
 _CALL_FAILED = 255  # ssh's own status when it did not reach the machine
+_NO_SUCH_COMMAND = {126, 127}  # the shell's, there
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class Lab:
         Address and port where the server listens.
     control_port
         On the server's loopback.
+    data
+        Folder of the known data sets on the server's machine, with a run's test data; empty: none.
     """
 
     folder: str
@@ -89,6 +92,7 @@ class Lab:
     address: str
     listen: str
     control_port: int
+    data: str
     nodes: tuple[LabNode, ...]
 
     def node(self, name: str) -> LabNode:
@@ -205,6 +209,7 @@ def logs(lab: Lab, name: str, *, num_lines: int) -> str:
 
 def _superlink_words(lab: Lab) -> list[str]:
     words = ["superlink", "--fleet", lab.listen, "--control-port", str(lab.control_port), "--background"]
+    words += ["--data", lab.data] if lab.data else []
     return [*words, *(["--insecure"] if lab.insecure else [])]
 
 
@@ -241,7 +246,14 @@ def _call(lab: Lab, host: str, name: str, words: tuple[str, ...], stdin: bytes) 
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip()
         if host != LOCAL and done.returncode == _CALL_FAILED:
-            raise DeployError(f"{host} cannot be reached: {said}; `ssh {host} true` must work without a password")
+            raise DeployError(
+                f"{host} cannot be reached: {said}; `ssh {host} true` must work without a password or a question"
+            )
+        if host != LOCAL and done.returncode in _NO_SUCH_COMMAND:
+            raise DeployError(
+                f"{host} has no {lab.program} ({said}): install fedtalora there (deploy/README.md, step 1), or say in "
+                "the lab's file where it is (program)"
+            )
         raise DeployError(f"{name} on {host}: {said.removeprefix('error: ')}")
     return done.stdout.decode(errors="replace")
 
@@ -284,6 +296,7 @@ def _parse(found: object) -> Lab:
         address=str(server["address"]),
         listen=str(server.get("listen", f"{LOOPBACK if host in (LOOPBACK, 'localhost') else '0.0.0.0'}:{port}")),
         control_port=_whole(server, "control-port", CONTROL_PORT),
+        data=str(server.get("data", "")),
         nodes=_nodes(top["nodes"]),
     )
 

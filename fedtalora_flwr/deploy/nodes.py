@@ -174,6 +174,11 @@ def list_nodes(folder: FederationFolder) -> list[Node]:
 
 
 def _flwr(folder: FederationFolder, *words: str) -> dict[str, Any]:
+    if not (folder.flower_home / "config.toml").exists():
+        raise DeployError(
+            f"no server was ever started from {folder.root}: fedtalora superlink starts it; if its folder is another, "
+            "give that by --dir or FEDTALORA_DIR"
+        )
     env = environment(folder)
     done = subprocess.run(
         ["flwr", "supernode", *words, "--format", "json"],

@@ -2,7 +2,10 @@
 
 A node has one warm process. It belongs to the process that starts the node's messages, whose number is in the names
 of its files, and to a run and its code: for another run it is replaced, so that data and code that were changed
-between runs are seen. Both files are in ``$FLWR_HOME/warm``, a folder of this user alone.
+between runs are seen. Two runs that take turns on a node so replace each other's: each message then costs what it costs
+on a cold node, but one model at a time is in the node's memory, and neither run sees what the other left there. It is
+never replaced in the midst of a message: one of another run that comes meanwhile has a process of its own, as any
+second message has. Both files are in ``$FLWR_HOME/warm``, a folder of this user alone.
 """
 
 import contextlib

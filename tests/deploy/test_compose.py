@@ -1,5 +1,6 @@
-"""The compose file and the image: valid, secure, and made of our own commands."""
+"""The compose file and the image: valid, secure, made of our own commands, and a federation that runs."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -7,8 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import network
 import pytest
 import yaml
+from containers import Containers, Image
+from local_grid import defaults, run_server
 from typer.testing import CliRunner
 
 from fedtalora_flwr.cli import cli
@@ -130,3 +134,52 @@ def test_folders_that_volumes_are_mounted_on_are_made_for_the_image_s_user():
         if volume.partition(":")[0] in COMPOSE["volumes"]
     }
     assert mounted == set(made.split())
+
+
+# --- The run ---
+
+README = (DEPLOY / "README.md").read_text()
+# Two rounds of few examples, instead of the demo's ten.
+SHORT = {"stop-after-task": 2, "rounds-per-task": 1, "max-per-class": 64, "node-timeout": 120.0}
+
+
+def submission() -> list[str]:
+    """Give the command that the README hands to ``docker compose exec superexec``, for a short run."""
+    (line,) = re.findall(r"^docker compose -f deploy/compose\.yaml exec superexec (.*)", README, flags=re.MULTILINE)
+    *words, settings = shlex.split(line)
+    assert words[-1] == "--run-config"
+    return [*words, " ".join([settings, *(f"{key}={value}" for key, value in SHORT.items())])]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(bool(network.missing()), reason=network.missing() or "there is a network")
+def test_the_services_come_up_in_their_order_and_play_the_run_of_the_readme(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    variables, image = {"FEDTALORA_DATA": str(tmp_path / "data")}, Image.read((DEPLOY / "Dockerfile").read_text())
+    with network.Network() as hosts, Containers(SERVICES, image, tmp_path / "stack", hosts, variables) as stack:
+        stack.up(seconds=400)
+        said = stack.execute("superexec", *submission(), seconds=400).stdout
+        listed = stack.execute("superexec", "flwr", "list", "lab", "--format", "json").stdout
+        (run,) = json.loads(listed)["runs"]
+        assert run["status"] == "finished:completed", f"{said}\n{stack.tails()}"
+        assert "in a process of its own" not in stack.tails(num_lines=1000)
+        assert "node1" in stack.execute("superexec", "fedtalora", "node", "list").stdout
+        # A node is kept from the server's loopback, and a service without a network from everything.
+        knock = "import socket; socket.create_connection(('superlink', {}), 5).close()"
+        assert stack.execute("node0", "python", "-c", knock.format(9092)).returncode == 0
+        assert stack.execute("node0", "python", "-c", knock.format(8000)).returncode != 0
+        assert stack.execute("node0", "id", "-un").stdout.split() == ["fedtalora"]
+        assert not list(stack.volume("node0").glob("*.id")) and not list(stack.volume("server").glob("node*.key"))
+    assert metrics(stack.volume("out") / "first") == metrics(undisturbed(tmp_path / "local"))
+
+
+def undisturbed(out: Path) -> Path:
+    """Play the same run in this process."""
+    run_server(defaults() | {"num-clients": 3} | SHORT | {"out": str(out)})
+    return out
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+    return {key: value for key, value in values.items() if key != "wall_seconds"}

@@ -27,7 +27,7 @@ def test_the_example_is_a_lab_of_two_machines():
         ("gpu0.lab", "cuda:1", 9095),
         ("me@gpu1.lab", "", 9094),
     ]
-    assert not found.insecure
+    assert found.data == "/data/fedtalora" and not found.insecure
 
 
 def test_nodes_of_one_machine_get_ports_of_their_own_and_partitions_follow_the_list(tmp_path):

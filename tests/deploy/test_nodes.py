@@ -9,7 +9,7 @@ from flwr.cli.supernode.register import try_load_public_key
 
 from fedtalora_flwr.deploy.certs import make_certificates
 from fedtalora_flwr.deploy.folder import DeployError, FederationFolder
-from fedtalora_flwr.deploy.nodes import make_node_key, register, trust
+from fedtalora_flwr.deploy.nodes import list_nodes, make_node_key, register, trust
 
 
 @pytest.fixture
@@ -70,3 +70,14 @@ def test_one_key_has_one_name_and_one_name_one_key(folder, tmp_path):
         register(folder, "site1", b"ssh-rsa AAAA me\n")
     with pytest.raises(DeployError, match="no public key of site1"):
         register(folder, "site1")
+
+
+def test_a_folder_that_cannot_be_made_is_told_with_the_command_that_makes_it(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DeployError, match=r"cannot be made \(Not a directory\).*sudo install --directory"):
+        make_node_key(FederationFolder(tmp_path / "file" / "federation"), "site0")
+
+
+def test_nodes_of_a_folder_without_a_server_are_not_listed_and_the_way_out_is_told(folder):
+    with pytest.raises(DeployError, match=r"no server was ever started from .*FEDTALORA_DIR"):
+        list_nodes(folder)
