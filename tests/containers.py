@@ -5,6 +5,7 @@ variables of the image, the order of the start, the health check. What stands in
 runs this, with the checkout as ``/app``. Needs root.
 """
 
+import contextlib
 import os
 import re
 import shlex
@@ -133,7 +134,10 @@ class Containers:
 
     def execute(self, name: str, *words: str, seconds: float = 60) -> "subprocess.CompletedProcess[str]":
         """Run a command in a container that runs, as ``docker compose exec`` does."""
-        enter = ["nsenter", "--target", str(self._first(name)), "--mount", "--pid", "--net", "--root", "--wd"]
+        first = self._first(name)
+        if first is None:
+            return subprocess.CompletedProcess(words, 1, f"{name} does not run")
+        enter = ["nsenter", "--target", str(first), "--mount", "--pid", "--net", "--root", "--wd"]
         command = [*enter, *self._as_user(), *words]
         return subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds)
 
@@ -143,9 +147,10 @@ class Containers:
 
     def down(self) -> None:
         """Stop the services; a container's processes end with its first one."""
-        for name, process in self.processes.items():
-            if process.poll() is None:
-                os.kill(self._first(name), signal.SIGTERM)
+        for name in self.processes:
+            if first := self._first(name):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(first, signal.SIGTERM)
         deadline = time.monotonic() + STOP_SECONDS
         for process in self.processes.values():
             try:
@@ -178,10 +183,13 @@ class Containers:
                 start_new_session=True,
             )
 
-    def _first(self, name: str) -> int:
-        """Find the first process of a container: the child of the one that made its namespaces."""
-        pid = self.processes[name].pid
-        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+    def _first(self, name: str) -> int | None:
+        """Find the first process of a container, the child of the one that made its namespaces; None if it is over."""
+        process = self.processes[name]
+        if process.poll() is not None:
+            return None
+        found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return int(found[0]) if found else None
 
     def _as_user(self, *, capabilities: bool = False) -> list[str]:
         paths = [Path(sys.prefix, "bin"), "/usr/local/bin", "/usr/bin", "/bin"]
