@@ -24,6 +24,7 @@ from network import SERVER, Network
 STOP_SECONDS = 20.0
 STARTED, HEALTHY, COMPLETED = "service_started", "service_healthy", "service_completed_successfully"
 _HOST_FOLDERS = ("bin", "sbin", "lib", "lib64", "usr", "etc", "dev", "sys")  # of the image, as far as it is Debian
+_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")  # should pytest be killed, the kernel ends its containers
 # The first process of a container with `init: true`: passes SIGTERM on, and collects ended processes.
 _INIT = """
 "$@" & child=$!
@@ -156,7 +157,7 @@ class Containers:
             try:
                 process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                process.kill()  # `unshare --kill-child` takes the container with it
+                process.kill()  # its child, the container's first process, goes with it, and all others with that
                 process.wait()
 
     def tails(self, *, num_lines: int = 20) -> str:
@@ -166,17 +167,17 @@ class Containers:
 
     def _start(self, name: str) -> None:
         service = self.services[name]
-        isolated = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"]
+        isolated = ["unshare", "--mount", "--pid", "--fork", "--propagation", "private"]
         network = service.get("network_mode", name).removeprefix("service:")
         isolated = [*isolated, "--net"] if network == "none" else [*self.hosts.prefix(network), *isolated]
         words = [
             self._filled(word) for word in (*service.get("entrypoint", self.image.entrypoint), *service["command"])
         ]
         first = ["sh", "-c", _INIT, "init", *words] if service.get("init") else words
-        inside = [*self._as_user(capabilities=service.get("cap_drop") != ["ALL"]), *first]
+        inside = [*self._as_user(capabilities=service.get("cap_drop") != ["ALL"]), *_WITH_PARENT, *first]
         with (self.folder / f"{name}.log").open("wb") as log:
             self.processes[name] = subprocess.Popen(
-                [*isolated, "sh", "-euc", self._mounts(name), "sh", *inside],
+                [*_WITH_PARENT, *isolated, "sh", "-euc", self._mounts(name), "sh", *inside],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
