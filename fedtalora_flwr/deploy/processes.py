@@ -58,7 +58,8 @@ def start(folder: FederationFolder, name: str, command: Sequence[str], env: Mapp
     """
     handle = _claim(folder, name, os.getpid())
     try:
-        with folder.log(name).open("wb") as log:
+        with folder.log(name).open("ab") as log:  # to append: the node's own processes write there, and so do we
+            log.truncate(0)
             process = subprocess.Popen(
                 command,
                 cwd=folder.working_directory,
