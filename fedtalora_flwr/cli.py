@@ -413,7 +413,7 @@ def _show_study(plan: "Plan", outcomes: "list[Outcome]", folder: Path) -> None:
         cases=cases,
         failures={outcome.run.name: outcome.failure for outcome in outcomes if outcome.failure},
     )
-    console.print(study_table(found))
+    console.print(study_table(found, width=console.width))
     for note in found.notes:
         console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
     console.print(f"page {write_study(found, folder)}", highlight=False, markup=False, soft_wrap=True)

@@ -20,6 +20,7 @@ from fedtalora_flwr.report.record import RunRecord, number, read_run
 from fedtalora_flwr.words import human_bytes
 
 _MOST_PICTURES = 24
+_WIDE = 160  # characters that all columns need
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Quantity:
         Whether the largest over the seeds counts, not the mean.
     spread
         Whether the spread over the seeds is worth a word.
+    brief
+        Whether it stands in the table of a narrow terminal too.
     """
 
     key: str
@@ -46,6 +49,7 @@ class Quantity:
     text: Callable[[float], str]
     worst: bool = False
     spread: bool = True
+    brief: bool = False
 
     def summary(self, values: Sequence[float]) -> str:
         """Word the values of a case's seeds: mean ± standard deviation, or the one there is."""
@@ -79,8 +83,8 @@ def _metric(key: str) -> Callable[[RunRecord], float]:
     return lambda run: run.metric(key)
 
 
-FAA = Quantity("faa", "FAA (%)", _metric("faa"), points)
-FORGETTING = Quantity("forgetting", "forgetting (points)", _metric("forgetting"), points)
+FAA = Quantity("faa", "FAA (%)", _metric("faa"), points, brief=True)
+FORGETTING = Quantity("forgetting", "forgetting (points)", _metric("forgetting"), points, brief=True)
 QUANTITIES = (
     FAA,
     Quantity("aia", "AIA (%)", _metric("aia"), points),
@@ -88,7 +92,7 @@ QUANTITIES = (
     Quantity("faa_linear", "FAA of the trained rows (%)", _last("accuracy_seen_linear"), points),
     Quantity("bytes_up_total", "bytes up", _metric("bytes_up_total"), human_bytes, spread=False),
     Quantity("bytes_down_total", "bytes down", _metric("bytes_down_total"), human_bytes, spread=False),
-    Quantity("residual_norm", "residual norm", _last("residual_norm"), "{:.3g}".format),
+    Quantity("residual_norm", "residual norm", _last("residual_norm"), "{:.2g}".format, brief=True),
     Quantity("exactness_error", "exactness error", _largest("exactness_error"), "{:.0e}".format, worst=True),
     Quantity("wall_seconds", "time", _metric("wall_seconds"), duration, spread=False),
 )
@@ -141,11 +145,11 @@ class Study:
 
     def quantities(self) -> list[Quantity]:
         """List the quantities that some run has."""
-        return [
-            quantity
-            for quantity in QUANTITIES
-            if any(not math.isnan(v) for c in self.cases for v in c.values(quantity))
-        ]
+        known = {quantity.key for quantity in QUANTITIES} | {"num_rounds"}
+        runs = [run for case in self.cases for run in case.runs.values()]
+        others = sorted({key for run in runs for key in run.metrics or {}} - known)
+        more = [Quantity(key, key.replace("_", " "), _metric(key), "{:.4g}".format) for key in others]
+        return [q for q in (*QUANTITIES, *more) if any(not math.isnan(value) for run in runs for value in [q.of(run)])]
 
     def gains(self, case: Case) -> list[float] | None:
         """Give the FAA of a case less that of the first value on the compared axis, seed by seed.
@@ -208,13 +212,15 @@ def study(
     return Study(title, about, tuple(axes), compare, tuple(case for case in read if case.runs), tuple(notes))
 
 
-def study_table(found: Study) -> Table:
-    """Return the table for a rich console."""
+def study_table(found: Study, *, width: int) -> Table:
+    """Return the table for a rich console of so many characters; a narrow one gets fewer columns."""
+    left_out = {quantity.label for quantity in found.quantities() if not quantity.brief} if width < _WIDE else set()
+    kept = [index for index, label in enumerate(found.header()) if label not in left_out]
     table = Table(title=Text(found.title), title_justify="left")
-    for number_of, label in enumerate(found.header()):
-        table.add_column(label, justify="left" if number_of < len(found.axes) else "right", overflow="fold")
+    for index in kept:
+        table.add_column(found.header()[index], justify="left" if index < len(found.axes) else "right", overflow="fold")
     for row in found.rows():
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(row[index]) for index in kept))
     return table
 
 
