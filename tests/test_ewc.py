@@ -46,8 +46,8 @@ def test_the_server_remembers_the_first_task_and_pairs_stay_near_it(held, tmp_pa
 
 def test_what_is_remembered_is_counted_on_the_wire(held):
     lines = [json.loads(text) for text in (held / "rounds.jsonl").read_text().splitlines()]
-    numbers = 2 * 2 * 4 * 192  # anchor and Fisher of one 192->192 layer of rank 4, in float32
-    first, _, third, _ = lines  # both send no residual yet, or the same step
+    numbers = 2 * 4 * 192  # of one 192->192 layer's pair of rank 4
+    first, _, third, _ = lines  # in the third the anchor is the pair itself, and Flower moves equal arrays once
     assert third["bytes_down"] - first["bytes_down"] > 3 * 4 * numbers
 
 
@@ -71,22 +71,23 @@ def test_fisher_of_an_example_is_the_squared_gradient_of_a_class_drawn_for_it():
     assert any(fits)
 
 
-@pytest.mark.parametrize(
-    ("value", "reason"), [(-1.0, "negative or not finite"), (np.nan, "negative"), (1e12, "norm-limit")]
-)
-def test_squared_gradients_that_cannot_be_are_refused_by_name(tmp_path, value, reason):
+def test_squared_gradients_that_cannot_be_are_refused_by_name(tmp_path):
+    bad = {0: -1.0, 1: np.nan, 3: 1e12}  # by partition
+
     def meddling(message, context):
-        reply = client_app(message, context)
-        if message.metadata.message_type == "train.fisher" and context.node_config["partition-id"] == 1:
+        reply, partition = client_app(message, context), context.node_config["partition-id"]
+        if message.metadata.message_type == "train.fisher" and partition in bad:
             arrays = reply.content.array_records["arrays"]
             key = "fisher/lora_B/blocks.5.attn.proj"
-            arrays[key] = Array(np.full_like(arrays[key].numpy(), value))
+            arrays[key] = Array(np.full_like(arrays[key].numpy(), bad[partition]))
         return reply
 
-    run = tiny_run(tmp_path / "run", meddling, **SETTINGS, penalty="ewc")
-    failures = [json.loads(text)["failures"] for text in (run / "rounds.jsonl").read_text().splitlines()]
-    assert [[f["partition_id"] for f in failed] for failed in failures] == [[], [1], [], []]
-    assert reason in failures[1][0]["reason"]
+    run = tiny_run(tmp_path / "run", meddling, **SETTINGS, penalty="ewc", num_clients=4, rounds_per_task=1)
+    first, last = (json.loads(text)["failures"] for text in (run / "rounds.jsonl").read_text().splitlines())
+    reasons = {failure["partition_id"]: failure["reason"] for failure in first}
+    assert reasons.keys() == bad.keys() and not last
+    assert "negative or not finite" in reasons[0] and "negative or not finite" in reasons[1]
+    assert "norm-limit is 1000" in reasons[3]
 
 
 def test_ewc_is_refused_with_a_method_that_draws_the_pair_anew(tmp_path):
@@ -94,7 +95,6 @@ def test_ewc_is_refused_with_a_method_that_draws_the_pair_anew(tmp_path):
         tiny_run(tmp_path / "run", penalty="ewc", method="flora")
 
 
-@pytest.mark.parametrize("method", ["ffa-lora", "full"])
-def test_ewc_remembers_only_what_is_trained(tmp_path, method):
-    run = tiny_run(tmp_path / "run", **SETTINGS, penalty="ewc", method=method)
+def test_ewc_remembers_only_what_is_trained(tmp_path):
+    run = tiny_run(tmp_path / "run", **SETTINGS, penalty="ewc", method="full", rounds_per_task=1)
     assert {key.partition("/")[0] for key in checkpoint.load(run / "checkpoint").memory.fisher} == {"lora_B"}

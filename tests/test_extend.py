@@ -14,13 +14,15 @@ from local_grid import ROOT
 BLOCK = re.compile(r"```python\n# (fedtalora_flwr/\S+\.py)\n(.*?)```", re.DOTALL)
 EXAMPLES = dict(BLOCK.findall((ROOT / "docs" / "EXTEND.md").read_text()))
 
-# Every choice on the page at once; the run writes its metrics where it is told.
-RUN = """
+# Every choice on the page at once, and then the contract tests of methods.
+PLAY = """
 import sys
 from pathlib import Path
+import pytest
 from local_grid import tiny_run
 tiny_run(Path(sys.argv[1]), dataset="stripes", partition="by-class", method="uniform", head="cosine", penalty="drift",
          backbone="untrained", penalty_weight=0.1, num_clients=2, local_epochs=2)
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "uniform", "tests/aggregation/test_exact_methods.py"]))
 """
 
 
@@ -54,8 +56,9 @@ def test_the_page_has_an_example_for_each_folder():
     }
 
 
-def test_examples_train_together_in_one_run_and_their_metric_is_written_down(copy, tmp_path):
-    python(copy, "-c", RUN, str(tmp_path / "run"))
+def test_examples_pass_the_contract_tests_and_train_together_in_one_run(copy, tmp_path):
+    said = python(copy, "-c", PLAY, str(tmp_path / "run"))
+    assert re.search(r"\b4 passed", said), said  # the tests that take every method there is
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     diagonal = [metrics["accuracy_matrix"][i][i] for i in range(2)]
     assert metrics["learning_accuracy"] == pytest.approx(sum(diagonal) / 2)
@@ -63,14 +66,7 @@ def test_examples_train_together_in_one_run_and_their_metric_is_written_down(cop
     assert [sum(count > 0 for count in counts) for counts in held] == [2, 2]  # a class of each task for each client
 
 
-def test_the_contract_tests_take_the_new_method_up_by_themselves_and_it_passes(copy):
-    said = python(
-        copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "uniform", "tests/aggregation/test_exact_methods.py"
-    )
-    assert re.search(r"\b4 passed", said), said
-
-
-def test_examples_are_formatted_and_typed_as_the_project_is(copy):
+def test_examples_are_written_as_the_project_is(copy):
     files = [str(copy / path) for path in EXAMPLES]
     python(copy, "-m", "ruff", "check", *files)
     python(copy, "-m", "ruff", "format", "--check", *files)
