@@ -66,7 +66,7 @@ def test_ewc_adds_nothing_before_a_task_is_finished():
 
 def test_ewc_is_half_the_weighted_squares_of_what_moved_each_by_its_fisher():
     _, term = remembering(3.0, weight=4.0)
-    assert float(term(torch.tensor([0]), BEFORE[:1])) == pytest.approx(4 / 2 * (2 * 9 + 0 * 9 + 0.5 * 9))
+    assert term(torch.tensor([0]), BEFORE[:1]).item() == pytest.approx(4 / 2 * (2 * 9 + 0 * 9 + 0.5 * 9))
 
 
 def test_ewc_pulls_only_what_earlier_tasks_depended_on():
