@@ -122,8 +122,8 @@ def made_run(folder: Path, *, faa: float, partition: str = "p", exactness: float
 def made_study(tmp_path):
     runs = {
         ("x", "off"): {0: made_run(tmp_path / "a", faa=0.5), 1: made_run(tmp_path / "b", faa=0.7, exactness=3e-8)},
-        ("x", "on"): {0: made_run(tmp_path / "c", faa=0.52), 1: made_run(tmp_path / "d", faa=0.76)},
         ("y", "off"): {0: made_run(tmp_path / "e", faa=0.9)},
+        ("x", "on"): {0: made_run(tmp_path / "c", faa=0.52), 1: made_run(tmp_path / "d", faa=0.76)},
         ("y", "on"): {0: made_run(tmp_path / "f", faa=0.2, partition="q")},
         ("z", "on"): {},
     }

@@ -131,7 +131,7 @@ class Study:
     compare
         Number of the axis whose values are set against its first one; None for none.
     cases
-        Those of which a run is finished, in the order of the plan.
+        Those of which a run is finished, in the order of the plan, but what is compared stands together.
     notes
         What a reader should know: failed runs, runs of several commits.
     """
@@ -209,6 +209,9 @@ def study(
     commits = {str(run.manifest.get("git_commit"))[:10] for case in read for run in case.runs.values()}
     if len(commits) > 1:
         notes.append(f"The runs were made at several commits: {', '.join(sorted(commits))}.")
+    if compare is not None:  # what is compared stands together
+        rests = list(dict.fromkeys(_without(case.labels, compare) for case in read))
+        read.sort(key=lambda case: rests.index(_without(case.labels, compare)))
     return Study(title, about, tuple(axes), compare, tuple(case for case in read if case.runs), tuple(notes))
 
 
