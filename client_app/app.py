@@ -26,6 +26,12 @@ def sums(message: Message, context: Context) -> Message:
     return _answer("sums", message, context)
 
 
+@app.train("fisher")
+def fisher(message: Message, context: Context) -> Message:
+    """Sum the squared gradients of this node's data of the task."""
+    return _answer("fisher", message, context)
+
+
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Count the hits on what this node has held out of the tasks so far."""

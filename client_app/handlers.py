@@ -21,7 +21,7 @@ from fedtalora_flwr.holding import Own, Share, holding_of
 from fedtalora_flwr.lora import AdaptedModel
 from fedtalora_flwr.resident import base_store, model_of
 from fedtalora_flwr.residual import BaseMissing
-from fedtalora_flwr.train import compared_classes, count_correct, fit, sum_features
+from fedtalora_flwr.train import compared_classes, count_correct, fit, sum_features, sum_fisher
 
 log = logging.getLogger("fedtalora.client")
 
@@ -80,6 +80,7 @@ def train(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
         task_id=order.task_id,
         round_in_task=order.round_in_task,
         seed=[config.seed, order.server_round, partition_id],
+        memory=wire.read_memory(message),
     )
     update = ClientUpdate(
         partition_id=partition_id,
@@ -94,7 +95,7 @@ def train(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
         like=state,
         trainable=method.trainable,
         mean_loss=result.mean_loss,
-        scaling=config.alpha / config.rank,
+        scaling=next((pair.scaling for pair in state.adapters.values()), 1.0),
         wire_dtype=config.wire_dtype,
     )
 
@@ -108,6 +109,25 @@ def sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[s
     examples = holding.training(order.task_id)
     head = heads.resolve(config.head, asdict(config))
     return wire.sums_reply(sum_features(model, examples, head=head, num_classes=holding.num_classes, config=config))
+
+
+@discreet
+@_asks_for_the_base
+def fisher(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
+    """Sum the squared gradients of the trained factors over this node's data of the task, under the server's state."""
+    config, partition_id, holding = _settings(message, run_config, node_config)
+    model, state, order = _loaded(message, config)
+    examples = holding.training(order.task_id)
+    sums = sum_fisher(
+        model,
+        state.head,
+        examples,
+        classes=holding.tasks[order.task_id],
+        trainable=aggregation.resolve(config.method, **asdict(config)).trainable,
+        config=config,
+        seed=[config.seed, order.server_round, partition_id],
+    )
+    return wire.fisher_reply(sums, class_counts=torch.bincount(examples.labels, minlength=len(state.head["bias"])))
 
 
 @discreet
@@ -139,8 +159,8 @@ def _settings(
 
 def _loaded(message: Message, config: RunConfig) -> tuple[AdaptedModel, GlobalState, wire.RoundOrder]:
     """Set the model to the server's state."""
-    state, parcel, order = wire.read_state(message)
-    base = base_store(config).reach(parcel)
     model = model_of(config)
+    state, parcel, order = wire.read_state(message, initial=lambda: model.initial_factors(seed=config.seed))
+    base = base_store(config).reach(parcel)
     model.load(state.adapters, base.residual)
     return model, state, order

@@ -20,6 +20,7 @@ from fedtalora_flwr.aggregation import GlobalState, LoraFactors, Step
 from fedtalora_flwr.data import ClassList
 from fedtalora_flwr.heads import FeatureSums
 from fedtalora_flwr.metrics import TaskMatrix
+from fedtalora_flwr.penalties import Memory
 
 _POINTER = "latest.json"
 
@@ -46,6 +47,8 @@ class Checkpoint:
         Of the clients, by partition id: the resumed run must meet the same data, unless the nodes bring their own.
     classes
         Names and tasks of the classes known so far; the rows of the head are theirs.
+    memory
+        What a penalty that remembers has gathered of finished tasks.
     """
 
     server_round: int
@@ -57,6 +60,7 @@ class Checkpoint:
     wall_seconds: float
     partition_hashes: tuple[str, ...]
     classes: ClassList = field(default_factory=ClassList)
+    memory: Memory = field(default_factory=Memory)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -75,6 +79,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     tensors |= {f"head/{name}": value for name, value in state.head.items()}
     tensors |= {f"owed_left/{name}": step.left for name, step in state.owed.items()}
     tensors |= {f"owed_right/{name}": step.right for name, step in state.owed.items()}
+    tensors |= {f"anchor/{name}": value for name, value in checkpoint.memory.anchor.items()}
+    tensors |= {f"fisher/{name}": value for name, value in checkpoint.memory.fisher.items()}
     tensors |= {"sums/gram": checkpoint.sums.gram, "sums/moment": checkpoint.sums.moment}
     name = f"round-{checkpoint.server_round:06d}.safetensors"
     temporary = folder / f"{name}.part"
@@ -140,6 +146,7 @@ def load(folder: Path) -> Checkpoint:
         wall_seconds=facts["wall_seconds"],
         partition_hashes=tuple(facts["partition_hashes"]),
         classes=_class_list(facts.get("classes", {})),
+        memory=Memory(parts["anchor"], parts["fisher"]),
     )
 
 

@@ -40,6 +40,7 @@ class RunConfig:
     label_column: str
     test_fraction: float
     max_per_class: int
+    max_test_per_class: int
     check_data: bool
     cache_gb: float
     base_cache_gb: float
@@ -195,6 +196,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "residual-energy": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "test-fraction": (lambda value: 0 < value < 1, "between 0 and 1"),
     "max-per-class": _at_least(0),
+    "max-test-per-class": _at_least(0),
     "cache-gb": _POSITIVE,
     "base-cache-gb": _NOT_NEGATIVE,
     "num-tasks": _at_least(1),

@@ -182,7 +182,7 @@ def launch(
         client_cpus=client_cpus,
         client_gpus=client_gpus,
     )
-    with _sigterm_as_exit():
+    with sigterm_as_exit():
         report = json.loads(_follow(job, on_tick, tick_seconds) or '{"error": "No report, see keeper.log."}')
     on_tick()
     if "error" in report:
@@ -269,7 +269,7 @@ def _follow(job: _Job, on_tick: Callable[[], None], tick_seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
+def sigterm_as_exit() -> Iterator[None]:
     """Let SIGTERM unwind the stack, as Ctrl-C does; other threads than the main one cannot."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -68,6 +68,15 @@ class FusedLinear(peft_lora.Linear):  # type: ignore[misc]  # PEFT is untyped
         return _AdaptedProduct.apply(x, base.weight, base.bias, lora_A, lora_B, self.scaling[_ADAPTER])  # type: ignore[no-any-return]
 
 
+class DenseLinear(peft_lora.Linear):  # type: ignore[misc]
+    """A pair of full rank whose lora_A is the identity: lora_B is the change of the weight."""
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """Compute ``x (W + lora_B)^T + bias`` for x (..., d_in)."""
+        base = self.get_base_layer()
+        return F.linear(x, base.weight + self.lora_B[_ADAPTER].weight, base.bias)
+
+
 class _AdaptedProduct(torch.autograd.Function):
     """The product of `FusedLinear`; the frozen weight and bias get no gradient."""
 
@@ -106,6 +115,8 @@ class AdaptedModel(nn.Module):
         Of LoRA; scaling = alpha / rank.
     blocks, targets
         The settings ``lora-blocks`` and ``lora-targets`` (see `chosen_blocks`, `chosen_roles`).
+    dense
+        Whether the pairs are of full rank (see `LoraFactors.dense`), whatever `rank` and `alpha`.
 
     Raises
     ------
@@ -113,18 +124,24 @@ class AdaptedModel(nn.Module):
         If the settings match nothing, or the rank is above what a layer can have.
     """
 
-    def __init__(self, backbone: Backbone, *, rank: int, alpha: float, blocks: str, targets: str) -> None:
+    def __init__(
+        self, backbone: Backbone, *, rank: int, alpha: float, blocks: str, targets: str, dense: bool = False
+    ) -> None:
         super().__init__()
         names = _prepare_layers(backbone, blocks=blocks, targets=targets)
-        for name in names:
+        ranks = {name: _width(backbone.model.get_submodule(name)) for name in names} if dense else {}
+        for name in () if dense else names:
             _check_rank(name, backbone.model.get_submodule(name), rank)
         backbone.requires_grad_(False)
         if names:
-            config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names)
-            config._register_custom_module({nn.Linear: FusedLinear})
+            config = LoraConfig(
+                r=rank, lora_alpha=alpha, target_modules=names, rank_pattern=ranks, alpha_pattern=dict(ranks)
+            )
+            config._register_custom_module({nn.Linear: DenseLinear if dense else FusedLinear})
             inject_adapter_in_model(config, backbone.model, adapter_name=_ADAPTER)
         self.backbone = backbone
         self.rank = rank
+        self.dense = dense
         self.layers: dict[str, LoraLayer] = {
             name: module for name, module in backbone.model.named_modules() if isinstance(module, LoraLayer)
         }
@@ -132,16 +149,25 @@ class AdaptedModel(nn.Module):
 
     def train_only(self, factors: frozenset[str]) -> list[nn.Parameter]:
         """Let gradients reach `factors` (of lora_A, lora_B) alone, and list these parameters."""
-        trained = []
-        for layer in self.layers.values():
-            for factor in ("lora_A", "lora_B"):
-                parameter = getattr(layer, factor)[_ADAPTER].weight
-                parameter.requires_grad_(factor in factors)
-                trained += [parameter] if factor in factors else []
-        return trained
+        for key, parameter in self.named_factors().items():
+            parameter.requires_grad_(key.partition("/")[0] in factors)
+        return [parameter for parameter in self.named_factors().values() if parameter.requires_grad]
+
+    def named_factors(self) -> dict[str, nn.Parameter]:
+        """Give the parameters of all pairs, by ``lora_A/<module>`` and ``lora_B/<module>``."""
+        return {
+            f"{factor}/{name}": getattr(layer, factor)[_ADAPTER].weight
+            for name, layer in self.layers.items()
+            for factor in ("lora_A", "lora_B")
+        }
 
     def initial_factors(self, *, seed: int) -> dict[str, LoraFactors]:
         """Draw the start of every pair (see `LoraFactors.initial`), the same for a seed on any machine."""
+        if self.dense:
+            return {
+                name: LoraFactors.dense(d_in=layer.in_features, d_out=layer.out_features)
+                for name, layer in self.layers.items()
+            }
         generator = torch.Generator().manual_seed(seed)
         return {
             name: LoraFactors.initial(
@@ -281,6 +307,11 @@ def _check_rank(name: str, layer: nn.Module, rank: int) -> None:
         raise PlacementError(
             f"rank must be in [1, {highest}] for the {layer.in_features}->{layer.out_features} layer {name}, got {rank}"
         )
+
+
+def _width(layer: nn.Module) -> int:
+    assert isinstance(layer, nn.Linear)
+    return layer.in_features
 
 
 def count_parameters(factors: Mapping[str, LoraFactors], *, only: Sequence[str] = ("lora_A", "lora_B")) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from fedtalora_flwr.sweep.play import Outcome
 from fedtalora_flwr.words import human_bytes, human_time
 
 
@@ -37,7 +38,7 @@ class RunProgress:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._line: TaskID = self._bar.add_task("starting Flower and Ray", total=None, facts="")
+        self._line: TaskID = self._bar.add_task("starting", total=None, facts="")
 
     def __enter__(self) -> "RunProgress":
         self._bar.start()
@@ -86,6 +87,73 @@ class RunProgress:
             line = json.loads(text)
             self._console.print(_round_line(line, num_rounds), highlight=False, soft_wrap=True)
         self._seen = len(lines)
+
+
+class SweepProgress:
+    """Follow the runs of a sweep: a bar for all and a line for each that is at work; elsewhere a line at either end.
+
+    Parameters
+    ----------
+    console
+        Where to show it.
+    num_runs, num_finished
+        Of the sweep, and how many were finished before it began.
+    """
+
+    def __init__(self, console: Console, *, num_runs: int, num_finished: int) -> None:
+        self._console = console
+        self._num_runs, self._num_ended = num_runs, num_finished
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._all = self._bar.add_task("runs", total=num_runs, completed=num_finished, facts=self._count())
+        self._lines: dict[str, tuple[TaskID, Path]] = {}
+
+    def __enter__(self) -> "SweepProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def begins(self, name: str, folder: Path, *, resumed: bool) -> None:
+        """Show that a run begins or goes on."""
+        self._lines[name] = self._bar.add_task(_plain(name), total=None, facts="starting"), folder
+        self._say(f"{name} {'goes on' if resumed else 'begins'}")
+
+    def ends(self, outcome: Outcome) -> None:
+        """Show how a run ended."""
+        line, _ = self._lines.pop(outcome.run.name)
+        self._bar.remove_task(line)
+        self._num_ended += 1
+        self._bar.update(self._all, completed=self._num_ended, facts=self._count())
+        ending = f"[red]failed[/red]: {_plain(outcome.failure)}" if outcome.failure else "is finished"
+        self._say(f"{self._count()}  {_plain(outcome.run.name)} {ending}")
+
+    def tick(self) -> None:
+        """Show where each run is."""
+        for line, folder in self._lines.values():
+            path = folder / "status.json"
+            if path.exists():
+                status = json.loads(path.read_text())
+                facts = f"{_where(status)}  {_facts(status)}"
+                self._bar.update(
+                    line, total=status.get("num_rounds"), completed=status.get("rounds_done", 0), facts=facts
+                )
+
+    def _count(self) -> str:
+        return f"{self._num_ended}/{self._num_runs}"
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True)
 
 
 def _where(status: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from cachetools import LRUCache
 
-from fedtalora_flwr import backbones
+from fedtalora_flwr import aggregation, backbones
 from fedtalora_flwr.config import ConfigError, RunConfig
 from fedtalora_flwr.data import DataError, OwnReader, Source, TaskStream, build_stream, open_data
 from fedtalora_flwr.data.source import Split
@@ -100,6 +100,7 @@ def build_model(config: RunConfig) -> AdaptedModel:
         alpha=config.alpha,
         blocks=config.lora_blocks,
         targets=config.lora_targets,
+        dense=aggregation.resolve(config.method, **asdict(config)).dense,
     )
 
 

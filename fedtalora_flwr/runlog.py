@@ -16,7 +16,7 @@ from typing import Any
 import fedtalora_flwr
 from fedtalora_flwr.checkpoint import write_text
 from fedtalora_flwr.config import MAY_CHANGE_ON_RESUME
-from fedtalora_flwr.metrics import TaskMatrix
+from fedtalora_flwr.metrics import TaskMatrix, measured
 
 _LIBRARIES = ("torch", "flwr", "timm", "peft", "transformers", "datasets", "numpy", "ray")
 
@@ -146,7 +146,7 @@ class RunFolder:
         self._write(
             "metrics.json",
             {
-                **matrix.summary(),
+                **measured(matrix),
                 "bytes_up_total": bytes_up,
                 "bytes_down_total": bytes_down,
                 "wall_seconds": wall_seconds,

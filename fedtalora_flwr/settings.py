@@ -41,6 +41,11 @@ def presets(app: Path) -> dict[str, Path]:
     return {path.stem: path for path in sorted((app / "experiments").glob("*.toml"))}
 
 
+def sweeps(app: Path) -> dict[str, Path]:
+    """List the sweeps by name."""
+    return {path.stem: path for path in sorted((app / "experiments" / "sweeps").glob("*.toml"))}
+
+
 def preset_file(app: Path, name: str) -> Path:
     """Find a preset.
 
@@ -102,18 +107,24 @@ def _read_flat(path: Path) -> dict[str, Scalar]:
     return settings
 
 
-def gather(app: Path, *, file: Path | None, assignments: Iterable[str]) -> dict[str, Scalar]:
-    """Put defaults, a file and ``key=value`` assignments together, later ones winning; paths become absolute.
+def gather(
+    app: Path, *, file: Path | None, assignments: Iterable[str], values: Mapping[str, Scalar] | None = None
+) -> dict[str, Scalar]:
+    """Put defaults, a file, values and ``key=value`` assignments together, later ones winning; paths become absolute.
 
     The app runs in a folder of its own, so a relative path would point elsewhere there.
 
     Raises
     ------
     ConfigError
-        If a file or an assignment cannot be read.
+        If a file or an assignment cannot be read, or a value has an unknown key.
     """
     known = defaults(app)
     settings = {**known, **(read_file(file, known) if file else {})}
+    for key in values or {}:
+        if key not in known:
+            raise ConfigError(unknown_key(key, known))
+    settings |= values or {}
     settings |= dict(parse_assignment(text, known) for text in assignments)
     if not settings["data-root"]:
         settings["data-root"] = os.environ.get("FEDTALORA_DATA", "")

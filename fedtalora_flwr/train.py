@@ -14,7 +14,7 @@ from fedtalora_flwr.aggregation.base import LoraFactors
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.heads import Classifier, FeatureSums, Head, logits
 from fedtalora_flwr.lora import AdaptedModel
-from fedtalora_flwr.penalties import Penalty, Start
+from fedtalora_flwr.penalties import Memory, Penalty, Start
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def fit(
     task_id: int,
     round_in_task: int,
     seed: Sequence[int],
+    memory: Memory | None = None,
 ) -> FitResult:
     """Train a loaded model for ``local-epochs`` on one client's data of a task.
 
@@ -81,6 +82,8 @@ def fit(
         The server's clock; the schedule and ``later-learning-rate`` follow it.
     seed
         Of the order of examples and of augmentation.
+    memory
+        Of finished tasks, for a penalty that remembers.
     """
     device = next(model.parameters()).device
     rows = {name: nn.Parameter(value.to(device, copy=True)) for name, value in head.items()}
@@ -97,6 +100,8 @@ def fit(
             features=lambda: _features_in_order(model, examples, config=config),
             rows={name: row.detach().clone() for name, row in rows.items()},
             old_classes=torch.tensor(sorted(old_classes), dtype=torch.int64, device=device),
+            factors={key: factor for key, factor in model.named_factors().items() if factor.requires_grad},
+            memory=_on_device(memory or Memory(), device),
         )
     )
     total_loss = torch.zeros((), device=device)
@@ -157,6 +162,48 @@ def sum_features(
     return sums
 
 
+def sum_fisher(
+    model: AdaptedModel,
+    head: Mapping[str, Tensor],
+    examples: Examples,
+    *,
+    classes: Sequence[int],
+    trainable: frozenset[str],
+    config: RunConfig,
+    seed: Sequence[int],
+) -> dict[str, Tensor]:
+    """Sum ``(d log p(y | x) / d theta)^2`` over a client's examples, with y drawn from the loaded model's own p.
+
+    Parameters
+    ----------
+    model, head, examples, classes, trainable, config
+        As of `fit`.
+    seed
+        Of the draws.
+
+    Returns
+    -------
+    By ``lora_A/<module>`` and ``lora_B/<module>``, of the trainable factors, float32 on the CPU.
+    """
+    device = next(model.parameters()).device
+    trained = model.train_only(trainable)
+    keys = [key for key, factor in model.named_factors().items() if factor.requires_grad]
+    sums = [torch.zeros_like(factor) for factor in trained]
+    rows = {name: value.to(device) for name, value in head.items()}
+    compared = torch.tensor(sorted(classes), device=device)
+    generator = torch.Generator().manual_seed(int(np.random.default_rng(list(seed)).integers(2**62)))
+    model.eval()
+    for row in range(len(examples) if trained else 0):  # one by one: a square of a sum is no sum of squares
+        with autocast(device, config.precision):
+            features = model.backbone(examples.inputs[row : row + 1].to(device)).float()
+        log_p = F.log_softmax(logits(rows, features, compared), 1)[0]
+        drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
+        gradients = torch.autograd.grad(log_p[drawn.to(device)].sum(), trained)
+        for total, gradient in zip(sums, gradients, strict=True):
+            total.addcmul_(gradient, gradient)
+    return {key: total.float().cpu() for key, total in zip(keys, sums, strict=True)}
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """Run the forward pass in bf16 where asked, or where ``auto`` finds a GPU that has it.
 
@@ -175,6 +222,11 @@ def _features(model: AdaptedModel, examples: Examples, *, config: RunConfig) -> 
         with autocast(device, config.precision):
             features = model.backbone(examples.inputs[part].to(device))
         yield features.float(), examples.labels[part].to(device), part.to(device)
+
+
+def _on_device(memory: Memory, device: torch.device) -> Memory:
+    anchor, fisher = ({k: v.to(device) for k, v in part.items()} for part in (memory.anchor, memory.fisher))
+    return Memory(anchor, fisher)
 
 
 @torch.no_grad()

@@ -1,14 +1,15 @@
-"""Between Flower's records and our types: the only library file that imports flwr.
+"""Between Flower's records and our types: with `inprocess`, the only library file that imports flwr.
 
 An array's key is its part and its place: ``lora_A/<module>``, ``lora_B/<module>``, ``head/<parameter>``; of the
 base (see `Parcel`) ``left <i>/<module>`` and ``right <i>/<module>`` for the i-th step, ``dense/<module>``. Scalars
 travel in config and metric records under kebab-case keys.
 """
 
+import hashlib
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from fedtalora_flwr.aggregation import FACTORS, BadUpdate, ClientUpdate, GlobalS
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import ClassList, HeldClass
 from fedtalora_flwr.heads import FeatureSums
+from fedtalora_flwr.penalties import Memory
 from fedtalora_flwr.residual import Parcel
 
 ARRAYS, ORDER, METRICS, HELLO, BASE, BASE_ARRAYS = "arrays", "order", "metrics", "hello", "base", "base-arrays"
@@ -86,7 +88,13 @@ class Hello:
     remarks: tuple[str, ...] = ()
 
 
-def pack_state(state: GlobalState, *, classes: Sequence[int] = ()) -> ArrayRecord:
+def pack_state(
+    state: GlobalState,
+    *,
+    classes: Sequence[int] = (),
+    memory: Memory | None = None,
+    trainable: frozenset[str] = FACTORS,
+) -> ArrayRecord:
     """Put the shared tensors of a state into one record; share it among messages, it is serialised once.
 
     Parameters
@@ -95,8 +103,15 @@ def pack_state(state: GlobalState, *, classes: Sequence[int] = ()) -> ArrayRecor
         Its residual is left out: it travels as a `Parcel`, as far as a client needs it.
     classes
         The class rows of the head that the clients need.
+    memory
+        What a penalty needs of finished tasks.
+    trainable
+        The factors that change; a client draws the others itself, as they started.
     """
-    tensors = _pack_factors(state.adapters)
+    tensors = _pack_factors(state.adapters, trainable)
+    if memory is not None:
+        tensors |= {f"anchor/{key}": value for key, value in memory.anchor.items()}
+        tensors |= {f"fisher/{key}": value for key, value in memory.fisher.items()}
     if classes:
         rows = torch.tensor(sorted(set(classes)))
         tensors |= {f"head/{name}": value[rows] for name, value in state.head.items()}
@@ -113,10 +128,22 @@ def pack_parcel(parcel: Parcel) -> ArrayRecord:
     return _record(tensors)
 
 
+def frozen_digest(adapters: Mapping[str, LoraFactors], trainable: frozenset[str]) -> str:
+    """Name the factors that never change by their SHA-256; empty where all change."""
+    frozen = _pack_factors(adapters, FACTORS - trainable)
+    digest = hashlib.sha256()
+    for key in sorted(frozen):
+        digest.update(key.encode() + frozen[key].contiguous().numpy().tobytes())
+    return digest.hexdigest() if frozen else ""
+
+
 def state_message(
-    arrays: ArrayRecord, order: RoundOrder, *, scaling: float, version: int, num_classes: int
+    arrays: ArrayRecord, order: RoundOrder, *, scaling: float, version: int, num_classes: int, frozen: str = ""
 ) -> RecordDict:
-    """Build the content of a training message, but for the base (see `add_parcel`)."""
+    """Build the content of a training message, but for the base (see `add_parcel`).
+
+    `frozen` is the digest of the factors that `arrays` leave out.
+    """
     settings: dict[str, Any] = {
         "server-round": order.server_round,
         "task-id": order.task_id,
@@ -124,6 +151,7 @@ def state_message(
         "scaling": scaling,
         "version": version,
         "num-classes": num_classes,
+        "frozen": frozen,
         "library": fedtalora_flwr.__version__,
     }
     return RecordDict({ARRAYS: arrays, ORDER: ConfigRecord(settings)})
@@ -158,19 +186,36 @@ def read_classes(message: Message) -> ClassList:
     )
 
 
-def read_state(message: Message) -> tuple[GlobalState, Parcel, RoundOrder]:
+def read_state(
+    message: Message, *, initial: Callable[[], Mapping[str, LoraFactors]] | None = None
+) -> tuple[GlobalState, Parcel, RoundOrder]:
     """Read a training message on the client: the state without its residual, and how to reach that.
 
-    Head rows that were not sent are zero.
+    Head rows that were not sent are zero, and factors that were not sent are as they started.
+
+    Parameters
+    ----------
+    message
+        From the server.
+    initial
+        Gives the start of every pair; asked only where factors were left out.
 
     Raises
     ------
     WireError
-        If the server runs another version of the library.
+        If the server runs another version of the library, or its pairs started otherwise than this side's.
     """
     settings = message.content.config_records[ORDER]
     check_library(str(settings["library"]), whose="server")
     parts = _parts(message.content.array_records[ARRAYS])
+    if (frozen := str(settings["frozen"])) and initial is not None:
+        started, trainable = initial(), frozenset(FACTORS & parts.keys())
+        if frozen_digest(started, trainable) != frozen:
+            raise WireError(
+                "the server's pairs started from other numbers than this node draws for the same seed; install the "
+                "server's version of PyTorch"
+            )
+        parts |= _frozen(started, trainable)
     head, rows = parts.get("head", {}), parts.get("rows", {}).get("class", torch.zeros(0)).long()
     num_classes = cast(int, settings["num-classes"])
     state = GlobalState(
@@ -193,6 +238,14 @@ def read_state(message: Message) -> tuple[GlobalState, Parcel, RoundOrder]:
         Parcel(tuple(chain), steps, base.get("dense", {})),
         RoundOrder(clock["server-round"], clock["task-id"], clock["round-in-task"]),
     )
+
+
+def read_memory(message: Message) -> Memory:
+    """Read on the client what a training message tells of finished tasks; an empty memory where it tells nothing."""
+    record = message.content.array_records[ARRAYS]
+    told = ArrayRecord({key: array for key, array in record.items() if key.startswith(("anchor/", "fisher/"))})
+    parts = _parts(told)
+    return Memory(parts.get("anchor", {}), parts.get("fisher", {}))
 
 
 def base_missing_reply(held: Sequence[str]) -> RecordDict:
@@ -271,10 +324,7 @@ def read_update(
         num_classes = len(next(iter(like.head.values()))) if like.head else 0
         counted = parts.pop("counts")
         trained = _class_numbers(counted["class"], num_classes)
-        examples = _whole_numbers(counted["examples"])
-        if examples.shape != trained.shape:
-            raise ValueError(f"{len(trained)} classes have examples of shape {tuple(examples.shape)}")
-        counts = torch.zeros(num_classes, dtype=torch.int64).index_copy_(0, trained, examples)
+        counts = _read_counts(counted, num_classes)
         if "exponents" in metrics:
             origin = _trained(like.adapters, like.head, trained, factors=trainable)
             parts = _from_halves(parts, cast(list[int], metrics["exponents"]), origin)
@@ -418,6 +468,40 @@ def error_text(error: Error) -> str:
     return (quoted[1] if quoted else reason).rpartition("ClientAppException occurred. Message: ")[2].strip()
 
 
+def fisher_reply(sums: Mapping[str, Tensor], *, class_counts: Tensor) -> RecordDict:
+    """Build the content of a reply with squared gradients, summed over the client's examples."""
+    held = class_counts.nonzero().flatten()
+    tensors = {f"fisher/{key}": value for key, value in sums.items()}
+    return RecordDict(
+        {ARRAYS: _record(tensors | {"counts/class": held.int(), "counts/examples": class_counts[held].int()})}
+    )
+
+
+def read_fisher(message: Message, *, like: GlobalState, trainable: frozenset[str]) -> tuple[dict[str, Tensor], Tensor]:
+    """Read a reply with squared gradients: the sums by factor, and the examples of each class, (C,).
+
+    Raises
+    ------
+    BadUpdate
+        If a part is missing, has another shape than the factor, or holds a number that is no sum of squares.
+    """
+    factors = _pack_factors(like.adapters, trainable)
+    try:
+        names = {*(f"fisher/{key}" for key in factors), *COUNTS}
+        parts = _parts(message.content.array_records[ARRAYS], only=names)
+        counts = _read_counts(parts["counts"], len(next(iter(like.head.values()))))
+        sums = parts.get("fisher", {})
+    except Exception as error:  # as of an update
+        raise BadUpdate(f"squared gradients cannot be read: {type(error).__name__} {error}") from error
+    for key, factor in factors.items():
+        if sums[key].shape != factor.shape or sums[key].dtype != torch.float32:
+            got = f"{sums[key].dtype} {tuple(sums[key].shape)}"
+            raise BadUpdate(f"squared gradients of {key} hold {got}, expected torch.float32 {tuple(factor.shape)}")
+        if not (torch.isfinite(sums[key]).all() and (sums[key] >= 0).all()):
+            raise BadUpdate(f"squared gradients of {key} hold a number that is negative or not finite")
+    return sums, counts
+
+
 def message_bytes(messages: Iterable[Message]) -> int:
     """Count the bytes that Flower moves for messages, whether or not a network is between the two sides.
 
@@ -521,6 +605,14 @@ def _class_numbers(sent: Tensor, num_classes: int) -> Tensor:
     if len(classes) and (classes[0] < 0 or classes[-1] >= num_classes or (classes.diff() <= 0).any()):
         raise ValueError(f"classes must rise within 0-{num_classes - 1}")
     return classes
+
+
+def _read_counts(counted: Mapping[str, Tensor], num_classes: int) -> Tensor:
+    """Read the examples of each class held, (C,) int64."""
+    held, examples = _class_numbers(counted["class"], num_classes), _whole_numbers(counted["examples"])
+    if examples.shape != held.shape:
+        raise ValueError(f"{len(held)} classes have examples of shape {tuple(examples.shape)}")
+    return torch.zeros(num_classes, dtype=torch.int64).index_copy_(0, held, examples)
 
 
 def _whole_numbers(sent: Tensor) -> Tensor:

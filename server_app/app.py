@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context
+from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
 
 from fedtalora_flwr import aggregation, checkpoint, heads, penalties, wire
 from fedtalora_flwr.aggregation import GlobalState
@@ -23,6 +25,7 @@ from fedtalora_flwr.data import ClassList
 from fedtalora_flwr.heads import Classifier, FeatureSums
 from fedtalora_flwr.lora import count_parameters
 from fedtalora_flwr.metrics import TaskMatrix
+from fedtalora_flwr.penalties import Memory
 from fedtalora_flwr.resident import data_of, model_of, own_reader, test_examples
 from fedtalora_flwr.runlog import Failure, RoundLog, RunFolder
 from fedtalora_flwr.train import count_correct
@@ -110,6 +113,11 @@ class Server:
         self.point = self._resumed() if config.resume else self._fresh()
         self.first_round = self.point.server_round + 1
         method = aggregation.resolve(config.method, **asdict(config))
+        if self.penalty.remembers and not method.keeps_pair:
+            raise RunFailed(
+                f"penalty {config.penalty} remembers the pair, which method {config.method} draws anew every round; "
+                "choose another of the two"
+            )
         self.strategy = AdapterStrategy(config=config, method=method, state=self.point.state)
         self.nodes = Attendance(grid, config, self.strategy, self._show)
 
@@ -150,6 +158,7 @@ class Server:
         trained = self.nodes.insist(self._train, order) if self.config.rounds_per_task else Trained()
         aggregate_seconds = time.monotonic() - began - tally.wait_seconds
         self._show("evaluating", server_round, mean_loss=trained.mean_loss)
+        memory = self._remember(order)
         scored = self._score(order)
         total_seconds = time.monotonic() - began
         point = replace(
@@ -157,6 +166,7 @@ class Server:
             server_round=server_round,
             state=self.strategy.state,
             sums=scored.sums,
+            memory=memory,
             matrix=scored.matrix,
             bytes_up=self.point.bytes_up + tally.bytes_up,
             bytes_down=self.point.bytes_down + tally.bytes_down,
@@ -205,14 +215,37 @@ class Server:
         """Let a sample of the clients train, and fold their updates into the state."""
         strategy, seen = self.strategy, self.config.loss_classes == "seen" or self.penalty.uses_old_rows
         classes = self.point.classes
-        arrays = wire.pack_state(
-            strategy.state, classes=classes.seen(order.task_id) if seen else classes.tasks[order.task_id]
-        )
+        rows = classes.seen(order.task_id) if seen else classes.tasks[order.task_id]
+        arrays = self._packed(strategy.state, classes=rows, memory=self.point.memory)
         messages = strategy.configure_train(order.server_round, arrays, _clock(order), self.grid)
         replies = strategy.exchange(self.grid, messages)
         _, metrics = strategy.aggregate_train(order.server_round, (reply for _, reply in replies))
         assert metrics is not None
         return Trained(**{key.replace("-", "_"): float(str(value)) for key, value in metrics.items()})
+
+    def _packed(self, state: GlobalState, *, classes: Sequence[int] = (), memory: Memory | None = None) -> ArrayRecord:
+        """Pack what all clients are sent of a state; factors that the method keeps frozen stay here."""
+        return wire.pack_state(state, classes=classes, memory=memory, trainable=self.strategy.method.trainable)
+
+    def _remember(self, order: wire.RoundOrder) -> Memory:
+        """At the end of a task, gather what the penalty is to remember of it, unless no task follows."""
+        ends = order.round_in_task + 1 == self.rounds_per_task and order.task_id + 1 < self.config.last_task
+        if not (ends and self.penalty.remembers and self.config.rounds_per_task):
+            return self.point.memory
+        fisher = self.nodes.insist(self._mean_fisher, order)
+        anchor = {
+            f"{factor}/{name}": getattr(pair, factor).clone()  # a checkpoint holds no tensor twice
+            for name, pair in self.strategy.state.adapters.items()
+            for factor in sorted(self.strategy.method.trainable)
+        }
+        return self.point.memory.with_task(anchor, fisher)
+
+    def _mean_fisher(self, order: wire.RoundOrder) -> dict[str, Tensor]:
+        self.strategy.task_id = order.task_id
+        arrays = self._packed(self.strategy.state, classes=self.point.classes.tasks[order.task_id])
+        partitions = self.strategy.holds_task[order.task_id]
+        messages = self.strategy.messages(arrays, order, partitions=partitions, message_type="train.fisher")
+        return self.strategy.mean_fisher(order.server_round, self.strategy.exchange(self.grid, messages))
 
     def _score(self, order: wire.RoundOrder) -> Scored:
         """Evaluate where it is time to; what a task's end settles is kept, what its middle shows is only logged."""
@@ -229,7 +262,7 @@ class Server:
     def _collect_sums(self, order: wire.RoundOrder) -> FeatureSums:
         """Add to the sums of finished tasks what all holders of this task's data sum under the new state."""
         self.strategy.task_id = order.task_id
-        partitions, arrays = self.strategy.holds_task[order.task_id], wire.pack_state(self.strategy.state)
+        partitions, arrays = self.strategy.holds_task[order.task_id], self._packed(self.strategy.state)
         messages = self.strategy.messages(arrays, order, partitions=partitions, message_type="train.sums")
         replies = self.strategy.exchange(self.grid, messages)
         return self.strategy.add_sums(order.server_round, replies, to=self.point.sums)
@@ -259,7 +292,7 @@ class Server:
         """Let the nodes count the hits on what they have held out of every task so far, and give the matrix."""
         state = self.strategy.state
         classified = replace(state, head=self.head.classifier(state.head, sums).rows)
-        arrays = wire.pack_state(classified, classes=self.point.classes.seen(order.task_id))
+        arrays = self._packed(classified, classes=self.point.classes.seen(order.task_id))
         messages = self.strategy.configure_evaluate(order.server_round, arrays, _clock(order), self.grid)
         num_tasks = order.task_id + 1
         if not (asked := list(messages)):
@@ -344,13 +377,13 @@ class Server:
     def _parameters(self) -> dict[str, int]:
         """Count what the model has, trains and sends."""
         factors = self.point.state.adapters
-        lora = count_parameters(factors)
         trained = count_parameters(factors, only=sorted(self.strategy.method.trainable))
+        lora = trained if self.strategy.method.dense else count_parameters(factors)
         rows = sum(value.numel() for value in self.point.state.head.values())
         return {
             "total": sum(p.numel() for p in self.model.parameters()),
             "trainable": trained + rows,
-            "transmitted": lora + rows,
+            "transmitted": trained + rows,
             "lora": lora,
             "head": rows,
             "sums": self._num_sums(),

@@ -95,6 +95,7 @@ class AdapterStrategy(Strategy):
         self.task_id = 0
         self.tally = Tally()
         self.ledger = Ledger(state.residual)
+        self._frozen = wire.frozen_digest(state.adapters, method.trainable)
         self._records: dict[int, ArrayRecord] = {}  # id of a parcel of the ledger -> its arrays
 
     def meet(self, hellos: Mapping[int, wire.Hello]) -> None:
@@ -239,9 +240,10 @@ class AdapterStrategy(Strategy):
         content = wire.state_message(
             arrays,
             order,
-            scaling=self.config.alpha / self.config.rank,
+            scaling=next((pair.scaling for pair in self.state.adapters.values()), 1.0),
             version=self.state.version,
             num_classes=len(self.census.classes.names),
+            frozen=self._frozen,
         )
         return [
             self._addressed(content, partition, message_type=message_type, group_id=str(order.server_round))
@@ -310,7 +312,7 @@ class AdapterStrategy(Strategy):
         self.state = new_state
         self.ledger.advance(new_state.residual, new_state.step)
         self._records.clear()
-        return wire.pack_state(new_state), MetricRecord(metrics)
+        return wire.pack_state(new_state, trainable=self.method.trainable), MetricRecord(metrics)
 
     def add_sums(self, server_round: int, replies: Iterable[tuple[int, Message]], *, to: FeatureSums) -> FeatureSums:
         """Add the clients' feature sums up as they come, in order of partition id; a bad one is refused.
@@ -332,6 +334,32 @@ class AdapterStrategy(Strategy):
             total, num_good = total + sums, num_good + 1
         self.require(num_good, server_round)
         return total
+
+    def mean_fisher(self, server_round: int, replies: Iterable[tuple[int, Message]]) -> dict[str, Tensor]:
+        """Give the mean squared gradient over all clients' examples, by trained factor; a bad reply is refused.
+
+        Raises
+        ------
+        TooFewReplies
+            If fewer than ``min-replies`` good ones remain.
+        """
+        total: dict[str, Tensor] = {}
+        num_good = num_examples = 0
+        for partition, reply in replies:
+            try:
+                sums, counts = wire.read_fisher(reply, like=self.state, trainable=self.method.trainable)
+                self._check_counts(partition, counts)
+                held = int(counts.sum())
+                norm = (sum(float(value.double().sum()) for value in sums.values()) / max(1, held)) ** 0.5
+                if not norm <= self.config.norm_limit:
+                    raise BadUpdate(f"gradients have a norm of {norm:.3g}, norm-limit is {self.config.norm_limit:g}")
+            except BadUpdate as refusal:
+                self._fail(partition, f"refused: {refusal}")
+                continue
+            total = {key: value + total.get(key, 0) for key, value in sums.items()}
+            num_good, num_examples = num_good + 1, num_examples + held
+        self.require(num_good, server_round)
+        return {key: value / max(1, num_examples) for key, value in total.items()}
 
     def add_hits(
         self, server_round: int, replies: Iterable[tuple[int, Message]], *, num_tasks: int

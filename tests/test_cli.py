@@ -13,7 +13,7 @@ from fedtalora_flwr import cli
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.settings import app_folder, defaults, presets
 
-COMMANDS = ("run", "report", "compare", "export", "predict", "data", "presets", "doctor")
+COMMANDS = ("run", "sweep", "report", "compare", "export", "predict", "data", "presets", "doctor")
 SLOW_LIBRARIES = ("torch", "numpy", "flwr", "ray", "timm", "peft", "transformers", "datasets", "matplotlib")
 
 
@@ -50,7 +50,7 @@ def test_help_lists_every_command_and_exits_with_0(fedtalora):
 @pytest.mark.parametrize(
     "arguments",
     [
-        *(["--help"], ["run", "--help"], ["export", "--help"], ["predict", "--help"]),
+        *(["--help"], ["run", "--help"], ["sweep", "--help"], ["export", "--help"], ["predict", "--help"]),
         *(["run", "--list-settings"], ["presets"]),
     ],
 )

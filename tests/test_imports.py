@@ -73,9 +73,9 @@ def test_part_of_the_library_imports_only_what_its_place_allows(part):
     assert {name: found for name, found in outward.items() if found} == {}
 
 
-def test_only_wire_imports_flwr_among_library_files():
+def test_only_the_wire_and_the_grid_in_one_process_import_flwr_among_library_files():
     importers = {path.name for path in LIBRARY.rglob("*.py") for name in imports_of(path) if within(name, {"flwr"})}
-    assert importers == {"wire.py"}
+    assert importers == {"wire.py", "inprocess.py"}
 
 
 def test_server_and_client_never_import_each_other_and_the_library_imports_neither():

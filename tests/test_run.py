@@ -42,6 +42,14 @@ def metrics(folder: Path) -> dict[str, object]:
     return values
 
 
+def state(folder: Path) -> bytes:
+    return next((folder / "checkpoint").glob("*.safetensors")).read_bytes()
+
+
+def rounds(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(text) | {"seconds": {}} for text in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
 def family(process: psutil.Process) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
@@ -79,13 +87,33 @@ def test_aggregation_in_a_real_run_is_exact(undisturbed: tuple[Path, str, int]) 
     assert lines[-1]["residual_norm"] > 0
 
 
+def test_a_run_in_one_process_has_the_numbers_of_the_simulation_bit_for_bit(
+    undisturbed: tuple[Path, str, int], tmp_path: Path
+) -> None:
+    process = start("--engine", "process", "--out", tmp_path / "run", *settings())
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert metrics(tmp_path / "run") == metrics(undisturbed[0])
+    assert state(tmp_path / "run") == state(undisturbed[0])
+    assert rounds(tmp_path / "run") == rounds(undisturbed[0])
+
+
+def test_a_run_in_one_process_that_fails_says_why_and_needs_no_ray(tmp_path: Path) -> None:
+    process = start("--engine", "process", "--out", tmp_path / "run", *settings("lora-blocks=4-9"))
+    output = finish(process)
+    assert process.returncode == 1
+    assert "lora-blocks '4-9': 4-9 is out of range, blocks are 0-5" in output
+    refused = start("--engine", "process", "--cpus", "1")
+    assert "--engine process has no Ray" in finish(refused) and refused.returncode == 2
+
+
 def test_a_run_killed_in_the_middle_of_a_round_resumes_to_the_same_metrics(
     undisturbed: tuple[Path, str, int], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     process = start("--out", folder, *settings())
-    rounds = folder / "rounds.jsonl"
-    assert wait_until(lambda: rounds.exists() and rounds.read_text().count("\n") >= 3, 200)
+    log = folder / "rounds.jsonl"
+    assert wait_until(lambda: log.exists() and log.read_text().count("\n") >= 3, 200)
     keeper = next(p for p in psutil.process_iter(["cmdline"]) if _keeps_for(p, process.pid))
     everyone = family(keeper)
     for victim in everyone[1:]:  # the ServerApp's process and Ray's workers at once, then the command itself
@@ -99,8 +127,7 @@ def test_a_run_killed_in_the_middle_of_a_round_resumes_to_the_same_metrics(
     output = finish(resumed)
     assert resumed.returncode == 0, output
     assert metrics(folder) == metrics(undisturbed[0])
-    numbers = [json.loads(text)["server_round"] for text in rounds.read_text().splitlines()]
-    assert numbers == [1, 2, 3, 4]
+    assert [line["server_round"] for line in rounds(folder)] == [1, 2, 3, 4]
 
 
 def test_a_run_that_cannot_start_training_fails_with_what_to_change(tmp_path: Path) -> None:

@@ -277,7 +277,7 @@ def test_sums_of_another_shape_are_refused():
 
 def test_sums_that_are_not_finite_are_refused():
     sums = make_sums()
-    sums.moment[0, 0] = float("nan")
+    sums.moment[sums.moment[:, -1] > 0, 0] = float("nan")  # rows of classes without an example do not travel
     with pytest.raises(BadUpdate, match="sums hold a number that is not finite"):
         wire.read_sums(message(wire.sums_reply(sums)), like=make_sums())
 
@@ -352,3 +352,30 @@ def test_text_of_a_clients_error_is_read_without_what_flower_and_ray_put_around_
 
 def test_error_without_a_text_is_told_by_its_number():
     assert wire.error_text(Error(8)) == "error 8"
+
+
+def without_frozen(state: GlobalState, trainable: frozenset[str]) -> Message:
+    content = wire.state_message(
+        wire.pack_state(state, trainable=trainable),
+        RoundOrder(1, 0, 0),
+        scaling=SCALING,
+        version=0,
+        num_classes=4,
+        frozen=wire.frozen_digest(state.adapters, trainable),
+    )
+    return message(wire.add_parcel(content, AT_ZERO, wire.pack_parcel(AT_ZERO)))
+
+
+def test_frozen_factors_are_left_out_and_taken_from_the_client_s_own_start():
+    state, trainable = make_state(), frozenset({"lora_B"})
+    sent = without_frozen(state, trainable)
+    assert f"lora_A/{LAYER}" not in sent.content.array_records[wire.ARRAYS]
+    started = {LAYER: LoraFactors(state.adapters[LAYER].lora_A, torch.zeros(D_OUT, RANK), SCALING)}
+    got, _, _ = wire.read_state(sent, initial=lambda: started)
+    assert_same_pairs(got.adapters, state.adapters)
+
+
+def test_a_node_whose_pairs_start_otherwise_refuses_to_train():
+    sent = without_frozen(make_state(), frozenset({"lora_B"}))
+    with pytest.raises(wire.WireError, match="started from other numbers"):
+        wire.read_state(sent, initial=make_pairs)

@@ -41,6 +41,11 @@ class LoraFactors:
         lora_A = nn.init.kaiming_uniform_(torch.empty(rank, d_in), a=math.sqrt(5), generator=generator)
         return cls(lora_A, torch.zeros(d_out, rank), scaling)
 
+    @classmethod
+    def dense(cls, *, d_in: int, d_out: int) -> "LoraFactors":
+        """Give the pair of full rank that adds nothing yet: lora_A the identity, lora_B zero, scaling 1."""
+        return cls(torch.eye(d_in), torch.zeros(d_out, d_in), 1.0)
+
     @property
     def rank(self) -> int:
         """Number of rows of lora_A."""
@@ -116,10 +121,17 @@ class Aggregator(ABC):
         The factors that clients train, of `FACTORS`.
     exact
         Whether the aggregate's effective weights equal the weighted mean of the clients' effective weights.
+    keeps_pair
+        Whether the broadcast pair goes on from round to round; a method that draws it anew has none to remember.
+    dense
+        Whether the pair is of full rank, with the identity as lora_A and 1 as scaling, so that lora_B is any change of
+        the weight.
     """
 
     trainable: frozenset[str]
     exact: bool
+    keeps_pair: bool = True
+    dense: bool = False
 
     @abstractmethod
     def aggregate(self, state: GlobalState, updates: Sequence[ClientUpdate]) -> GlobalState:

@@ -42,6 +42,7 @@ class FLoRA(Aggregator):
     seed: int = 0
     trainable: frozenset[str] = FACTORS
     exact: bool = True
+    keeps_pair: bool = False
 
     def aggregate(self, state: GlobalState, updates: Sequence[ClientUpdate]) -> GlobalState:
         """Fold the updates, of any ranks, into a new state (see the module's equation).

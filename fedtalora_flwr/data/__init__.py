@@ -67,5 +67,6 @@ def open_data(dataset: str, settings: Mapping[str, Any]) -> Source | OwnReader:
         found,
         test_fraction=settings["test_fraction"],
         max_per_class=settings["max_per_class"],
+        max_test_per_class=settings.get("max_test_per_class", 0),
         seed=settings["seed"],
     )

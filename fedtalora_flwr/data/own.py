@@ -109,12 +109,15 @@ class OwnReader:
         Share of each class that is held out, in (0, 1).
     max_per_class
         Training examples to keep of each class in a task; 0 keeps all.
+    max_test_per_class
+        The same of those held out.
     """
 
     input_column: str
     label_column: str
     test_fraction: float
     max_per_class: int
+    max_test_per_class: int = 0
 
     def read(self, data_path: str) -> OwnData:
         """List a node's folder; of images the names alone.
@@ -181,6 +184,8 @@ class OwnReader:
         train = train or list(range(len(items)))
         if self.max_per_class:
             train = sorted(sorted(train, key=places.__getitem__)[: self.max_per_class])
+        if self.max_test_per_class:
+            test = sorted(sorted(test, key=places.__getitem__)[: self.max_test_per_class])
         return _Folder(task, name, tuple(items[row] for row in train), tuple(items[row] for row in test))
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 
 # Purposes of a seed, so that no two draws share a stream; far above any task or partition id.
-_HOLD_OUT, _SUBSET = 1_000_001, 1_000_002
+_HOLD_OUT, _SUBSET, _TEST_SUBSET = 1_000_001, 1_000_002, 1_000_003
 
 
 class DataError(ValueError):
@@ -136,7 +136,7 @@ def join_classes(train_names: Sequence[str], test: Split, test_names: Sequence[s
     return class_names, Split(labels=renumber[test.labels], read=test.read)
 
 
-def tidy(source: Source, *, test_fraction: float, max_per_class: int, seed: int) -> Source:
+def tidy(source: Source, *, test_fraction: float, max_per_class: int, seed: int, max_test_per_class: int = 0) -> Source:
     """Complete what a source read: a test split, classes that can be learnt, at most so many examples.
 
     Parameters
@@ -149,6 +149,8 @@ def tidy(source: Source, *, test_fraction: float, max_per_class: int, seed: int)
         Training examples to keep of each class; 0 keeps all.
     seed
         Decides which examples are held out and which are kept.
+    max_test_per_class
+        Test examples to keep of each class; 0 keeps all.
 
     Raises
     ------
@@ -164,7 +166,11 @@ def tidy(source: Source, *, test_fraction: float, max_per_class: int, seed: int)
     if len(source.test) == 0 and test_fraction > 0:
         source = _hold_out(source, test_fraction, seed)
     source = _keep_trained_classes(source)
-    return _limit_per_class(source, max_per_class, seed) if max_per_class else source
+    if max_per_class:
+        source = replace(source, train=_limited(source.train, max_per_class, seed, _SUBSET))
+    if max_test_per_class:
+        source = replace(source, test=_limited(source.test, max_test_per_class, seed, _TEST_SUBSET))
+    return source
 
 
 def _shuffled_rows_by_class(labels: Ints, seed: int, purpose: int) -> list[Ints]:
@@ -217,7 +223,6 @@ def _keep_trained_classes(source: Source) -> Source:
     )
 
 
-def _limit_per_class(source: Source, max_per_class: int, seed: int) -> Source:
-    by_class = _shuffled_rows_by_class(source.train.labels, seed, _SUBSET)
-    rows = np.sort(np.concatenate([rows[:max_per_class] for rows in by_class]))
-    return replace(source, train=take(source.train, rows))
+def _limited(split: Split, per_class: int, seed: int, purpose: int) -> Split:
+    by_class = _shuffled_rows_by_class(split.labels, seed, purpose)
+    return take(split, np.sort(np.concatenate([rows[:per_class] for rows in by_class])))

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedtalora_flwr import registry
-from fedtalora_flwr.penalties.base import Penalty, Start
+from fedtalora_flwr.penalties.base import Memory, Penalty, Start
 
-__all__ = ["Penalty", "Start", "available", "resolve"]
+__all__ = ["Memory", "Penalty", "Start", "available", "resolve"]
 
 
 def available() -> tuple[str, ...]:

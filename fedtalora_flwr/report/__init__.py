@@ -8,15 +8,20 @@ from fedtalora_flwr.report.comparison import Comparison, compare
 from fedtalora_flwr.report.holdings import data_table, write_data_page
 from fedtalora_flwr.report.page import write_report
 from fedtalora_flwr.report.record import RunRecord, read_run
+from fedtalora_flwr.report.study import Study, study, study_table, write_study
 from fedtalora_flwr.report.terminal import print_table
 
 __all__ = [
     "Comparison",
     "RunRecord",
+    "Study",
     "compare",
     "data_table",
     "print_table",
     "read_run",
+    "study",
+    "study_table",
     "write_data_page",
     "write_report",
+    "write_study",
 ]

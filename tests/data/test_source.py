@@ -42,6 +42,18 @@ def test_a_source_with_a_test_split_keeps_all_its_training_rows(make_source):
     assert len(source.train) == len(TRAIN)
 
 
+def test_max_test_per_class_limits_test_but_not_training(make_source):
+    source = tidy(
+        make_source(TRAIN, [0, 3, 0, 0, 4, 3], names="abcde"),
+        test_fraction=0.0,
+        max_per_class=0,
+        max_test_per_class=2,
+        seed=1,
+    )
+    assert len(source.train) == len(TRAIN)
+    assert np.bincount(source.test.labels).tolist() == [2, 0, 2, 1]  # a, b, d, e
+
+
 def test_max_per_class_limits_training_but_not_test(make_source):
     source = tidy(make_source(TRAIN, TEST, names="abcde"), test_fraction=0.0, max_per_class=2, seed=1)
     assert np.bincount(source.train.labels).tolist() == [2, 1, 2, 2]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fedtalora_flwr.penalties import Start, available, resolve
+from fedtalora_flwr.penalties import Memory, Start, available, resolve
 
 ROWS = {"weight": torch.tensor([[2.0, 0.0], [0.0, 2.0], [5.0, 5.0]]), "bias": torch.zeros(3)}  # (3, 2)
 BEFORE = torch.tensor([[0.0, 0.0], [1.0, 0.0]])  # (N, d)
@@ -49,3 +49,33 @@ def test_unknown_penalty_is_refused_with_the_choices():
     assert {"lwf", "none"} <= set(available())
     with pytest.raises(ValueError, match=f"choose one of: {', '.join(available())}"):
         resolve("ewc-and-more", {})
+
+
+def remembering(moved: float, *, weight: float = 1.0):
+    fisher = {"lora_A/m": torch.tensor([[2.0, 0.0]]), "lora_B/m": torch.tensor([[0.5]])}
+    anchor = {"lora_A/m": torch.tensor([[1.0, 1.0]]), "lora_B/m": torch.tensor([[-1.0]])}
+    factors = {key: (value + moved).requires_grad_() for key, value in anchor.items()}
+    start = Start(lambda: BEFORE, ROWS, torch.tensor([0, 1]), factors, Memory(anchor, fisher))
+    return factors, resolve("ewc", {"penalty_weight": weight}).begin(start)
+
+
+def test_ewc_adds_nothing_before_a_task_is_finished():
+    ewc = resolve("ewc", {})
+    assert ewc.begin(start()) is None and ewc.remembers and not ewc.uses_old_rows
+
+
+def test_ewc_is_half_the_weighted_squares_of_what_moved_each_by_its_fisher():
+    _, term = remembering(3.0, weight=4.0)
+    assert term(torch.tensor([0]), BEFORE[:1]).item() == pytest.approx(4 / 2 * (2 * 9 + 0 * 9 + 0.5 * 9))
+
+
+def test_ewc_pulls_only_what_earlier_tasks_depended_on():
+    factors, term = remembering(3.0)
+    term(torch.tensor([0]), BEFORE[:1]).backward()
+    assert factors["lora_A/m"].grad.tolist() == [[6.0, 0.0]]
+
+
+def test_a_memory_adds_the_fisher_of_tasks_up_and_keeps_the_last_anchor():
+    first = Memory().with_task({"k": torch.tensor([1.0])}, {"k": torch.tensor([0.5])})
+    second = first.with_task({"k": torch.tensor([9.0])}, {"k": torch.tensor([0.25])})
+    assert (second.anchor["k"].tolist(), second.fisher["k"].tolist()) == ([9.0], [0.75])

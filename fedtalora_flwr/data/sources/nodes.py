@@ -3,6 +3,8 @@
 from fedtalora_flwr.data.own import OwnReader
 
 
-def create(*, input_column: str, label_column: str, test_fraction: float, max_per_class: int) -> OwnReader:
+def create(
+    *, input_column: str, label_column: str, test_fraction: float, max_per_class: int, max_test_per_class: int = 0
+) -> OwnReader:
     """Build what reads a node's folder; nothing is read here."""
-    return OwnReader(input_column, label_column, test_fraction, max_per_class)
+    return OwnReader(input_column, label_column, test_fraction, max_per_class, max_test_per_class)

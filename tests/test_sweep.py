@@ -1,0 +1,245 @@
+"""A sweep: which runs a file asks for, what their table says, and how they are played."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedtalora_flwr.config import ConfigError
+from fedtalora_flwr.report import study, write_study
+from fedtalora_flwr.settings import app_folder, sweeps
+from fedtalora_flwr.sweep import read_plan, side_by_side
+
+APP = app_folder()
+GRID = """# What is asked. Two minutes.
+# And more of it.
+seeds = [3, 1]
+[settings]
+rank = 2
+[grid]
+residual = ["accumulate", "off"]
+[grid.data]
+alpha-2 = { partition = "quantity", classes-per-client = 2 }
+"beta 0.1" = { partition = "dirichlet", dirichlet-beta = 0.1 }
+"""
+
+
+def plan_of(folder: Path, text: str, *assignments: str):
+    (folder / "made.toml").write_text(text)
+    return read_plan(APP, folder / "made.toml", assignments=assignments)
+
+
+def test_every_combination_of_the_axes_is_run_once_a_seed(tmp_path):
+    plan = plan_of(tmp_path, GRID)
+    assert plan.about == "What is asked. Two minutes. And more of it."
+    assert plan.axes == {"residual": ("accumulate", "off"), "data": ("alpha-2", "beta 0.1")}
+    assert [run.name for run in plan.runs] == [
+        f"residual-{residual}_{data}_seed-{seed}"
+        for residual in ("accumulate", "off")
+        for data in ("alpha-2", "beta-0.1")
+        for seed in (3, 1)
+    ]
+    last = plan.runs[-1]
+    assert last.labels == ("off", "beta 0.1")
+    config = last.config
+    assert (config.residual, config.partition, config.dirichlet_beta) == ("off", "dirichlet", 0.1)
+    assert (config.seed, config.rank, config.num_tasks) == (1, 2, 5)
+
+
+def test_a_sweep_takes_a_preset_and_assignments_win_over_all_of_its_runs(tmp_path):
+    plan = plan_of(tmp_path, 'preset = "clinc150"\n[settings]\nrank = 2\n[grid]\nseed = [5]', "rank=3")
+    (run,) = plan.runs
+    assert (run.name, run.config.dataset, run.config.rank, run.config.seed) == ("seed-5", "clinc150", 3, 5)
+
+
+def test_a_sweep_takes_a_file_beside_it(tmp_path):
+    (tmp_path / "base.toml").write_text("rank = 7")
+    (run,) = plan_of(tmp_path, 'config = "base.toml"').runs
+    assert (run.name, run.config.rank) == ("run", 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "assignments", "error"),
+    [
+        ("rank = 3", (), "a sweep knows no 'rank'.*settings go in"),
+        ("[settings]\nrnk = 3", (), "run run: unknown setting 'rnk'; did you mean rank"),
+        ("[grid]\nrank = 3", (), "axis 'rank' must be a list of values"),
+        ("[grid]\nrank = [4, 0]", (), "run rank-0: rank must be at least 1, got 0"),
+        ("[grid]\nrank = [4, 2]", ("rank=3",), "--set rank would undo the axis 'rank'"),
+        ('compare = "head"\n[grid]\nrank = [4, 2]', (), "compare = 'head' names no axis; there are: rank"),
+        ("seeds = [1, 1]", (), "seeds must be a list of different whole numbers"),
+        ('engine = "dask"', (), "engine must be one of ray, process, got 'dask'"),
+        ("jobs = -1", (), "jobs must be a whole number"),
+        ("[grid.a]\n'x y' = {rank = 1}\nx-y = {rank = 2}", (), "two runs would share the folder x-y"),
+        ("[grid", (), "made.toml: "),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_before_its_first_run(tmp_path, text, assignments, error):
+    with pytest.raises(ConfigError, match=error):
+        plan_of(tmp_path, text, *assignments)
+
+
+def test_runs_side_by_side_are_as_many_as_the_cores_carry(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr("fedtalora_flwr.sweep.play._available_bytes", lambda: 2**40)
+    assert side_by_side(plan_of(tmp_path, "seeds = [1, 2, 3]")) == 3
+    assert side_by_side(plan_of(tmp_path, "seeds = [1, 2, 3]\n[settings]\nthreads = 4")) == 2
+    assert side_by_side(plan_of(tmp_path, 'seeds = [1, 2, 3]\nengine = "ray"')) == 1  # five clients a run
+    assert side_by_side(plan_of(tmp_path, "seeds = [1, 2, 3]\njobs = 7")) == 7
+    monkeypatch.setattr("fedtalora_flwr.sweep.play._available_bytes", lambda: 5 * 2**30)
+    assert side_by_side(plan_of(tmp_path, "seeds = [1, 2, 3]")) == 2
+
+
+@pytest.mark.parametrize("name", sweeps(APP))
+def test_every_sweep_that_ships_parses_and_says_how_long_it_takes(name):
+    plan = read_plan(APP, sweeps(APP)[name])
+    assert "minutes" in plan.about
+    assert len({run.config for run in plan.runs}) == len(plan.runs)
+
+
+# --- What a sweep came to
+
+
+def made_run(folder: Path, *, faa: float, partition: str = "p", exactness: float = 1e-8) -> Path:
+    folder.mkdir(parents=True)
+    line = {"server_round": 1, "task_id": 0, "residual_norm": 0.5, "exactness_error": exactness}
+    metrics = {"faa": faa, "aia": 0.5, "forgetting": 0.0, "accuracy_seen": [0.5, faa], "bytes_up_total": 2000}
+    files = {"config": {}, "manifest": {"partition_hash": partition, "git_commit": "c0ffee"}, "metrics": metrics}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "rounds.jsonl").write_text(json.dumps(line))
+    return folder
+
+
+@pytest.fixture
+def made_study(tmp_path):
+    runs = {
+        ("x", "off"): {0: made_run(tmp_path / "a", faa=0.5), 1: made_run(tmp_path / "b", faa=0.7, exactness=3e-8)},
+        ("y", "off"): {0: made_run(tmp_path / "e", faa=0.9)},
+        ("x", "on"): {0: made_run(tmp_path / "c", faa=0.52), 1: made_run(tmp_path / "d", faa=0.76)},
+        ("y", "on"): {0: made_run(tmp_path / "f", faa=0.2, partition="q")},
+        ("z", "on"): {},
+    }
+    return study("made", about="Why.", axes=["d|t", "r"], compare=1, cases=runs, failures={"z_on": "no [b]memory[/b]"})
+
+
+def columns(found) -> list[dict[str, str]]:
+    return [dict(zip(found.header(), row, strict=True)) for row in found.rows()]
+
+
+def test_the_table_has_mean_and_spread_over_the_seeds_and_the_worst_exactness(made_study):
+    first, *_ = columns(made_study)
+    assert (first["seeds"], first["FAA (%)"], first["exactness error"]) == ("2", "60.0 ± 14.1", "3e-08")
+    assert first["bytes up"] == "2.0 kB" and "bytes down" not in first
+
+
+def test_gains_are_taken_seed_by_seed_and_only_on_the_same_partitions(made_study):
+    key = "FAA against the first r"
+    assert [row[key] for row in columns(made_study)] == ["–", "+4.00 ± 2.83", "–", "–"]
+    assert made_study.gains(made_study.cases[1]) == pytest.approx([0.02, 0.06])
+
+
+def test_a_study_is_written_as_markdown_csv_and_a_page_that_needs_no_network(made_study, tmp_path):
+    page = write_study(made_study, tmp_path / "out").read_text()
+    assert page.count("<svg") == 3 and "no [b]memory[/b]" in page and "http://" not in page.replace("http://www.w3", "")
+    markdown = (tmp_path / "out" / "results.md").read_text()
+    assert "| d\\|t | r |" in markdown and "- z_on failed: no [b]memory[/b]" in markdown
+    cases = (tmp_path / "out" / "results.csv").read_text().splitlines()
+    header, row = cases[0].split(","), cases[1].split(",")
+    values = dict(zip(header, row, strict=True))
+    assert float(values["faa_mean"]) == pytest.approx(0.6)
+    assert float(values["faa_std"]) == pytest.approx(0.2 / math.sqrt(2))
+    assert len((tmp_path / "out" / "runs.csv").read_text().splitlines()) == 7
+
+
+# --- Real runs
+
+
+SMALL = """# Does a wrong layer stop the other run? Seconds.
+[settings]
+num-tasks = 2
+max-per-class = 6
+num-clients = 3
+partition = "iid"
+rounds-per-task = 2
+ridge-features = 30
+device = "cpu"
+[grid]
+lora-blocks = ["last:1", "4-9"]
+"""
+
+
+def start(file: Path, out: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [Path(sys.executable).parent / "fedtalora", "sweep", file, "--out", out, *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def swept(file: Path, out: Path, *arguments: str) -> tuple[int, str]:
+    process = start(file, out, *arguments)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def result(run: Path) -> dict[str, object]:
+    values: dict[str, object] = json.loads((run / "metrics.json").read_text())
+    del values["wall_seconds"]
+    return values
+
+
+def test_a_failed_run_stops_no_other_and_finished_ones_are_left_alone_until_their_settings_change(tmp_path):
+    file, out = tmp_path / "small.toml", tmp_path / "out"
+    file.write_text(SMALL)
+    status, output = swept(file, out)
+    good, bad = out / "lora-blocks-last-1", out / "lora-blocks-4-9"
+    assert status == 1, output
+    assert "1 of 2 runs failed" in output and "4-9 is out of range" in output
+    assert not (bad / "metrics.json").exists() and (out / "index.html").is_file()
+    written = (good / "metrics.json").stat().st_mtime_ns
+    file.write_text(SMALL.replace('"4-9"', '"first:1"'))
+    status, output = swept(file, out, "--jobs", "1")
+    assert status == 0, output
+    assert "2 runs, 1 finished before" in output
+    assert (good / "metrics.json").stat().st_mtime_ns == written
+    assert swept(file, out, "--dry-run")[1].count("finished") == 2
+    assert swept(file, out, "--dry-run", "--set", "rank=3")[1].count("finished") == 0
+
+
+def wait_until(condition, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_sweep_that_is_stopped_leaves_no_process_and_goes_on_to_the_same_numbers(tmp_path, number):
+    file = tmp_path / "small.toml"
+    file.write_text(SMALL.replace('"4-9"', '"first:1"').replace("num-tasks = 2", "num-tasks = 5"))
+    out = tmp_path / "out"
+    process = start(file, out)
+    rounds = out / "lora-blocks-last-1" / "rounds.jsonl"
+    assert wait_until(lambda: rounds.exists() and rounds.read_text().count("\n") >= 2, 120)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 2
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number], output
+    assert wait_until(lambda: not any(p.is_running() and p.status() != "zombie" for p in family), 30)
+    assert not (out / "lora-blocks-last-1" / "metrics.json").exists()
+    status, output = swept(file, out)
+    assert status == 0 and "lora-blocks-last-1 goes on" in output, output
+    status, _ = swept(file, tmp_path / "undisturbed")
+    assert status == 0
+    for name in ("lora-blocks-last-1", "lora-blocks-first-1"):
+        assert result(out / name) == result(tmp_path / "undisturbed" / name)
