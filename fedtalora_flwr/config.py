@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from fedtalora_flwr import registry
+
 # Where and how a run is carried out, which a resumed run may do otherwise; all else is what the run is.
 MAY_CHANGE_ON_RESUME = frozenset(
     {
@@ -116,6 +118,7 @@ class RunConfig:
             value = getattr(config, snake(key))
             if not holds(value):
                 raise ConfigError(f"{key} must be {wanted}, got {value!r}")
+        _check_choices(config)
         _check_together(config)
         return config
 
@@ -235,6 +238,15 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "threads": _at_least(1),
     "seed": (lambda value: 0 <= value < 2**63, "at least 0 and below 2^63"),
 }
+
+
+def _check_choices(config: RunConfig) -> None:
+    """Check that there is a file for each setting whose value names one."""
+    for key, package in registry.PACKAGES.items():
+        try:
+            registry.require(package, getattr(config, key))
+        except ValueError as unknown:
+            raise ConfigError(f"{key}: {unknown}") from None
 
 
 def _check_together(config: RunConfig) -> None:

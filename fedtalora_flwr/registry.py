@@ -11,8 +11,18 @@ import pkgutil
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+PACKAGES = {
+    "method": "fedtalora_flwr.aggregation",
+    "dataset": "fedtalora_flwr.data.sources",
+    "partition": "fedtalora_flwr.data.partitions",
+    "penalty": "fedtalora_flwr.penalties",
+    "backbone": "fedtalora_flwr.backbones",
+    "head": "fedtalora_flwr.heads",
+}  # setting -> the package whose files are its choices
 
 
 def available(package: str) -> tuple[str, ...]:
@@ -36,13 +46,26 @@ def resolve(package: str, name: str) -> ModuleType:
     ValueError
         If the package has no such choice; the message lists what there is.
     """
-    choice = name.partition(":")[0].replace("-", "_")
+    choice = _module_name(name)
     module = f"{package}.{choice}"
     # Only the chosen file is imported: listing all would import every plug-in's libraries.
     if not choice.isidentifier() or find_spec(module) is None or not hasattr(import_module(module), "create"):
         kind = package.rpartition(".")[2]
         raise ValueError(f"{kind} has no {name!r}; choose one of: {', '.join(available(package))}")
     return import_module(module)
+
+
+def require(package: str, name: str) -> None:
+    """Raise the error of `resolve` for a choice that is not there; one that is there is not imported.
+
+    Raises
+    ------
+    ValueError
+        As in `resolve`.
+    """
+    file = Path(__file__).parents[1].joinpath(*package.split("."), f"{_module_name(name)}.py")
+    if not file.is_file():
+        resolve(package, name)
 
 
 def build(package: str, name: str, settings: Mapping[str, Any]) -> Any:
@@ -70,3 +93,7 @@ def build(package: str, name: str, settings: Mapping[str, Any]) -> Any:
         )
     values = {**settings, "argument": argument} if colon else settings
     return create(**{key: values[key] for key in wanted if key in values})
+
+
+def _module_name(name: str) -> str:
+    return name.partition(":")[0].replace("-", "_")

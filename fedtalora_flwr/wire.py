@@ -1,4 +1,4 @@
-"""Between Flower's records and our types: with `inprocess`, the only library file that imports flwr.
+"""Between Flower's records and our types: with `inprocess`, of the library files the one that knows Flower.
 
 An array's key is its part and its place: ``lora_A/<module>``, ``lora_B/<module>``, ``head/<parameter>``; of the
 base (see `Parcel`) ``left <i>/<module>`` and ``right <i>/<module>`` for the i-th step, ``dense/<module>``. Scalars

@@ -1,5 +1,9 @@
 """Assignments of the command line get the type of their setting."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from local_grid import defaults
 
@@ -57,3 +61,16 @@ def test_a_seed_beyond_what_generators_take_is_refused(seed):
 def test_the_last_task_is_all_of_them_unless_the_run_stops_before():
     assert RunConfig.parse(KNOWN | {"num-tasks": 5}).last_task == 5
     assert RunConfig.parse(KNOWN | {"num-tasks": 5, "stop-after-task": 3}).last_task == 3
+
+
+@pytest.mark.parametrize("key", ["method", "dataset", "partition", "penalty", "backbone", "head"])
+def test_a_choice_that_is_not_there_is_refused_with_those_that_are(key):
+    with pytest.raises(ConfigError, match=rf"{key}: .* has no 'nonsuch'; choose one of: \w+"):
+        RunConfig.parse({**defaults(), key: "nonsuch"})
+
+
+def test_choices_are_checked_without_importing_them():
+    code = "import sys; from fedtalora_flwr.config import RunConfig; from local_grid import defaults; "
+    code += "before = set(sys.modules); RunConfig.parse(defaults()); "
+    code += "assert not {m for m in set(sys.modules) - before if m.startswith(('fedtalora', 'torch'))}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)

@@ -24,7 +24,7 @@ ALLOWED = {
         *("fedtalora_flwr.registry", "fedtalora_flwr.data"),
     },
     "registry.py": set(),
-    "deploy": {"cryptography", "yaml", "tomli_w", "typer"},
+    "deploy": {"cryptography", "grpc", "flwr", "yaml", "tomli_w", "typer"},
     "warm": {"fedtalora_flwr.__version__"},
     "lora.py": {"torch", "peft", "fedtalora_flwr.aggregation", "fedtalora_flwr.backbones"},
     "train.py": {
@@ -73,9 +73,9 @@ def test_part_of_the_library_imports_only_what_its_place_allows(part):
     assert {name: found for name, found in outward.items() if found} == {}
 
 
-def test_only_the_wire_and_the_grid_in_one_process_import_flwr_among_library_files():
+def test_only_the_wire_the_grid_in_one_process_and_the_probe_of_the_clock_import_flwr_among_library_files():
     importers = {path.name for path in LIBRARY.rglob("*.py") for name in imports_of(path) if within(name, {"flwr"})}
-    assert importers == {"wire.py", "inprocess.py"}
+    assert importers == {"wire.py", "inprocess.py", "probe.py"}
 
 
 def test_server_and_client_never_import_each_other_and_the_library_imports_neither():

@@ -10,7 +10,7 @@ from fedtalora_flwr.data.own import OwnData, OwnReader
 from fedtalora_flwr.data.source import DataError, Source, Split, take, tidy
 from fedtalora_flwr.data.stream import PARTITIONS, TASK_ORDERS, TaskStream, build_stream
 
-SOURCES = "fedtalora_flwr.data.sources"
+SOURCES = registry.PACKAGES["dataset"]
 
 __all__ = [
     "PARTITIONS",

@@ -11,7 +11,7 @@ from fedtalora_flwr import registry
 from fedtalora_flwr.data.partitions import Partitioner
 from fedtalora_flwr.data.source import Ints, Source
 
-PARTITIONS = "fedtalora_flwr.data.partitions"
+PARTITIONS = registry.PACKAGES["partition"]
 TASK_ORDERS = ("seeded", "given", "domain")
 
 _CLASS_ORDER = 1_000_003  # purpose of a seed; tasks use [seed, task_id]
