@@ -229,7 +229,7 @@ def test_a_sweep_that_is_stopped_leaves_no_process_and_goes_on_to_the_same_numbe
     out = tmp_path / "out"
     process = start(file, out)
     rounds = out / "lora-blocks-last-1" / "rounds.jsonl"
-    assert wait_until(lambda: rounds.exists() and rounds.read_text().count("\n") >= 2, 120)
+    assert wait_until(lambda: rounds.exists() and rounds.read_text().count("\n") >= 2, 300)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 2
     process.send_signal(number)
