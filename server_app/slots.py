@@ -110,7 +110,7 @@ class SlotStrategy(AdapterStrategy):
                 parts[slot.number] = wire.state_message(
                     packed[id(state)],
                     order,
-                    scaling=self.config.alpha / self.config.rank,
+                    scaling=next((pair.scaling for pair in state.adapters.values()), 1.0),
                     version=state.version,
                     num_classes=len(self.census.classes.names),
                 )
