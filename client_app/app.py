@@ -20,6 +20,18 @@ def train(message: Message, context: Context) -> Message:
     return _answer("train", message, context)
 
 
+@app.train("slots")
+def slots(message: Message, context: Context) -> Message:
+    """Train all of this node's slots."""
+    return _answer("slots", message, context)
+
+
+@app.train("slot_sums")
+def slot_sums(message: Message, context: Context) -> Message:
+    """Sum this node's features over its slots."""
+    return _answer("slot_sums", message, context)
+
+
 @app.train("sums")
 def sums(message: Message, context: Context) -> Message:
     """Sum this node's features of the task."""

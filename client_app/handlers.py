@@ -19,8 +19,9 @@ from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.heads import Classifier
 from fedtalora_flwr.holding import Own, Share, holding_of
 from fedtalora_flwr.lora import AdaptedModel
-from fedtalora_flwr.resident import base_store, model_of
+from fedtalora_flwr.resident import base_store, model_of, slots_of
 from fedtalora_flwr.residual import BaseMissing
+from fedtalora_flwr.routing import sum_slots
 from fedtalora_flwr.train import compared_classes, count_correct, fit, sum_features, sum_fisher
 
 log = logging.getLogger("fedtalora.client")
@@ -59,9 +60,55 @@ def train(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
     """Set the model to the server's state, train on this node's data of the task, send the pairs and rows back."""
     config, partition_id, holding = _settings(message, run_config, node_config)
     model, state, order = _loaded(message, config)
+    return _trained(message, model, state, order, config=config, partition_id=partition_id, holding=holding)
+
+
+@discreet
+@_asks_for_the_base
+def slots(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
+    """Train all of this node's slots, each from its own state and on its own task."""
+    config, partition_id, holding = _settings(message, run_config, node_config)
+    tasks, parts = slots_of(config, partition_id=partition_id), wire.unbundle(message)
+    if parts.keys() != set(range(len(tasks))):
+        raise wire.WireError(f"the server speaks of slots {sorted(parts)}, this node has {len(tasks)}")
+    for part in parts.values():  # a base that is missing is found before anything is trained
+        base_store(config).reach(wire.read_state(part)[1])
+    replies = {}
+    for number, part in parts.items():
+        model, state, order = _loaded(part, config)
+        slot = (number, tasks[number])
+        replies[number] = _trained(
+            part, model, state, order, config=config, partition_id=partition_id, holding=holding, slot=slot
+        )
+    return wire.bundle(replies)
+
+
+@discreet
+@_asks_for_the_base
+def slot_sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
+    """Sum this node's features over its slots under the untouched backbone, which the start of a run is."""
+    config, partition_id, holding = _settings(message, run_config, node_config)
+    model, _, _ = _loaded(message, config)
+    examples = [holding.training(task_id) for task_id in slots_of(config, partition_id=partition_id)]
+    return wire.sums_reply(sum_slots(model, examples, config=config))
+
+
+def _trained(
+    message: Message,
+    model: AdaptedModel,
+    state: GlobalState,
+    order: wire.RoundOrder,
+    *,
+    config: RunConfig,
+    partition_id: int,
+    holding: Share | Own,
+    slot: tuple[int, int] | None = None,
+) -> RecordDict:
+    """Train a loaded model on the task of the order, or on that of a slot (its number and task id); build the reply."""
     method = aggregation.resolve(config.method, **asdict(config))
+    number, task_id = slot or (None, order.task_id)
     tasks = holding.tasks
-    examples = holding.training(order.task_id)
+    examples = holding.training(task_id)
     class_counts = torch.bincount(examples.labels, minlength=len(state.head["bias"]))
     result = fit(
         model,
@@ -69,7 +116,7 @@ def train(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
         examples,
         classes=compared_classes(
             config.loss_classes,
-            task_classes=tasks[order.task_id],
+            task_classes=tasks[task_id],
             present=class_counts.nonzero().flatten().tolist(),
             seen=[c for task in tasks[: order.task_id + 1] for c in task],
         ),
@@ -79,7 +126,7 @@ def train(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
         config=config,
         task_id=order.task_id,
         round_in_task=order.round_in_task,
-        seed=[config.seed, order.server_round, partition_id],
+        seed=[config.seed, order.server_round, partition_id, *([] if number is None else [number])],
         memory=wire.read_memory(message),
     )
     update = ClientUpdate(

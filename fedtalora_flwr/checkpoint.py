@@ -7,7 +7,7 @@ whole checkpoint, the last or the one before.
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,8 +15,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from fedtalora_flwr.aggregation import GlobalState, LoraFactors, Step
+from fedtalora_flwr.aggregation import ClusteredState, GlobalState, LoraFactors, Slot, Step
 from fedtalora_flwr.data import ClassList
 from fedtalora_flwr.heads import FeatureSums
 from fedtalora_flwr.metrics import TaskMatrix
@@ -49,6 +50,10 @@ class Checkpoint:
         Names and tasks of the classes known so far; the rows of the head are theirs.
     memory
         What a penalty that remembers has gathered of finished tasks.
+    clustered
+        The states of a method over slots, whose start is `state`; None for any other method.
+    routes
+        What tells the cluster of an input (see `routing`), once it has been summed.
     """
 
     server_round: int
@@ -61,6 +66,8 @@ class Checkpoint:
     partition_hashes: tuple[str, ...]
     classes: ClassList = field(default_factory=ClassList)
     memory: Memory = field(default_factory=Memory)
+    clustered: ClusteredState | None = None
+    routes: FeatureSums | None = None
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -72,16 +79,15 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         If it cannot be written; the one before is whole then.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state = checkpoint.state
-    tensors = {f"lora_A/{name}": pair.lora_A for name, pair in state.adapters.items()}
-    tensors |= {f"lora_B/{name}": pair.lora_B for name, pair in state.adapters.items()}
-    tensors |= {f"residual/{name}": value for name, value in state.residual.items()}
-    tensors |= {f"head/{name}": value for name, value in state.head.items()}
-    tensors |= {f"owed_left/{name}": step.left for name, step in state.owed.items()}
-    tensors |= {f"owed_right/{name}": step.right for name, step in state.owed.items()}
+    state, clustered = checkpoint.state, checkpoint.clustered
+    tensors = _tensors(state)
+    for prefix, one in _places(clustered):
+        tensors |= _tensors(one, prefix=prefix)
     tensors |= {f"anchor/{name}": value for name, value in checkpoint.memory.anchor.items()}
     tensors |= {f"fisher/{name}": value for name, value in checkpoint.memory.fisher.items()}
     tensors |= {"sums/gram": checkpoint.sums.gram, "sums/moment": checkpoint.sums.moment}
+    if checkpoint.routes is not None:
+        tensors |= {"routes/gram": checkpoint.routes.gram, "routes/moment": checkpoint.routes.moment}
     name = f"round-{checkpoint.server_round:06d}.safetensors"
     temporary = folder / f"{name}.part"
     with _whole(temporary, folder / name):
@@ -101,6 +107,14 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "partition_hashes": list(checkpoint.partition_hashes),
         "classes": asdict(checkpoint.classes),
     }
+    if clustered is not None:
+        facts["clustered"] = {
+            "version": clustered.version,
+            "versions": {prefix: one.version for prefix, one in _places(clustered)},
+            "clusters": sorted(clustered.clusters),
+            "own": sorted(clustered.own),
+            "assigned": [[*slot, cluster] for slot, cluster in sorted(clustered.assigned.items())],
+        }
     write_text(folder / _POINTER, json.dumps(facts))
     for old in folder.glob("round-*"):
         if old.name != name:
@@ -127,26 +141,82 @@ def load(folder: Path) -> Checkpoint:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}, to which {_POINTER} points, cannot be read; start the run anew") from error
-    parts: defaultdict[str, dict[str, Any]] = defaultdict(dict)
-    for key, value in tensors.items():
-        part, _, name = key.partition("/")
-        parts[part][name] = value
-    adapters = {
-        name: LoraFactors(parts["lora_A"][name], parts["lora_B"][name], scaling)
-        for name, scaling in facts["scaling"].items()
-    }
-    owed = {name: Step(left, parts["owed_right"][name]) for name, left in parts["owed_left"].items()}
+    state = _state(tensors, facts["scaling"], version=facts["version"])
     return Checkpoint(
         server_round=facts["server_round"],
-        state=GlobalState(adapters, parts["residual"], parts["head"], facts["version"], owed=owed),
-        sums=FeatureSums(parts["sums"]["gram"], parts["sums"]["moment"]),
+        state=state,
+        sums=FeatureSums(tensors["sums/gram"], tensors["sums/moment"]),
         matrix=TaskMatrix.from_json(facts["matrix"]),
         bytes_up=facts["bytes_up"],
         bytes_down=facts["bytes_down"],
         wall_seconds=facts["wall_seconds"],
         partition_hashes=tuple(facts["partition_hashes"]),
         classes=_class_list(facts.get("classes", {})),
-        memory=Memory(parts["anchor"], parts["fisher"]),
+        memory=Memory(_part(tensors, "anchor"), _part(tensors, "fisher")),
+        clustered=_clustered(tensors, facts, start=state) if "clustered" in facts else None,
+        routes=FeatureSums(tensors["routes/gram"], tensors["routes/moment"]) if "routes/gram" in tensors else None,
+    )
+
+
+def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{part}/"): value for key, value in tensors.items() if key.startswith(f"{part}/")}
+
+
+def _tensors(state: GlobalState, *, prefix: str = "") -> dict[str, Tensor]:
+    """Name all tensors of a state, but for its step."""
+    parts: dict[str, Mapping[str, Tensor]] = {
+        "lora_A": {name: pair.lora_A for name, pair in state.adapters.items()},
+        "lora_B": {name: pair.lora_B for name, pair in state.adapters.items()},
+        "residual": state.residual,
+        "head": state.head,
+        "owed_left": {name: step.left for name, step in state.owed.items()},
+        "owed_right": {name: step.right for name, step in state.owed.items()},
+    }
+    return {f"{prefix}{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
+
+
+def _state(
+    tensors: Mapping[str, Tensor], scaling: Mapping[str, float], *, version: int, prefix: str = ""
+) -> GlobalState:
+    """Give the state back of which `_tensors` named the tensors; `scaling` is that of each module."""
+    parts: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in tensors.items():
+        if key.startswith(prefix):
+            part, _, name = key.removeprefix(prefix).partition("/")
+            parts[part][name] = value
+    adapters = {
+        name: LoraFactors(parts["lora_A"][name], parts["lora_B"][name], factor) for name, factor in scaling.items()
+    }
+    owed = {name: Step(left, parts["owed_right"][name]) for name, left in parts["owed_left"].items()}
+    return GlobalState(adapters, parts["residual"], parts["head"], version, owed=owed)
+
+
+def _places(clustered: ClusteredState | None) -> list[tuple[str, GlobalState]]:
+    """Give a prefix for each state of a method over slots, and the state."""
+    if clustered is None:
+        return []
+    clusters = [(_prefix(cluster), one) for cluster, one in sorted(clustered.clusters.items())]
+    return clusters + [(_prefix(*slot), one) for slot, one in sorted(clustered.own.items())]
+
+
+def _prefix(*place: int) -> str:
+    """Name a cluster, or a slot's own place."""
+    return f"{'cluster' if len(place) == 1 else 'own'} {' '.join(map(str, place))}/"
+
+
+def _clustered(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, start: GlobalState) -> ClusteredState:
+    told = facts["clustered"]
+
+    def read(*place: int) -> GlobalState:
+        prefix = _prefix(*place)
+        return _state(tensors, facts["scaling"], version=told["versions"][prefix], prefix=prefix)
+
+    return ClusteredState(
+        start=start,
+        clusters={cluster: read(cluster) for cluster in told["clusters"]},
+        assigned={Slot(partition, number): cluster for partition, number, cluster in told["assigned"]},
+        own={Slot(*slot): read(*slot) for slot in told["own"]},
+        version=told["version"],
     )
 
 

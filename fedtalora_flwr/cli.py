@@ -212,6 +212,7 @@ def export(
     to: Annotated[str, typer.Option(metavar="merged|peft", help="Plain weights, or an adapter for peft.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; by default RUN/export/merged or /peft.")] = None,
     force: Annotated[bool, typer.Option(help="Replace an earlier export in that folder.")] = False,
+    cluster: Annotated[int | None, typer.Option(help="Of a run of fl-tac: the cluster whose model is written.")] = None,
 ) -> None:
     """Write a run's model for use without fedtalora.
 
@@ -224,7 +225,7 @@ def export(
     """
     from fedtalora_flwr.export import export as export_model
 
-    done = export_model(run_folder, to=to, target=out, force=force)
+    done = export_model(run_folder, to=to, target=out, force=force, cluster=cluster)
     console.print(f"model {done.standing}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"logits differ from the run's by at most {done.logit_difference:.1e}", highlight=False)
     console.print(f"{to} {done.folder}", highlight=False, markup=False, soft_wrap=True)

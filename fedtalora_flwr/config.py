@@ -33,6 +33,10 @@ class RunConfig:
     method: str
     residual: str
     residual_energy: float
+    clusters: int
+    signature: str
+    stray_share: float
+    min_slot_share: float
     verify: bool
     dataset: str
     data_path: str
@@ -197,6 +201,10 @@ _NOT_NEGATIVE: tuple[Callable[[Any], bool], str] = (lambda value: 0 <= value < f
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "residual": _one_of("accumulate", "replace", "off"),
     "residual-energy": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "clusters": _at_least(0),
+    "signature": _one_of("product", "lora_B", "raw"),
+    "stray-share": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    "min-slot-share": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
     "test-fraction": (lambda value: 0 < value < 1, "between 0 and 1"),
     "max-per-class": _at_least(0),
     "max-test-per-class": _at_least(0),

@@ -63,7 +63,9 @@ class Exported:
     logit_difference: float
 
 
-def export(run: Path, *, to: str, target: Path | None = None, force: bool = False) -> Exported:
+def export(
+    run: Path, *, to: str, target: Path | None = None, force: bool = False, cluster: int | None = None
+) -> Exported:
     """Write the model of a run for use without fedtalora.
 
     Parameters
@@ -76,12 +78,14 @@ def export(run: Path, *, to: str, target: Path | None = None, force: bool = Fals
         Folder to write, by default ``<run>/export/<to>``. It appears whole or not at all.
     force
         Replace an earlier export.
+    cluster
+        Of a run with clusters, the one whose model is written.
 
     Raises
     ------
     ExportError
-        If the target exists, there is nothing to put in an adapter, or the written model does not give the
-        run's logits.
+        If the target exists, there is nothing to put in an adapter, no cluster of several is named, or the written
+        model does not give the run's logits.
     ValueError, FileNotFoundError
         As `open_trained`.
     """
@@ -89,7 +93,9 @@ def export(run: Path, *, to: str, target: Path | None = None, force: bool = Fals
         raise ExportError(f"an export is one of {', '.join(KINDS)}, got {to!r}")
     folder = (target or run / "export" / to).absolute()
     _check_target(folder, force=force)
-    trained = open_trained(run, device="cpu")
+    trained = open_trained(run, device="cpu", cluster=cluster)
+    if trained.routes is not None:
+        raise ExportError(f"{run} has {len(trained.routes.states)} models, one a cluster; export one by --cluster N")
     changes = changes_of(trained.model, trained.state)
     if to == "peft" and not changes:
         raise ExportError(f"{run} has no LoRA (lora-blocks = {trained.config.lora_blocks}); export it --to merged")

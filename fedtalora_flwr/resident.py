@@ -137,6 +137,13 @@ def test_examples(config: RunConfig, *, task_id: int) -> Examples:
     return decoded(config, data.source.test, rows, source=data.source, key=("test", task_id))
 
 
+def slots_of(config: RunConfig, *, partition_id: int) -> tuple[int, ...]:
+    """List the tasks of a partition that are trained at once, by the number of their slot."""
+    return data_of(config).stream.slots_of(
+        partition_id, num_tasks=config.last_task, min_share=config.min_slot_share, seed=config.seed
+    )
+
+
 def base_store(config: RunConfig) -> BaseStore:
     """Open the bases that this machine's clients hold, in ``$FEDTALORA_CACHE``, else ``~/.cache/fedtalora``."""
     folder = os.environ.get("FEDTALORA_CACHE") or Path.home() / ".cache" / "fedtalora"

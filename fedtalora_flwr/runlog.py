@@ -18,6 +18,10 @@ from fedtalora_flwr.checkpoint import write_text
 from fedtalora_flwr.config import MAY_CHANGE_ON_RESUME
 from fedtalora_flwr.metrics import TaskMatrix, measured
 
+_OPTIONAL = (
+    *("resent", "kept_energy", "exactness_error", "accuracy_seen_linear"),
+    *("cluster_accuracy", "routing_accuracy", "accuracy_routed", "slots"),
+)
 _LIBRARIES = ("torch", "flwr", "timm", "peft", "transformers", "datasets", "numpy", "ray")
 
 
@@ -30,12 +34,32 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class SlotLog:
+    """Where a slot was put in a round: its cluster, None for none, and whether that is the cluster of its task.
+
+    Its place on a plane is for a picture: like beside like.
+    """
+
+    partition_id: int
+    number: int
+    cluster: int | None
+    right: bool
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
 class RoundLog:
     """One line of ``rounds.jsonl``; bytes are message bytes, times are seconds, the loss is a mean over steps.
 
     ``resent`` are partitions that had lost the base and got it once more; ``kept_energy`` is the share of the
     residual's energy that was sent, where ``residual-energy`` is below 1. ``accuracy_seen_linear`` is what the
     trained class rows alone would give, where the head is another one.
+
+    Of a method over slots: `slots` are those of the round; ``cluster_accuracy`` is the share of all slots whose cluster
+    is that of their true task. After its last round ``routing_accuracy`` is the share of test examples that go to the
+    cluster of their task when nobody says which that is, and ``accuracy_routed`` the accuracy among that cluster's
+    classes then.
     """
 
     server_round: int
@@ -52,6 +76,10 @@ class RoundLog:
     exactness_error: float | None = None
     accuracy_seen: float | None = None
     accuracy_seen_linear: float | None = None
+    cluster_accuracy: float | None = None
+    routing_accuracy: float | None = None
+    accuracy_routed: float | None = None
+    slots: Sequence[SlotLog] = ()
 
 
 @dataclass
@@ -121,7 +149,7 @@ class RunFolder:
     def append_round(self, line: RoundLog) -> None:
         """Append a line to ``rounds.jsonl``; what does not apply to the round is left out."""
         values = asdict(line)
-        for optional in ("resent", "kept_energy", "exactness_error", "accuracy_seen_linear"):
+        for optional in _OPTIONAL:
             if values[optional] in (None, [], ()):
                 del values[optional]
         with (self.path / "rounds.jsonl").open("a") as file:

@@ -151,6 +151,19 @@ def count_correct(
 
 
 @torch.inference_mode()
+def classify(
+    model: AdaptedModel, classifier: Classifier, examples: Examples, *, classes: Sequence[int], config: RunConfig
+) -> Tensor:
+    """Give the class of `classes` that scores highest for each example: (N,) int64 on the CPU."""
+    device = next(model.parameters()).device
+    on_device, compared = classifier.to(device), torch.tensor(sorted(classes), device=device)
+    best = torch.empty(len(examples), dtype=torch.int64)
+    for features, _, rows in _features(model, examples, config=config):
+        best[rows.cpu()] = compared[on_device.logits(features, compared).argmax(1)].cpu()
+    return best
+
+
+@torch.inference_mode()
 def sum_features(
     model: AdaptedModel, examples: Examples, *, head: Head, num_classes: int, config: RunConfig
 ) -> FeatureSums:

@@ -13,17 +13,35 @@ from torch import Tensor
 
 from fedtalora_flwr import checkpoint, heads
 from fedtalora_flwr.aggregation import GlobalState
+from fedtalora_flwr.checkpoint import Checkpoint
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import Source, Split
 from fedtalora_flwr.data.source import NO_ROWS, Ints
-from fedtalora_flwr.heads import Classifier, Head
+from fedtalora_flwr.heads import Classifier, Head, trained_classes
 from fedtalora_flwr.lora import AdaptedModel
 from fedtalora_flwr.report.record import RunRecord, read_run
 from fedtalora_flwr.resident import build_model, data_of
+from fedtalora_flwr.routing import router
 
 
 class TrainedModelError(ValueError):
     """A run folder from which no model can be had; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Where an input goes in a run with clusters.
+
+    Parameters
+    ----------
+    classifier
+        From the features of the untouched backbone to a place in `states`.
+    states
+        Of the clusters, in the order of their ids.
+    """
+
+    classifier: Classifier
+    states: tuple[GlobalState, ...]
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,8 @@ class TrainedModel:
         How logits are made of features.
     classes
         Class ids that the classifier knows so far, sorted; logits have one column each.
+    routes
+        Of a run with clusters: each input goes to one of them, and is compared with the classes of that one alone.
     """
 
     record: RunRecord
@@ -54,6 +74,7 @@ class TrainedModel:
     head: Head
     classifier: Classifier
     classes: tuple[int, ...]
+    routes: Routes | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -63,7 +84,7 @@ class TrainedModel:
     @property
     def num_rounds(self) -> int:
         """Rounds of the whole run."""
-        return self.config.last_task * max(1, self.config.rounds_per_task)
+        return (1 if self.record.manifest.get("slots") else self.config.last_task) * max(1, self.config.rounds_per_task)
 
     @property
     def standing(self) -> str:
@@ -106,16 +127,33 @@ class TrainedModel:
     @torch.inference_mode()
     def logits(self, inputs: Tensor) -> Tensor:
         """Score encoded inputs (N, ...), N at least 1, against `classes`: (N, n) float32 on the CPU."""
+        if self.routes is None:
+            return self._scores(inputs, self.state, self.classifier, self.classes)
+        places = range(len(self.routes.states))
+        chosen = self._scores(inputs, self.state, self.routes.classifier, places).argmax(1)  # (N,)
+        scores = torch.full((len(inputs), len(self.classes)), -torch.inf)
+        column = {class_id: index for index, class_id in enumerate(self.classes)}
+        for place in sorted(set(chosen.tolist())):
+            state, here = self.routes.states[place], (chosen == place).nonzero()  # (n, 1)
+            classes = trained_classes(state.head)
+            columns = torch.tensor([column[class_id] for class_id in classes])
+            scores[here, columns] = self._scores(inputs[here[:, 0]], state, Classifier(state.head), classes)
+        return scores
+
+    def _scores(self, inputs: Tensor, state: GlobalState, classifier: Classifier, classes: Sequence[int]) -> Tensor:
+        """Score encoded inputs under a state: (N, n) float32 on the CPU."""
+        if self.routes is not None:
+            self.model.load(state.adapters, state.residual)
         device = next(self.model.parameters()).device
-        classifier, compared = self.classifier.to(device), torch.tensor(self.classes, device=device)
+        on_device, compared = classifier.to(device), torch.tensor(classes, device=device)
         scores = [
-            classifier.logits(self.model.backbone(batch.to(device)), compared).cpu()
+            on_device.logits(self.model.backbone(batch.to(device)), compared).cpu()
             for batch in inputs.split(self.config.eval_batch_size)  # type: ignore[no-untyped-call]
         ]
         return torch.cat(scores)
 
 
-def open_trained(run: Path, *, device: str = "auto") -> TrainedModel:
+def open_trained(run: Path, *, device: str = "auto", cluster: int | None = None) -> TrainedModel:
     """Read the model of a run folder; the run's data are not needed.
 
     Parameters
@@ -124,6 +162,8 @@ def open_trained(run: Path, *, device: str = "auto") -> TrainedModel:
         The folder.
     device
         As the setting of that name.
+    cluster
+        Of a run with clusters, the one that is wanted; None: all of them, and a router before them.
 
     Raises
     ------
@@ -137,6 +177,8 @@ def open_trained(run: Path, *, device: str = "auto") -> TrainedModel:
         raise TrainedModelError(f"{run} has no manifest.json, the run stopped before its first round; resume it")
     config = replace(RunConfig.parse(record.config), device=device)
     point = checkpoint.load(record.path / "checkpoint")
+    if point.clustered is not None or cluster is not None:
+        return _open_clustered(record, config, point, cluster=cluster)
     head = heads.resolve(config.head, asdict(config))
     classes = _known_classes(record, config, server_round=point.server_round, whole_tasks=head.collects_sums)
     if not classes:
@@ -155,6 +197,40 @@ def open_trained(run: Path, *, device: str = "auto") -> TrainedModel:
         head=head,
         classifier=head.classifier(point.state.head, point.sums),
         classes=classes,
+    )
+
+
+def _open_clustered(record: RunRecord, config: RunConfig, point: Checkpoint, *, cluster: int | None) -> TrainedModel:
+    clusters = dict(point.clustered.clusters) if point.clustered is not None else {}
+    if cluster is not None and cluster not in clusters:
+        raise TrainedModelError(f"{record.path} has no cluster {cluster}; it has {sorted(clusters) or 'none'}")
+    if not clusters:
+        raise TrainedModelError(f"{record.path}: every slot has trained for itself, there is no model for all")
+    if cluster is None and point.routes is None:
+        raise TrainedModelError(
+            f"{record.path} stopped after round {point.server_round}, before its last, at whose end it learns to tell "
+            f"the clusters {sorted(clusters)} apart; name one, or go on with: fedtalora run --resume {record.path}"
+        )
+    head, routes = heads.resolve(config.head, asdict(config)), None
+    state = point.state if cluster is None else clusters[cluster]
+    if cluster is None and point.routes is not None:
+        states = tuple(one for _, one in sorted(clusters.items()))
+        routes = Routes(router(config).classifier({}, point.routes), states)
+        classes = sorted({class_id for one in states for class_id in trained_classes(one.head)})
+    else:
+        classes = trained_classes(state.head)
+    model = build_model(config)
+    model.load(state.adapters, state.residual)
+    return TrainedModel(
+        record=record,
+        config=config,
+        server_round=point.server_round,
+        state=state,
+        model=model.eval(),
+        head=head,
+        classifier=Classifier(state.head),
+        classes=tuple(classes),
+        routes=routes,
     )
 
 

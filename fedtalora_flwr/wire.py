@@ -10,6 +10,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -91,7 +92,7 @@ class Hello:
 def pack_state(
     state: GlobalState,
     *,
-    classes: Sequence[int] = (),
+    classes: Sequence[int] | None = None,
     memory: Memory | None = None,
     trainable: frozenset[str] = FACTORS,
 ) -> ArrayRecord:
@@ -102,7 +103,7 @@ def pack_state(
     state
         Its residual is left out: it travels as a `Parcel`, as far as a client needs it.
     classes
-        The class rows of the head that the clients need.
+        The class rows of the head that the clients need; None where they need no head.
     memory
         What a penalty needs of finished tasks.
     trainable
@@ -112,8 +113,8 @@ def pack_state(
     if memory is not None:
         tensors |= {f"anchor/{key}": value for key, value in memory.anchor.items()}
         tensors |= {f"fisher/{key}": value for key, value in memory.fisher.items()}
-    if classes:
-        rows = torch.tensor(sorted(set(classes)))
+    if classes is not None:
+        rows = torch.tensor(sorted(set(classes)), dtype=torch.int64)
         tensors |= {f"head/{name}": value[rows] for name, value in state.head.items()}
         tensors["rows/class"] = rows.int()
     return _record(tensors)
@@ -160,6 +161,31 @@ def state_message(
 def add_parcel(content: RecordDict, parcel: Parcel, arrays: ArrayRecord) -> RecordDict:
     """Give a message's content with what its client needs to reach the base; `arrays` is the packed parcel."""
     return RecordDict({**content, BASE: ConfigRecord({"chain": " ".join(parcel.chain)}), BASE_ARRAYS: arrays})
+
+
+def bundle(parts: Mapping[int, RecordDict]) -> RecordDict:
+    """Put the contents of messages about several slots into one: a record ``<key>`` of slot i is ``<key>.<i>``."""
+    return RecordDict({f"{key}.{number}": record for number, part in parts.items() for key, record in part.items()})
+
+
+def unbundle(message: Message) -> dict[int, Message]:
+    """Take a message apart again, into one for each slot.
+
+    Raises
+    ------
+    WireError
+        If a record belongs to no slot.
+    """
+    parts: dict[int, dict[str, Any]] = {}
+    for name, record in message.content.items():
+        key, dot, number = name.rpartition(".")
+        if not (dot and re.fullmatch(r"0|[1-9]\d{0,5}", number, re.ASCII)):
+            raise WireError(f"record {name[:40]!r} belongs to no slot")
+        parts.setdefault(int(number), {})[key] = record
+    messages = {number: copy(message) for number in sorted(parts)}
+    for slot, part in messages.items():
+        part.content = RecordDict(parts[slot])
+    return messages
 
 
 def tell_classes(classes: ClassList | None) -> RecordDict:

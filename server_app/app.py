@@ -18,7 +18,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from fedtalora_flwr import aggregation, checkpoint, heads, penalties, wire
-from fedtalora_flwr.aggregation import GlobalState
+from fedtalora_flwr.aggregation import Aggregator, ClusteredState, GlobalState, SlotAggregator
 from fedtalora_flwr.checkpoint import Checkpoint, CheckpointError
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import ClassList
@@ -26,12 +26,15 @@ from fedtalora_flwr.heads import Classifier, FeatureSums
 from fedtalora_flwr.lora import count_parameters
 from fedtalora_flwr.metrics import TaskMatrix
 from fedtalora_flwr.penalties import Memory
-from fedtalora_flwr.resident import data_of, model_of, own_reader, test_examples
-from fedtalora_flwr.runlog import Failure, RoundLog, RunFolder
+from fedtalora_flwr.resident import data_of, model_of, own_reader, slots_of, test_examples
+from fedtalora_flwr.routing import by_cluster, router
+from fedtalora_flwr.runlog import Failure, RoundLog, RunFolder, SlotLog
 from fedtalora_flwr.train import count_correct
 from server_app import census
 from server_app.attendance import Attendance
 from server_app.census import Census
+from server_app.judge import Judge
+from server_app.slots import SUMS, SlotStrategy, check_settings
 from server_app.strategy import AdapterStrategy, RunFailed, Tally
 
 app = ServerApp()
@@ -48,7 +51,8 @@ def main(grid: Grid, context: Context) -> None:
     if folder.holds_rounds and not config.resume:
         raise RunFailed(f"{out} holds a run already; choose another out, or go on with it by resume=true")
     try:
-        Server(grid, config, folder).run()
+        over_slots = isinstance(aggregation.resolve(config.method, **asdict(config)), SlotAggregator)
+        (SlotServer if over_slots else Server)(grid, config, folder).run()
     except Exception as error:
         folder.write_status(phase="failed", message=f"{error}" or type(error).__name__)
         raise
@@ -72,6 +76,8 @@ class Trained:
     residual_norm: float = 0.0
     kept_energy: float | None = None
     exactness_error: float | None = None
+    cluster_accuracy: float | None = None
+    slots: Sequence[SlotLog] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,9 @@ class Scored:
     matrix: TaskMatrix
     accuracy_seen: float | None = None
     accuracy_seen_linear: float | None = None
+    routes: FeatureSums | None = None
+    routing_accuracy: float | None = None
+    accuracy_routed: float | None = None
 
 
 class Server:
@@ -105,21 +114,19 @@ class Server:
         self.model = model_of(config)
         self.head = heads.resolve(config.head, asdict(config))
         self.penalty = penalties.resolve(config.penalty, asdict(config))
-        self.num_rounds = config.last_task * self.rounds_per_task
         if config.check_data and self.data:  # a bad file is found before training, not at the first evaluation
             for task_id in range(config.last_task):
                 if not len(test_examples(config, task_id=task_id)):
                     raise RunFailed(f"task {task_id} has no test example; give test data of all classes")
         self.point = self._resumed() if config.resume else self._fresh()
         self.first_round = self.point.server_round + 1
-        method = aggregation.resolve(config.method, **asdict(config))
-        if self.penalty.remembers and not method.keeps_pair:
-            raise RunFailed(
-                f"penalty {config.penalty} remembers the pair, which method {config.method} draws anew every round; "
-                "choose another of the two"
-            )
-        self.strategy = AdapterStrategy(config=config, method=method, state=self.point.state)
+        self.strategy = self._strategy()
         self.nodes = Attendance(grid, config, self.strategy, self._show)
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of the whole run."""
+        return self.config.last_task * self.rounds_per_task
 
     @property
     def rounds_per_task(self) -> int:
@@ -146,6 +153,16 @@ class Server:
         )
         self._show("done", self.num_rounds)
 
+    def _strategy(self) -> AdapterStrategy:
+        method = aggregation.resolve(self.config.method, **asdict(self.config))
+        assert isinstance(method, Aggregator)
+        if self.penalty.remembers and not method.keeps_pair:
+            raise RunFailed(
+                f"penalty {self.config.penalty} remembers the pair, which method {self.config.method} draws anew every "
+                "round; choose another of the two"
+            )
+        return AdapterStrategy(config=self.config, method=method, state=self.point.state)
+
     def _play(self, server_round: int) -> None:
         """Play one round and everything that belongs to it, then checkpoint: a kill repeats the whole round."""
         began = time.monotonic()
@@ -165,8 +182,10 @@ class Server:
             self.point,
             server_round=server_round,
             state=self.strategy.state,
+            clustered=self.strategy.clustered,
             sums=scored.sums,
             memory=memory,
+            routes=scored.routes,
             matrix=scored.matrix,
             bytes_up=self.point.bytes_up + tally.bytes_up,
             bytes_down=self.point.bytes_down + tally.bytes_down,
@@ -192,6 +211,10 @@ class Server:
             exactness_error=trained.exactness_error,
             accuracy_seen=scored.accuracy_seen,
             accuracy_seen_linear=scored.accuracy_seen_linear,
+            cluster_accuracy=trained.cluster_accuracy,
+            routing_accuracy=scored.routing_accuracy,
+            accuracy_routed=scored.accuracy_routed,
+            slots=trained.slots,
         )
         self._write_down(line, point)
         self._say(line)
@@ -221,9 +244,12 @@ class Server:
         replies = strategy.exchange(self.grid, messages)
         _, metrics = strategy.aggregate_train(order.server_round, (reply for _, reply in replies))
         assert metrics is not None
-        return Trained(**{key.replace("-", "_"): float(str(value)) for key, value in metrics.items()})
+        numbers: dict[str, Any] = {key.replace("-", "_"): float(str(value)) for key, value in metrics.items()}
+        return Trained(**numbers)
 
-    def _packed(self, state: GlobalState, *, classes: Sequence[int] = (), memory: Memory | None = None) -> ArrayRecord:
+    def _packed(
+        self, state: GlobalState, *, classes: Sequence[int] | None = None, memory: Memory | None = None
+    ) -> ArrayRecord:
         """Pack what all clients are sent of a state; factors that the method keeps frozen stay here."""
         return wire.pack_state(state, classes=classes, memory=memory, trainable=self.strategy.method.trainable)
 
@@ -510,16 +536,86 @@ class Server:
     def _say(self, line: RoundLog) -> None:
         """Log one line a round, for whoever follows the stream."""
         log.info(
-            "task %d/%d round %d/%d  loss %s  accuracy %s  %.1f s%s",
+            "task %d/%d round %d/%d  loss %s  accuracy %s%s  %.1f s%s",
             line.task_id + 1,
             self.config.last_task,
             line.server_round,
             self.num_rounds,
             "-" if line.mean_loss is None else f"{line.mean_loss:.4f}",
             "-" if line.accuracy_seen is None else f"{line.accuracy_seen:.4f}",
+            "" if line.cluster_accuracy is None else f"  clusters {line.cluster_accuracy:.4f}",
             line.seconds["total"],
             "".join(f"; partition {f.partition_id} failed: {f.reason}" for f in line.failures),
         )
+
+
+class SlotServer(Server):
+    """A run of a method over slots: every client trains all its tasks in every round, each in a slot of its own."""
+
+    strategy: SlotStrategy
+
+    def __init__(self, grid: Grid, config: RunConfig, folder: RunFolder) -> None:
+        check_settings(config, own_data=own_reader(config) is not None)
+        super().__init__(grid, config, folder)
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of the whole run; ``rounds-per-task`` is what each task gets, and all have it at once."""
+        return self.rounds_per_task
+
+    def _strategy(self) -> SlotStrategy:
+        method = aggregation.resolve(self.config.method, **asdict(self.config))
+        assert isinstance(method, SlotAggregator)
+        return SlotStrategy(
+            config=self.config,
+            method=method,
+            clustered=self.point.clustered or ClusteredState(self.point.state),
+            tasks_of={p: slots_of(self.config, partition_id=p) for p in range(self.config.num_clients)},
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        """Say also which task each slot is about, by partition and slot number: what the clustering is judged by."""
+        return {**super()._facts(), "slots": [list(tasks) for _, tasks in sorted(self.strategy.tasks_of.items())]}
+
+    def _parameters(self) -> dict[str, int]:
+        """Count as a client with a slot for every task trains and sends: an adapter each, and every class row once."""
+        one, adapters = super()._parameters(), self.config.last_task
+        lora = adapters * one["lora"]
+        trained = adapters * (one["trainable"] - one["head"]) + one["head"]
+        return {**one, "trainable": trained, "transmitted": lora + one["head"], "adapters": adapters}
+
+    def _train(self, order: wire.RoundOrder) -> Trained:
+        trained, strategy = super()._train(order), self.strategy
+        return replace(trained, cluster_accuracy=strategy.cluster_accuracy, slots=strategy.placed)
+
+    def _score(self, order: wire.RoundOrder) -> Scored:
+        """Evaluate every state on the tasks of its slots; after the last round, learn to route and evaluate that."""
+        is_last = order.server_round == self.num_rounds
+        due = self.config.eval_every and order.server_round % self.config.eval_every == 0
+        before = Scored(sums=self.point.sums, matrix=self.point.matrix)
+        if not is_last and not due:
+            return before
+        judge = Judge(self.model, self.strategy, self.point.classes, self.config)
+        task_id = self.config.last_task - 1
+        matrix = self.point.matrix.with_row(task_id, *judge.hits())
+        scored = replace(before, accuracy_seen=matrix.accuracy_seen()[task_id])
+        if not is_last:
+            return scored
+        scored = replace(scored, matrix=matrix)
+        if not self.strategy.clustered.clusters:
+            return scored
+        routes = self.nodes.insist(self._collect_routes, order)
+        routed, correct = judge.routed(routes)
+        return replace(scored, routes=routes, routing_accuracy=routed, accuracy_routed=correct)
+
+    def _collect_routes(self, order: wire.RoundOrder) -> FeatureSums:
+        """Let every holder of a slot sum its features under the untouched backbone."""
+        strategy = self.strategy
+        arrays = wire.pack_state(strategy.state)
+        messages = strategy.messages(arrays, order, partitions=strategy.holds_task[0], message_type=SUMS)
+        replies = strategy.exchange(self.grid, messages)
+        dim = router(self.config).lifted_dim(self.model.backbone.feature_dim)
+        return by_cluster(strategy.read_slot_sums(order.server_round, replies, feature_dim=dim), strategy.clustered)
 
 
 def _clock(order: wire.RoundOrder) -> ConfigRecord:

@@ -18,6 +18,7 @@ from fedtalora_flwr.aggregation import (
     Aggregator,
     BadUpdate,
     ClientUpdate,
+    ClusteredState,
     GlobalState,
     check_update,
     exactness_error,
@@ -26,7 +27,7 @@ from fedtalora_flwr.aggregation import (
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import ClassList
 from fedtalora_flwr.heads import FeatureSums
-from fedtalora_flwr.residual import Ledger
+from fedtalora_flwr.residual import Ledger, Parcel
 from fedtalora_flwr.runlog import Failure
 from server_app.census import Census
 
@@ -88,6 +89,7 @@ class AdapterStrategy(Strategy):
         self.config = config
         self.method = method
         self.state = state
+        self.clustered: ClusteredState | None = None  # of a method over slots
         self.node_of: dict[int, int] = {}  # partition id -> node id
         self.holds_task: dict[int, list[int]] = {}  # task id -> partitions with data of it
         self.census = Census(ClassList(), counts={}, tests={}, told={})
@@ -251,18 +253,23 @@ class AdapterStrategy(Strategy):
         ]
 
     def _addressed(self, content: RecordDict, partition: int, *, message_type: str, group_id: str) -> Message:
-        parcel = self.ledger.parcel(partition)
         if partition in self.census.told:
             content = RecordDict({**content, **wire.tell_classes(self.census.told[partition])})
-        if id(parcel) not in self._records:
-            self._records[id(parcel)] = wire.pack_parcel(parcel)
         return Message(
-            wire.add_parcel(content, parcel, self._records[id(parcel)]),
+            self._with_base(content, partition),
             dst_node_id=self.node_of[partition],
             message_type=message_type,
             group_id=group_id,
             ttl=self.config.round_timeout,
         )
+
+    def _with_base(self, content: RecordDict, partition: int) -> RecordDict:
+        return self._with_parcel(content, self.ledger.parcel(partition))
+
+    def _with_parcel(self, content: RecordDict, parcel: Parcel) -> RecordDict:
+        if id(parcel) not in self._records:
+            self._records[id(parcel)] = wire.pack_parcel(parcel)
+        return wire.add_parcel(content, parcel, self._records[id(parcel)])
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -293,7 +300,7 @@ class AdapterStrategy(Strategy):
                 if update.partition_id != partition:
                     raise BadUpdate(f"speaks for partition {update.partition_id}, holds {partition}")
                 check_update(self.state, update, trainable=self.method.trainable, norm_limit=self.config.norm_limit)
-                self._check_counts(partition, update.class_counts)
+                self._check_counts(self.task_id, partition, update.class_counts)
             except BadUpdate as refusal:
                 self._fail(partition, f"refused: {refusal}")
                 continue
@@ -326,7 +333,7 @@ class AdapterStrategy(Strategy):
         for partition, reply in replies:
             try:
                 sums = wire.read_sums(reply, like=to)
-                self._check_counts(partition, sums.moment[:, -1])
+                self._check_counts(self.task_id, partition, sums.moment[:, -1])
                 self._check_sums(sums)
             except BadUpdate as refusal:
                 self._fail(partition, f"refused: {refusal}")
@@ -348,7 +355,7 @@ class AdapterStrategy(Strategy):
         for partition, reply in replies:
             try:
                 sums, counts = wire.read_fisher(reply, like=self.state, trainable=self.method.trainable)
-                self._check_counts(partition, counts)
+                self._check_counts(self.task_id, partition, counts)
                 held = int(counts.sum())
                 norm = (sum(float(value.double().sum()) for value in sums.values()) / max(1, held)) ** 0.5
                 if not norm <= self.config.norm_limit:
@@ -382,12 +389,12 @@ class AdapterStrategy(Strategy):
         correct, total = np.sum(good, axis=0).tolist()
         return correct, total
 
-    def _check_counts(self, partition: int, counts: Tensor) -> None:
+    def _check_counts(self, task_id: int, partition: int, counts: Tensor) -> None:
         """Refuse examples of each class (C,) that are not those which the client holds of the task.
 
         To data that a node brings, examples may come at any time, but of no class that it has not named.
         """
-        held = self.census.counts[self.task_id, partition]
+        held = self.census.counts[task_id, partition]
         grows = partition in self.census.told and not (counts.long() > 0)[held == 0].any()
         if not grows and not torch.equal(counts.double(), held.double()):
             raise BadUpdate("speaks of other examples than the client said it holds of this task")

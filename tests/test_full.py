@@ -45,3 +45,11 @@ def test_slice_of_tiny_imagenet_is_learnt_far_above_chance(tmp_path):
     assert metrics["accuracy_seen"][1] > 0.3  # 20 classes: chance is .05
     lines = [json.loads(text) for text in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
     assert max(line["exactness_error"] for line in lines) < 1e-6
+
+
+def test_fl_tac_finds_the_domains_of_clinc150_from_the_second_round_on(tmp_path):
+    needs("clinc150")
+    finished(tmp_path / "run", "--preset", "clinc150-fl-tac", "--set", "rounds-per-task=3", "--set", "eval-every=0")
+    lines = [json.loads(text) for text in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    assert min(line["cluster_accuracy"] for line in lines[1:]) >= 0.95
+    assert lines[-1]["routing_accuracy"] > 0.9

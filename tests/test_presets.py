@@ -200,3 +200,8 @@ def test_tiny_imagenet_presets_load_and_train_on_an_image_folder(checkpoint, tmp
         f"backbone-checkpoint={checkpoint}",
     )
     loads_and_trains(config, num_classes=200, num_test=200)
+
+
+def test_an_fl_tac_adapter_of_vit_base_has_as_many_numbers_as_the_paper_counts(vit_base):
+    model = AdaptedModel(vit_base("vit_base_patch16_224"), rank=1, alpha=2.0, blocks="all", targets="q,v")
+    assert count_parameters(model.initial_factors(seed=0)) == 36_864

@@ -379,3 +379,30 @@ def test_a_node_whose_pairs_start_otherwise_refuses_to_train():
     sent = without_frozen(make_state(), frozenset({"lora_B"}))
     with pytest.raises(wire.WireError, match="started from other numbers"):
         wire.read_state(sent, initial=make_pairs)
+
+
+def test_bundle_gives_each_slots_message_back_under_its_number():
+    first, second = state_message(make_state(), classes=[1]), state_message(make_state(), classes=())
+    bundled = message(wire.bundle({10: second.content, 2: first.content}))
+    parts = wire.unbundle(bundled)
+    assert list(parts) == [2, 10]
+    for part, wanted in ((parts[2], first), (parts[10], second)):
+        assert part.content == wanted.content and part.metadata.message_type == "train"
+        wire.read_state(part)
+    assert bundled.content.keys() == {
+        f"{key}.{i}" for i in (2, 10) for key in ("arrays", "order", "base", "base-arrays")
+    }
+
+
+def test_state_without_any_trained_row_still_says_which_rows_a_head_has():
+    got, _, _ = wire.read_state(state_message(make_state(), classes=()))
+    assert {name: value.shape for name, value in got.head.items()} == {
+        name: value.shape for name, value in make_state().head.items()
+    }
+    assert not any(value.any() for value in got.head.values())
+
+
+@pytest.mark.parametrize("name", ["arrays", "arrays.", "arrays.-1", "arrays.1.5x", "arrays.007", "arrays.1000000", "."])
+def test_record_of_no_slot_is_refused_by_name(name):
+    with pytest.raises(WireError, match="belongs to no slot"):
+        wire.unbundle(message(RecordDict({name: wire.pack_state(make_state())})))

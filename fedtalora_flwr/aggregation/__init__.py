@@ -3,8 +3,9 @@
 from typing import Any
 
 from fedtalora_flwr import registry
-from fedtalora_flwr.aggregation.base import FACTORS, Aggregator, ClientUpdate, GlobalState, LoraFactors
+from fedtalora_flwr.aggregation.base import FACTORS, Aggregator, ClientUpdate, GlobalState, LoraFactors, Method
 from fedtalora_flwr.aggregation.intake import BadUpdate, check_update
+from fedtalora_flwr.aggregation.slots import ClusteredState, Slot, SlotAggregator, slots_exactness_error
 from fedtalora_flwr.aggregation.step import Step, kept_energy
 from fedtalora_flwr.aggregation.verify import exactness_error
 
@@ -13,14 +14,19 @@ __all__ = [
     "Aggregator",
     "BadUpdate",
     "ClientUpdate",
+    "ClusteredState",
     "GlobalState",
     "LoraFactors",
+    "Method",
+    "Slot",
+    "SlotAggregator",
     "Step",
     "available",
     "check_update",
     "exactness_error",
     "kept_energy",
     "resolve",
+    "slots_exactness_error",
 ]
 
 
@@ -29,13 +35,13 @@ def available() -> tuple[str, ...]:
     return registry.available(__name__)
 
 
-def resolve(name: str, **settings: Any) -> Aggregator:
-    """Build the method `name`, e.g. ``resolve("fedtalora", residual="replace")``.
+def resolve(name: str, **settings: Any) -> Method:
+    """Build the method `name`, an `Aggregator` or `SlotAggregator`, e.g. ``resolve("fedtalora", residual="replace")``.
 
     Raises
     ------
     ValueError
         If there is no such method, or a setting of it cannot be.
     """
-    method: Aggregator = registry.build(__name__, name, settings)
+    method: Method = registry.build(__name__, name, settings)
     return method

@@ -112,8 +112,8 @@ class ClientUpdate:
     base_version: int
 
 
-class Aggregator(ABC):
-    """A method: which LoRA factors clients train, and how the server folds their updates into its state.
+class Method(ABC):
+    """What all methods say of themselves.
 
     Attributes
     ----------
@@ -132,6 +132,10 @@ class Aggregator(ABC):
     exact: bool
     keeps_pair: bool = True
     dense: bool = False
+
+
+class Aggregator(Method):
+    """A method with one state for all: how the server folds the clients' updates into it."""
 
     @abstractmethod
     def aggregate(self, state: GlobalState, updates: Sequence[ClientUpdate]) -> GlobalState:

@@ -7,8 +7,9 @@ are about the same thing: it clusters the adapters, and a slot goes on from the 
 
 Where the paper leaves a gap, and what is done here:
 
-- The paper clusters the flattened (A, B), which depends on the gauge of the pair; here it is the product B A, each
-  adapter scaled to unit length (see `signature`), as early in training all products are small.
+- The paper clusters the flattened (A, B), which depends on the gauge of the pair; here it is the product B A (see
+  `signature`), and of that what sets adapters apart, in as many dimensions as there are clusters (see `directions`):
+  early in training all products are small, alike, and mostly noise.
 - The paper averages B and A plainly; here a method does it, weighted by examples. With Fed-TaLoRA's residual a cluster
   is exact: its weight is the mean of its slots' effective weights, also of slots that trained in another cluster.
 - Clusters keep their ids (Hungarian matching on shared members), and take part in the clustering as one more point, so
@@ -19,67 +20,32 @@ Where the paper leaves a gap, and what is done here:
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fedtalora_flwr.aggregation.base import Aggregator, ClientUpdate, GlobalState, example_weights
-from fedtalora_flwr.aggregation.signature import SIGNATURES
-from fedtalora_flwr.clustering import cosines, embed, keep_ids, kmeans, kmeans_by_silhouette, strays
+from fedtalora_flwr.aggregation.fedtalora import FedTaLoRA, Residual
+from fedtalora_flwr.aggregation.signature import SIGNATURES, Adapters
+from fedtalora_flwr.aggregation.slots import ClusteredState, Slot, SlotAggregator, followed, mean_residual
+from fedtalora_flwr.clustering import (
+    Matrix,
+    cosines,
+    directions,
+    embed,
+    keep_ids,
+    kmeans,
+    kmeans_by_silhouette,
+    on_a_plane,
+    strays,
+)
 
-
-class Slot(NamedTuple):
-    """One local task of one client; the order of slots is the order of summation.
-
-    Parameters
-    ----------
-    partition_id
-        The client's.
-    number
-        The client's own numbering of its tasks; it means nothing to anybody else.
-    """
-
-    partition_id: int
-    number: int
-
-
-@dataclass(frozen=True)
-class ClusteredState:
-    """What the server knows: a state for each cluster, and which slot goes on from which.
-
-    Parameters
-    ----------
-    start
-        What a slot trains from that was never heard of.
-    clusters
-        A state for each cluster id.
-    assigned
-        The cluster of each slot, also of those that were not there last round.
-    own
-        The states of strays, which belong to no cluster.
-    version
-        Number of aggregations behind this state.
-    """
-
-    start: GlobalState
-    clusters: Mapping[int, GlobalState] = field(default_factory=dict)
-    assigned: Mapping[Slot, int] = field(default_factory=dict)
-    own: Mapping[Slot, GlobalState] = field(default_factory=dict)
-    version: int = 0
-
-    def of(self, slot: Slot) -> GlobalState:
-        """Give the state from which a slot trains next."""
-        if slot in self.own:
-            return self.own[slot]
-        return self.clusters[self.assigned[slot]] if slot in self.assigned else self.start
+Signature = Literal["product", "lora_B", "raw"]
 
 
 @dataclass(frozen=True)
-class FLTAC:
+class FLTAC(SlotAggregator):
     """Cluster the slots' adapters and fold each cluster with a method.
 
     Parameters
@@ -105,6 +71,16 @@ class FLTAC:
     stray_share: float = 0.5
     seed: int = 0
 
+    @property
+    def trainable(self) -> frozenset[str]:  # type: ignore[override]
+        """The factors that the method within a cluster trains."""
+        return self.method.trainable
+
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        """Whether a cluster's weights equal the mean of its slots' weights."""
+        return self.method.exact
+
     def __post_init__(self) -> None:
         if self.signature not in SIGNATURES:
             raise ValueError(f"signature must be one of {', '.join(SIGNATURES)}, got {self.signature!r}")
@@ -116,20 +92,7 @@ class FLTAC:
             raise ValueError(f"stray_share must be in [0, 1), got {self.stray_share}")
 
     def aggregate(self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate]) -> ClusteredState:
-        """Fold the slots' updates into a new state; neither argument is changed.
-
-        Parameters
-        ----------
-        state
-            What the slots started from: each from ``state.of(slot)``.
-        updates
-            Of any subset of slots, in any order.
-
-        Raises
-        ------
-        ValueError
-            If there is no update, or a cluster's updates hold no example.
-        """
+        """Cluster the slots and fold each cluster (see `SlotAggregator.aggregate`)."""
         if not updates:
             raise ValueError("nothing to average: no slot sent an update")
         updates = {slot: updates[slot] for slot in sorted(updates)}
@@ -143,7 +106,9 @@ class FLTAC:
         for slot, cluster in found.items():
             if cluster is None:
                 assigned.pop(slot, None)
-                own[slot] = self.method.aggregate(state.of(slot), [updates[slot]])
+                before = state.of(slot)
+                folded_alone = self.method.aggregate(before, [updates[slot]])
+                own[slot] = followed(folded_alone, before=before, same_place=slot in state.own)
         folded = {cluster: self._fold(state, cluster, slots, updates) for cluster, slots in members.items()}
         alive = set(assigned.values())
         clusters = {c: one for c, one in sorted({**state.clusters, **folded}.items()) if c in alive}
@@ -152,15 +117,15 @@ class FLTAC:
     def _cluster(self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate]) -> dict[Slot, int | None]:
         """Give each slot the id of its cluster, or None if it is a stray there."""
         anchors = [one.adapters for one in state.clusters.values()]
-        gram = SIGNATURES[self.signature]([update.adapters for update in updates.values()] + anchors).numpy()
-        points = embed(gram if self.signature == "raw" else cosines(gram))  # (n slots + anchors, m)
+        gram = self._gram([update.adapters for update in updates.values()] + anchors)
+        points = self._points(gram)
         seed = int(np.random.default_rng([self.seed, state.version]).integers(2**32))
         if self.num_clusters:
             labels = kmeans(points, num_clusters=self.num_clusters, seed=seed)
         else:
             labels = kmeans_by_silhouette(points, largest=self.largest, seed=seed)
         ids = keep_ids(labels, [*(state.assigned.get(slot) for slot in updates), *state.clusters])
-        alone = strays(points, labels, share=self.stray_share)
+        alone = strays(embed(gram), labels, share=self.stray_share)  # by all that sets a slot apart, its noise too
         return {
             slot: None if stray else ids[label]
             for slot, label, stray in zip(updates, labels, alone, strict=False)  # the anchors come after the slots
@@ -175,16 +140,36 @@ class FLTAC:
         # A new cluster has the head of its largest slot: the rows that nobody trained this round are from somewhere.
         before = state.clusters.get(cluster, bases[int(np.argmax([reply.num_examples for reply in replies]))])
         if all(base is before for base in bases):
-            return self.method.aggregate(before, replies)
-        mixed = replace(before, residual=_mean_residual(bases, example_weights(replies)))
+            folded = self.method.aggregate(before, replies)
+            return followed(folded, before=before, same_place=cluster in state.clusters)
+        mixed = replace(before, residual=mean_residual(bases, example_weights(replies)))
         return replace(self.method.aggregate(mixed, replies), step={})  # no step leads there from the old residual
 
+    def picture(self, updates: Mapping[Slot, ClientUpdate]) -> dict[Slot, tuple[float, float]]:
+        """Lay the slots out on a plane by their signatures."""
+        slots = sorted(updates)
+        places = on_a_plane(self._points(self._gram([updates[slot].adapters for slot in slots])), seed=self.seed)
+        return {slot: (float(x), float(y)) for slot, (x, y) in zip(slots, places, strict=True)}
 
-def _mean_residual(bases: Sequence[GlobalState], weights: Sequence[float]) -> dict[str, Tensor]:
-    mean: dict[str, Tensor] = {}
-    for name in dict.fromkeys(chain.from_iterable(base.residual for base in bases)):
-        there = [
-            p * base.residual[name].double() for p, base in zip(weights, bases, strict=True) if name in base.residual
-        ]
-        mean[name] = torch.stack(there).sum(0).float()
-    return mean
+    def _gram(self, adapters: Sequence[Adapters]) -> Matrix:
+        """Give the inner products of signatures, (n, n), of unit length but for the paper's own."""
+        gram: Matrix = SIGNATURES[self.signature](adapters).numpy()
+        return gram if self.signature == "raw" else cosines(gram)
+
+    def _points(self, gram: Matrix) -> Matrix:
+        """Give the points (n, m) that are clustered; the paper's own signature as it is."""
+        return embed(gram) if self.signature == "raw" else directions(gram, num_dims=self.num_clusters or self.largest)
+
+
+def create(
+    *,
+    residual: Residual = "accumulate",
+    residual_energy: float = 1.0,
+    clusters: int = 0,
+    signature: Signature = "product",
+    stray_share: float = 0.5,
+    seed: int = 0,
+) -> FLTAC:
+    """Build the method; ``residual`` is that of Fed-TaLoRA within a cluster, ``off`` the paper's plain mean."""
+    within = FedTaLoRA(residual=residual, residual_energy=residual_energy)
+    return FLTAC(within, num_clusters=clusters, signature=signature, stray_share=stray_share, seed=seed)

@@ -3,9 +3,21 @@
 Shape names: n points, m dimensions, N clusters.
 """
 
-from fedtalora_flwr.clustering.identity import keep_ids
-from fedtalora_flwr.clustering.kernel import cosines, embed
+from fedtalora_flwr.clustering.identity import in_matched_group, keep_ids
+from fedtalora_flwr.clustering.kernel import Matrix, cosines, directions, embed
 from fedtalora_flwr.clustering.partition import kmeans, kmeans_by_silhouette
+from fedtalora_flwr.clustering.plane import on_a_plane
 from fedtalora_flwr.clustering.strays import strays
 
-__all__ = ["cosines", "embed", "keep_ids", "kmeans", "kmeans_by_silhouette", "strays"]
+__all__ = [
+    "Matrix",
+    "cosines",
+    "directions",
+    "embed",
+    "in_matched_group",
+    "keep_ids",
+    "kmeans",
+    "kmeans_by_silhouette",
+    "on_a_plane",
+    "strays",
+]

@@ -1,4 +1,4 @@
-"""Cluster ids that stay: K-means numbers its groups afresh each time, members tell which is which."""
+"""Cluster ids: K-means numbers its groups afresh each time, members tell which is which."""
 
 from collections.abc import Sequence
 
@@ -33,3 +33,25 @@ def keep_ids(labels: Labels, known: Sequence[int | None]) -> list[int]:
     matched = {int(g): ids[c] for g, c in zip(groups, columns, strict=True) if shared[g, c]}
     free = (number for number in range(num_groups + len(ids)) if number not in ids)
     return [matched[group] if group in matched else next(free) for group in range(num_groups)]
+
+
+def in_matched_group(found: Sequence[int | None], true: Sequence[int]) -> list[bool]:
+    """Tell of each point whether its cluster is that of its true group; their share is the clustering accuracy.
+
+    Which cluster is which group is settled by the matching, one to one, that makes that share largest (Hungarian).
+
+    Parameters
+    ----------
+    found
+        n cluster ids; None for a point in no cluster, which counts as wrong.
+    true
+        n group ids, n at least 1.
+    """
+    clusters, groups = sorted({c for c in found if c is not None}), sorted(set(true))
+    shared = np.zeros((len(clusters), len(groups)), dtype=np.int64)
+    for cluster, group in zip(found, true, strict=True):
+        if cluster is not None:
+            shared[clusters.index(cluster), groups.index(group)] += 1
+    rows, columns = linear_sum_assignment(shared, maximize=True)
+    matched = {(clusters[row], groups[column]) for row, column in zip(rows, columns, strict=True)}
+    return [pair in matched for pair in zip(found, true, strict=True)]

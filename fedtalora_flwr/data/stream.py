@@ -15,6 +15,7 @@ PARTITIONS = registry.PACKAGES["partition"]
 TASK_ORDERS = ("seeded", "given", "domain")
 
 _CLASS_ORDER = 1_000_003  # purpose of a seed; tasks use [seed, task_id]
+_SLOT_ORDER = 1_000_033  # of a client's numbering of its tasks, with its partition id
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,30 @@ class TaskStream:
             Sorted row numbers in that split.
         """
         return np.flatnonzero(np.isin(labels, self.tasks[task_id]))
+
+    def slots_of(self, partition_id: int, *, num_tasks: int, min_share: float, seed: int) -> tuple[int, ...]:
+        """List a partition's local tasks, in an order that says nothing: the place is the number of its slot.
+
+        Parameters
+        ----------
+        partition_id
+            Which partition.
+        num_tasks
+            Tasks of the stream that are played, from the first on.
+        min_share
+            A partition with less than this share of a task's examples has no slot for it.
+        seed
+            Of the order.
+
+        Returns
+        -------
+        tasks
+            Task ids by slot number.
+        """
+        sizes = [(len(parts[partition_id]), sum(map(len, parts))) for parts in self.partitions[:num_tasks]]
+        held = [task_id for task_id, (own, total) in enumerate(sizes) if own and own >= min_share * total]
+        rng = np.random.default_rng([seed, _SLOT_ORDER, partition_id])
+        return tuple(int(task_id) for task_id in rng.permutation(held))
 
     def _rows_of(self, partition_id: int) -> Ints:
         return np.concatenate([parts[partition_id] for parts in self.partitions])

@@ -142,6 +142,12 @@ def with_classes(rows: Mapping[str, Tensor], num_classes: int) -> dict[str, Tens
     return {name: _with_zero_rows(value, num_classes) for name, value in rows.items()}
 
 
+def trained_classes(rows: Mapping[str, Tensor]) -> list[int]:
+    """List the classes whose row is no longer as `init_rows` made it."""
+    moved = [value.flatten(1).any(1) if value.dim() > 1 else value != 0 for value in rows.values()]
+    return torch.stack(moved).any(0).nonzero().flatten().tolist()
+
+
 def _with_zero_rows(value: Tensor, num_rows: int) -> Tensor:
     return torch.cat([value, value.new_zeros(num_rows - len(value), *value.shape[1:])])
 

@@ -37,6 +37,7 @@ def write_report(path: Path | str) -> Path:
         sections=[
             {"title": "Accuracy", "pictures": _accuracy_pictures(run)},
             {"title": "Training", "pictures": _training_pictures(run)},
+            {"title": "Clusters", "pictures": _cluster_pictures(run)},
             {"title": "Who held which classes", "pictures": _class_pictures(run)},
             {"title": "Communication and time", "pictures": _cost_pictures(run)},
         ],
@@ -173,6 +174,37 @@ def _training_pictures(run: RunRecord) -> list[Picture]:
         )
         for key, draw, title, caption in described
         if np.isfinite(run.column(key)).any()
+    ]
+
+
+def _cluster_pictures(run: RunRecord) -> list[Picture]:
+    tasks_of = run.manifest.get("slots") or ()
+    lines = [line for line in run.rounds if line.get("slots")]
+    if not tasks_of or not lines:
+        return []
+    maps = []
+    for line in lines:
+        slots, share = line["slots"], percent(number(line.get("cluster_accuracy")))
+        maps.append(
+            figures.SlotMap(
+                title=f"round {line['server_round']}: {share}",
+                places=np.array([[slot["x"], slot["y"]] for slot in slots]),
+                tasks=[tasks_of[slot["partition_id"]][slot["number"]] for slot in slots],
+                right=[slot["right"] for slot in slots],
+            )
+        )
+    names = [f"task {task + 1}" for task in range(max(task for tasks in tasks_of for task in tasks) + 1)]
+    return [
+        picture(
+            figures.clusters(maps, task_names=names),
+            name="clusters",
+            title="Adapters and their clusters",
+            caption="A dot is the adapter of one client's task, neighbours are alike (t-SNE of the signatures, each "
+            "round for itself; distances between groups say nothing). Colour is the true task, which the clustering "
+            "does not use; a cross is a slot that was put into the cluster of another task or into none. Above each "
+            "panel: the share of all slots in the cluster of their task.",
+            wide=True,
+        )
     ]
 
 

@@ -16,9 +16,9 @@ from made_updates import (
 )
 
 from fedtalora_flwr import aggregation
-from fedtalora_flwr.aggregation import exactness_error
+from fedtalora_flwr.aggregation import Aggregator, exactness_error
 
-METHODS = aggregation.available()
+METHODS = [name for name in aggregation.available() if isinstance(aggregation.resolve(name), Aggregator)]
 EXACT = [name for name in METHODS if aggregation.resolve(name).exact]
 
 

@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtalora_flwr.clustering import cosines, embed, keep_ids, kmeans, kmeans_by_silhouette, strays
+from fedtalora_flwr.clustering import (
+    cosines,
+    embed,
+    in_matched_group,
+    keep_ids,
+    kmeans,
+    kmeans_by_silhouette,
+    on_a_plane,
+    strays,
+)
 
 DIM = 300
 
@@ -112,3 +121,33 @@ def test_a_point_alone_in_its_group_is_no_stray_and_neither_is_anyone_without_st
     assert not strays(np.eye(4), np.array([0, 1, 2, 3]), share=0.9).any()
     assert not strays(np.eye(4), np.array([0, 0, 0, 0]), share=0.9).any()
     assert not strays(np.zeros((3, 1)), np.array([0, 0, 0]), share=0.9).any()
+
+
+@pytest.mark.parametrize(
+    ("found", "true", "wanted"),
+    [
+        ([5, 5, 2, 2], [0, 0, 1, 1], [True, True, True, True]),  # ids need not be those of the groups
+        ([0, 0, 0, 1], [0, 0, 1, 1], [True, True, False, True]),
+        ([0, 0, 0, 0], [0, 0, 1, 1], [True, True, False, False]),  # one cluster is one group's at most
+        ([0, None, 1, 1], [0, 0, 1, 1], [True, False, True, True]),
+        ([0, 1, 2, 3], [0, 0, 1, 1], [True, False, True, False]),
+    ],
+)
+def test_points_are_right_whose_cluster_is_matched_with_their_group(found, true, wanted):
+    assert sum(in_matched_group(found, true)) == sum(wanted)
+    assert len(in_matched_group(found, true)) == len(true)
+
+
+def test_neighbours_on_the_plane_are_of_one_group():
+    rng = np.random.default_rng(3)
+    truth = np.repeat(np.arange(3), 6)
+    places = on_a_plane(around(truth, noise=0.3, rng=rng), seed=0)
+    assert places.shape == (18, 2)
+    distances = np.linalg.norm(places[:, None] - places[None], axis=2) + np.diag(np.full(18, np.inf))
+    assert (truth[distances.argmin(1)] == truth).all()
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_a_few_points_have_places_of_their_own_too(n):
+    places = on_a_plane(np.random.default_rng(n).normal(size=(n, 5)), seed=0)
+    assert places.shape == (n, 2) and np.isfinite(places).all() and len(np.unique(places, axis=0)) == n

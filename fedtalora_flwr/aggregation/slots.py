@@ -1,0 +1,142 @@
+"""Methods over slots: a client has several local tasks at once, and each of them an adapter and class rows of its own.
+
+A slot is one local task of one client. What the server keeps is a state for each group of slots, and which slot goes on
+from which.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedtalora_flwr.aggregation.base import ClientUpdate, GlobalState, Method, example_weights
+from fedtalora_flwr.aggregation.verify import exactness_error
+
+
+class Slot(NamedTuple):
+    """One local task of one client; the order of slots is the order of summation.
+
+    Parameters
+    ----------
+    partition_id
+        The client's.
+    number
+        The client's own numbering of its tasks; it means nothing to anybody else.
+    """
+
+    partition_id: int
+    number: int
+
+
+Place = int | Slot | None  # a cluster, a slot of its own, or the start
+
+
+@dataclass(frozen=True)
+class ClusteredState:
+    """What the server knows: a state for each cluster, and which slot goes on from which.
+
+    Parameters
+    ----------
+    start
+        What a slot trains from that was never heard of.
+    clusters
+        A state for each cluster id.
+    assigned
+        The cluster of each slot, also of those that were not there last round.
+    own
+        The states of slots that belong to no cluster.
+    version
+        Number of aggregations behind this state.
+    """
+
+    start: GlobalState
+    clusters: Mapping[int, GlobalState] = field(default_factory=dict)
+    assigned: Mapping[Slot, int] = field(default_factory=dict)
+    own: Mapping[Slot, GlobalState] = field(default_factory=dict)
+    version: int = 0
+
+    def place(self, slot: Slot) -> Place:
+        """Give the cluster id of a slot, the slot itself where it goes its own way, None if it was never heard of."""
+        return slot if slot in self.own else self.assigned.get(slot)
+
+    def of(self, slot: Slot) -> GlobalState:
+        """Give the state from which a slot trains next."""
+        return self.states().get(self.place(slot), self.start)
+
+    def states(self) -> dict[Place, GlobalState]:
+        """Give every state but the start's, by its place."""
+        places: list[Place] = [*self.clusters, *self.own]
+        return dict(zip(places, [*self.clusters.values(), *self.own.values()], strict=True))
+
+    def slots(self) -> list[Slot]:
+        """List all slots heard of, in order."""
+        return sorted({*self.assigned, *self.own})
+
+
+class SlotAggregator(Method):
+    """A method over slots: how the server folds their updates into its states."""
+
+    @abstractmethod
+    def aggregate(self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate]) -> ClusteredState:
+        """Fold the slots' updates into a new state; neither argument is changed.
+
+        Parameters
+        ----------
+        state
+            What the slots started from: each from ``state.of(slot)``.
+        updates
+            Of any subset of slots, in any order.
+
+        Raises
+        ------
+        ValueError
+            If there is no update, or a group's updates hold no example.
+        """
+
+    def picture(self, updates: Mapping[Slot, ClientUpdate]) -> dict[Slot, tuple[float, float]]:
+        """Lay the slots out on a plane, like beside like; none where the method compares no slots."""
+        return {}
+
+
+def followed(new: GlobalState, *, before: GlobalState, same_place: bool) -> GlobalState:
+    """Drop the step of a new state where nobody can walk it: its place had another base, or none that is known."""
+    return new if same_place or not before.residual else replace(new, step={})
+
+
+def mean_residual(bases: Sequence[GlobalState], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Average the residuals of states, (d_out, d_in) float32 each; a state without one counts as zero."""
+    mean: dict[str, Tensor] = {}
+    for name in dict.fromkeys(chain.from_iterable(base.residual for base in bases)):
+        there = [
+            p * base.residual[name].double() for p, base in zip(weights, bases, strict=True) if name in base.residual
+        ]
+        mean[name] = torch.stack(there).sum(0).float()
+    return mean
+
+
+def slots_exactness_error(
+    state: ClusteredState, updates: Mapping[Slot, ClientUpdate], new_state: ClusteredState
+) -> float:
+    """Measure how far each group is from the weighted mean of its slots' effective weights; the largest error.
+
+    Parameters
+    ----------
+    state, updates
+        What `SlotAggregator.aggregate` was given.
+    new_state
+        What it returned.
+    """
+    groups: dict[Place, list[Slot]] = {}
+    for slot in sorted(updates):
+        groups.setdefault(new_state.place(slot), []).append(slot)
+    worst = 0.0
+    for slots in groups.values():
+        replies = [updates[slot] for slot in slots]
+        bases = [state.of(slot) for slot in slots]
+        mixed = replace(bases[0], residual=mean_residual(bases, example_weights(replies)))
+        worst = max(worst, exactness_error(mixed, replies, new_state.of(slots[0])))
+    return worst

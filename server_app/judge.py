@@ -1,0 +1,110 @@
+"""How good the states of a method over slots are: each on its slots' tasks, and all on inputs of no known task."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from fedtalora_flwr.aggregation import GlobalState, Slot
+from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.data import ClassList
+from fedtalora_flwr.heads import Classifier, FeatureSums, trained_classes
+from fedtalora_flwr.lora import AdaptedModel
+from fedtalora_flwr.resident import test_examples
+from fedtalora_flwr.routing import router
+from fedtalora_flwr.train import Examples, classify, count_correct
+from server_app.slots import SlotStrategy
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Evaluates what a strategy over slots has come to, on the server's test data.
+
+    Parameters
+    ----------
+    model
+        Is loaded with one state after the other.
+    strategy
+        The states, and the true tasks of the slots.
+    classes
+        The classes of each task.
+    config
+        The run's settings.
+    """
+
+    model: AdaptedModel
+    strategy: SlotStrategy
+    classes: ClassList
+    config: RunConfig
+
+    def hits(self) -> tuple[list[int], list[int]]:
+        """Count hits and test examples of each task, every slot of it weighing as many times as it has examples.
+
+        A slot chooses among the classes of its task, which its client knows.
+        """
+        weights: defaultdict[int | Slot | None, defaultdict[int, int]] = defaultdict(lambda: defaultdict(int))
+        strategy, clustered = self.strategy, self.strategy.clustered
+        for partition in strategy.holds_task[0]:
+            for slot in strategy.slots_of(partition):
+                weights[clustered.place(slot)][strategy.task_of(slot)] += strategy.num_examples(slot)
+        correct, total = [0] * self.config.last_task, [0] * self.config.last_task
+        states = clustered.states()
+        for place, by_task in weights.items():
+            state = states.get(place, clustered.start)
+            self._load(state)
+            for task_id, weight in by_task.items():
+                examples = test_examples(self.config, task_id=task_id)
+                classes = self.classes.tasks[task_id]
+                (hits,) = count_correct(
+                    self.model, [Classifier(state.head)], examples, classes=classes, config=self.config
+                )
+                correct[task_id] += weight * hits
+                total[task_id] += weight * len(examples)
+        return correct, total
+
+    def routed(self, routes: FeatureSums) -> tuple[float, float]:
+        """Route all test examples by their features alone, then classify each among the classes of its cluster.
+
+        Returns
+        -------
+        The share that goes to the cluster of their task (that of most of the task's training examples), and the share
+        that is classified right.
+        """
+        clusters = sorted(self.strategy.clustered.clusters.items())
+        rule = router(self.config).classifier({}, routes)
+        home = self._clusters_of_tasks()
+        tests = {task_id: test_examples(self.config, task_id=task_id) for task_id in range(self.config.last_task)}
+        self._load(self.strategy.state)
+        chosen = {
+            task_id: classify(self.model, rule, examples, classes=range(len(clusters)), config=self.config)
+            for task_id, examples in tests.items()
+        }
+        at_home = correct = 0
+        for index, (cluster, state) in enumerate(clusters):
+            self._load(state)
+            for task_id, examples in tests.items():
+                here = chosen[task_id] == index
+                if not here.any():
+                    continue
+                at_home += int(here.sum()) * (home.get(task_id) == cluster)
+                (hits,) = count_correct(
+                    self.model,
+                    [Classifier(state.head)],
+                    Examples(examples.inputs[here], examples.labels[here]),
+                    classes=trained_classes(state.head),
+                    config=self.config,
+                )
+                correct += hits
+        num_tests = sum(map(len, tests.values()))
+        return at_home / num_tests, correct / num_tests
+
+    def _clusters_of_tasks(self) -> dict[int, int]:
+        """Give the cluster in which most training examples of each task are."""
+        strategy = self.strategy
+        counts = torch.zeros(self.config.last_task, max(strategy.clustered.clusters) + 1, dtype=torch.int64)
+        for slot, cluster in strategy.clustered.assigned.items():
+            counts[strategy.task_of(slot), cluster] += strategy.num_examples(slot)
+        return {task_id: int(row.argmax()) for task_id, row in enumerate(counts) if row.any()}
+
+    def _load(self, state: GlobalState) -> None:
+        self.model.load(state.adapters, state.residual)

@@ -1,0 +1,398 @@
+"""Whole runs of the methods over slots in this process, on a few digits."""
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Context, Message
+from local_grid import TINY, defaults, tiny_run
+
+from client_app.app import app
+from fedtalora_flwr import checkpoint, wire
+from fedtalora_flwr.aggregation import ClusteredState, GlobalState, Slot
+from fedtalora_flwr.aggregation.fl_tac import FLTAC
+from fedtalora_flwr.backbones import vit_mini
+from fedtalora_flwr.config import ConfigError, RunConfig
+from fedtalora_flwr.export import ExportError, export
+from fedtalora_flwr.heads import Classifier, FeatureSums
+from fedtalora_flwr.report import write_report
+from fedtalora_flwr.resident import model_of, slots_of, test_examples, training_examples
+from fedtalora_flwr.routing import by_cluster
+from fedtalora_flwr.train import count_correct
+from fedtalora_flwr.trained import TrainedModelError, open_trained
+from server_app.strategy import RunFailed
+
+test_examples.__test__ = False  # type: ignore[attr-defined]
+
+CLIENTS, TASKS = 3, 2
+SETTINGS = {
+    "method": "fl-tac",
+    "clusters": TASKS,
+    "head": "linear",
+    "rank": 1,
+    "lora_targets": "q,v",
+    "test_fraction": 0.02,
+    "verify": True,
+}
+ClientCall = Callable[[Message, Context], Message | None]
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _backbone_is_built_once():
+    built = vit_mini.create()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vit_mini, "create", lambda: deepcopy(built))
+        yield
+
+
+def run(out: Path, client: ClientCall = app, **changes: Any) -> Path:
+    return tiny_run(out, client, **(SETTINGS | changes))
+
+
+def rounds(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+
+
+def read(out: Path, name: str) -> dict[str, Any]:
+    return json.loads((out / name).read_text())
+
+
+def clustered(out: Path) -> ClusteredState:
+    state = checkpoint.load(out / "checkpoint").clustered
+    assert state is not None
+    return state
+
+
+def configured(out: Path) -> RunConfig:
+    return RunConfig.parse(read(out, "config.json"))
+
+
+def configured_like(**changes: Any) -> RunConfig:
+    settings = {key.replace("_", "-"): value for key, value in (SETTINGS | changes).items()}
+    return RunConfig.parse(defaults() | TINY | settings)
+
+
+def result(out: Path) -> tuple[Any, ...]:
+    """All that a run leaves, less its times and the bytes sent, which depend on what clients still hold."""
+    aside = {"seconds", "bytes_down"}
+    lines = [{key: value for key, value in line.items() if key not in aside} for line in rounds(out)]
+    told = read(out / "checkpoint", "latest.json")["clustered"]
+    return lines, told, next((out / "checkpoint").glob("*.safetensors")).read_bytes(), read(out, "metrics.json")["faa"]
+
+
+def partition_of(context: Context) -> int:
+    return int(context.node_config["partition-id"])
+
+
+def meddle(change: Callable[[Message], None], *, kind: str = "train.slots", partition: int = 1) -> ClientCall:
+    """A client that changes one partition's reply of the first round."""
+
+    def client(message: Message, context: Context) -> Message:
+        reply = app(message, context)
+        if (message.metadata.message_type, partition_of(context), message.metadata.group_id) == (kind, partition, "1"):
+            change(reply)
+        return reply
+
+    return client
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    return run(tmp_path_factory.mktemp("slots") / "run")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    return run(tmp_path_factory.mktemp("alone") / "run", method="local-only")
+
+
+def test_every_client_trains_all_its_tasks_in_every_round(undisturbed):
+    lines, manifest = rounds(undisturbed), read(undisturbed, "manifest.json")
+    assert [line["server_round"] for line in lines] == [1, 2]  # rounds-per-task, for all tasks at once
+    assert [sorted(tasks) for tasks in manifest["slots"]] == [[0, 1]] * CLIENTS
+    for line in lines:
+        assert [(slot["partition_id"], slot["number"]) for slot in line["slots"]] == [
+            (partition, number) for partition in range(CLIENTS) for number in range(TASKS)
+        ]
+        assert line["failures"] == [] and line["participants"] == [0, 1, 2]
+        assert 0 <= line["cluster_accuracy"] <= 1
+    assert lines[1]["mean_loss"] < lines[0]["mean_loss"]
+
+
+def test_a_slot_number_says_nothing_of_its_task():
+    numberings = set()
+    for seed in range(4):
+        config = configured_like(seed=seed, num_tasks=4)
+        numberings |= {slots_of(config, partition_id=partition) for partition in range(CLIENTS)}
+    assert all(sorted(tasks) == [0, 1, 2, 3] for tasks in numberings)
+    assert len(numberings) > 5
+
+
+def test_a_client_with_too_little_of_a_task_has_no_slot_for_it():
+    config = configured_like(partition="dirichlet", dirichlet_beta=0.3, max_per_class=40)
+    shares = {}
+    for partition in range(CLIENTS):
+        for task_id in range(TASKS):
+            held = len(training_examples(config, partition_id=partition, task_id=task_id))
+            shares[partition, task_id] = held / (5 * 40)
+    least = sorted(shares.values())[2]
+    strict = replace(config, min_slot_share=least + 1e-6)
+    for partition in range(CLIENTS):
+        wanted = {task_id for task_id in range(TASKS) if shares[partition, task_id] > least}
+        assert set(slots_of(strict, partition_id=partition)) == wanted
+
+
+def test_clusters_are_exact_where_the_method_within_them_is(undisturbed, tmp_path):
+    assert max(line["exactness_error"] for line in rounds(undisturbed)) < 1e-6
+    run(tmp_path, residual="off", clusters=1, stray_share=0.0, rounds_per_task=1)
+    assert max(line["exactness_error"] for line in rounds(tmp_path)) > 1e-4
+
+
+def test_run_killed_within_a_round_goes_on_to_the_same_bits(undisturbed, tmp_path):
+    def client(message: Message, context: Context) -> Message:
+        if (message.metadata.group_id, partition_of(context)) == ("2", 1):
+            raise Killed
+        return app(message, context)
+
+    with pytest.raises(Killed):
+        run(tmp_path, client)
+    assert len(rounds(tmp_path)) == 1
+    run(tmp_path, resume=True)
+    assert result(tmp_path) == result(undisturbed)
+
+
+def test_checkpoint_gives_back_every_state(undisturbed, alone):
+    state = clustered(undisturbed)
+    assert state.version == 2 and len(state.slots()) == CLIENTS * TASKS
+    assert set(state.assigned.values()) == set(state.clusters)
+    assert all(one.residual for one in state.clusters.values())
+    apart = clustered(alone)
+    assert not apart.clusters and set(apart.own) == {Slot(k, i) for k in range(CLIENTS) for i in range(TASKS)}
+    assert {one.version for one in apart.own.values()} == {2}
+
+
+BAD_SLOTS = (
+    (lambda reply: fill(reply, "arrays.1", "lora_B/", np.nan), "slot 1 refused: "),
+    (lambda reply: reply.content.pop("arrays.1") and reply.content.pop("metrics.1"), "slot 1 refused: it did not"),
+    (lambda reply: claim(reply, "metrics.1", "base-version", 7), "slot 1 refused: trained on version 7"),
+    (lambda reply: claim(reply, "metrics.1", "partition-id", 0), "slot 1 refused: speaks for partition 0, holds 1"),
+    (lambda reply: boast(reply), "slot 1 refused: speaks of other examples than the client said it holds"),
+)
+BAD_REPLIES = (
+    (lambda reply: reply.content.update({"arrays.7": ArrayRecord()}), "refused: speaks of slot 7, has 2"),
+    (lambda reply: reply.content.update({"arrays": ArrayRecord()}), "refused: record 'arrays' belongs to no slot"),
+    (lambda reply: reply.content.update({"arrays.01": ArrayRecord()}), "refused: record 'arrays.01' belongs to"),
+)
+
+
+def test_bad_slot_is_refused_alone_with_its_reason_and_a_reply_about_slots_that_are_not_there_whole(tmp_path):
+    bad = (*BAD_SLOTS, *BAD_REPLIES)  # one in each round
+
+    def client(message: Message, context: Context) -> Message:
+        reply = app(message, context)
+        if message.metadata.message_type == "train.slots" and partition_of(context) == 1:
+            bad[int(message.metadata.group_id) - 1][0](reply)
+        return reply
+
+    run(tmp_path, client, rounds_per_task=len(bad))
+    everyone = {(k, i) for k in range(CLIENTS) for i in range(TASKS)}
+    for line, (_, reason) in zip(rounds(tmp_path), bad, strict=True):
+        (failure,) = line["failures"]
+        assert failure["partition_id"] == 1 and failure["reason"].startswith(reason)
+        there = {(slot["partition_id"], slot["number"]) for slot in line["slots"]}
+        assert there == everyone - ({(1, 1)} if reason.startswith("slot 1") else {(1, 0), (1, 1)})
+
+
+def test_run_fails_where_fewer_clients_than_min_replies_have_a_good_slot(tmp_path):
+    with pytest.raises(RunFailed, match="round 1 has 2 good replies, min-replies is 3: partition 1: refused"):
+        run(tmp_path, meddle(BAD_REPLIES[0][0]), rounds_per_task=1, min_replies=3)
+
+
+def fill(reply: Message, record: str, part: str, value: float) -> None:
+    key = next(key for key in reply.content[record] if key.startswith(part))
+    reply.content[record][key] = Array(np.full_like(reply.content[record][key].numpy(), value))
+
+
+def claim(reply: Message, record: str, key: str, value: int) -> None:
+    reply.content[record][key] = value
+
+
+def boast(reply: Message) -> None:
+    counts = reply.content["arrays.1"]["counts/examples"].numpy()
+    reply.content["arrays.1"]["counts/examples"] = Array(100 * counts)
+    claim(reply, "metrics.1", "num-examples", 100 * reply.content["metrics.1"]["num-examples"])
+
+
+def test_bad_sums_for_the_router_are_refused_and_the_others_count(tmp_path):
+    client = meddle(lambda reply: fill(reply, "arrays", "sums/moment", 3.0), kind="train.slot_sums")
+    run(tmp_path, client, rounds_per_task=1)
+    (failure,) = rounds(tmp_path)[0]["failures"]
+    assert failure == {
+        "partition_id": 1,
+        "reason": "refused: sums over other examples than the client said it holds in its slots",
+    }
+    assert rounds(tmp_path)[0]["routing_accuracy"] > 0
+
+
+def test_local_only_averages_nothing_and_scores_the_mean_over_clients_weighted_by_examples(alone):
+    config, state = configured(alone), clustered(alone)
+    model, manifest = model_of(config), read(alone, "manifest.json")
+    correct, total = [0] * TASKS, [0] * TASKS
+    for slot, one in state.own.items():
+        task_id = manifest["slots"][slot.partition_id][slot.number]
+        weight = len(training_examples(config, partition_id=slot.partition_id, task_id=task_id))
+        model.load(one.adapters, one.residual)
+        examples, classes = test_examples(config, task_id=task_id), manifest["tasks"][task_id]
+        correct[task_id] += (
+            weight * count_correct(model, [Classifier(one.head)], examples, classes=classes, config=config)[0]
+        )
+        total[task_id] += weight * len(examples)
+    wanted = [hits / of for hits, of in zip(correct, total, strict=True)]
+    assert read(alone, "metrics.json")["accuracy_matrix"][-1] == pytest.approx(wanted)
+    last = rounds(alone)[-1]
+    assert "slots" not in last and "routing_accuracy" not in last and last["exactness_error"] < 1e-6
+
+
+def test_what_a_local_only_slot_trains_does_not_depend_on_the_other_clients(alone, tmp_path):
+    def only_two(message: Message, context: Context) -> Message:
+        if partition_of(context) == 2 and message.metadata.message_type == "train.slots":
+            raise RuntimeError("the disk is full")
+        return app(message, context)
+
+    run(tmp_path, only_two, method="local-only")
+    mine, others = clustered(tmp_path).own, clustered(alone).own
+    assert {slot.partition_id for slot in mine} == {0, 1}
+    for slot, one in mine.items():
+        assert all(torch.equal(pair.lora_B, others[slot].adapters[name].lora_B) for name, pair in one.adapters.items())
+
+
+def test_client_that_comes_later_starts_anew_and_its_slots_find_a_cluster(tmp_path):
+    def late(message: Message, context: Context) -> Message:
+        if partition_of(context) == 2 and message.metadata.group_id == "1":
+            raise RuntimeError("not there yet")
+        if partition_of(context) == 2 and message.metadata.message_type == "train.slots":
+            versions.append({part.content["order"]["version"] for part in wire.unbundle(message).values()})
+        return app(message, context)
+
+    versions: list[set[Any]] = []
+    run(tmp_path, late)
+    assert versions == [{0}]  # the start's
+    first, second = rounds(tmp_path)
+    assert {slot["partition_id"] for slot in first["slots"]} == {0, 1}
+    assert {slot["partition_id"] for slot in second["slots"]} == {0, 1, 2} and not second["failures"]
+    assert {Slot(2, 0), Slot(2, 1)} <= set(clustered(tmp_path).slots())
+
+
+def test_client_that_lost_its_bases_is_sent_those_of_all_its_slots_again(tmp_path, monkeypatch):
+    def forgetful(message: Message, context: Context) -> Message:
+        if (partition_of(context), message.metadata.group_id) == (2, "3"):
+            monkeypatch.setenv("FEDTALORA_CACHE", str(tmp_path / "new"))
+        return app(message, context)
+
+    run(tmp_path / "run", forgetful, rounds_per_task=3)
+    assert [line.get("resent", []) for line in rounds(tmp_path / "run")] == [[], [], [2]]
+    assert [line["failures"] for line in rounds(tmp_path / "run")] == [[], [], []]
+
+
+def test_routed_inputs_are_scored_by_the_cluster_that_they_go_to(undisturbed):
+    trained, config = open_trained(undisturbed, device="cpu"), configured(undisturbed)
+    assert trained.num_rounds == 2 and trained.classes == tuple(range(10))
+    hits = num = 0
+    for task_id in range(TASKS):
+        examples = test_examples(config, task_id=task_id)
+        scores = trained.logits(examples.inputs)
+        assert torch.isfinite(scores).any(1).all()
+        hits += int((torch.tensor(trained.classes)[scores.argmax(1)] == examples.labels).sum())
+        num += len(examples)
+    assert rounds(undisturbed)[-1]["accuracy_routed"] == pytest.approx(hits / num)
+
+
+def test_each_cluster_can_be_exported_and_all_together_cannot(undisturbed, alone, tmp_path):
+    cluster = min(clustered(undisturbed).clusters)
+    done = export(undisturbed, to="merged", target=tmp_path / "out", cluster=cluster)
+    assert done.logit_difference < 1e-5
+    with pytest.raises(ExportError, match="models, one a cluster; export one by --cluster N"):
+        export(undisturbed, to="merged", target=tmp_path / "all")
+    with pytest.raises(TrainedModelError, match=r"has no cluster 99; it has \["):
+        open_trained(undisturbed, cluster=99)
+    with pytest.raises(TrainedModelError, match="every slot has trained for itself, there is no model for all"):
+        open_trained(alone)
+
+
+def test_report_shows_the_clusters_of_every_round(undisturbed, tmp_path):
+    page = write_report(undisturbed).read_text()
+    assert "Adapters and their clusters" in page
+    for line in rounds(undisturbed):
+        assert f"round {line['server_round']}: {100 * line['cluster_accuracy']:.1f}" in page
+    (undisturbed / "report.html").unlink()
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"head": "ridge"}, "method fl-tac trains class rows in every slot; set head=linear"),
+        ({"loss_classes": "seen"}, "there are no earlier ones: set loss-classes=task and penalty=none"),
+        ({"penalty": "lwf"}, "there are no earlier ones: set loss-classes=task and penalty=none"),
+        (
+            {"dataset": "nodes", "data_path": "/tmp"},
+            "method fl-tac needs a data set that all nodes read, not",
+        ),
+    ],
+)
+def test_settings_that_mean_nothing_for_tasks_at_once_are_refused(tmp_path, changes, text):
+    with pytest.raises(ConfigError, match=text):
+        run(tmp_path, **changes)
+
+
+def test_manifest_counts_an_adapter_for_every_task(undisturbed):
+    counts = read(undisturbed, "manifest.json")["parameters"]
+    assert counts["lora"] == 2 * (192 + 192)  # q and v of one block, rank 1
+    assert counts["transmitted"] == counts["trainable"] == 2 * counts["lora"] + counts["head"]
+
+
+def test_sums_of_slots_go_to_the_rows_of_their_clusters():
+    def sums(*counts: int) -> FeatureSums:
+        total = FeatureSums.zero(num_classes=len(counts), feature_dim=2)
+        for number, count in enumerate(counts):
+            labels = torch.full((count,), number)
+            total = total + FeatureSums.of(torch.full((count, 2), 1.0 + number), labels, num_classes=len(counts))
+        return total
+
+    start = GlobalState({})
+    state = ClusteredState(
+        start,
+        clusters={0: start, 3: start},
+        assigned={Slot(0, 0): 3, Slot(0, 1): 0, Slot(2, 0): 3},
+        own={Slot(2, 1): start},
+    )
+    joined = by_cluster({2: sums(4, 5), 0: sums(1, 2)}, state)
+    assert joined.moment.tolist() == [[4, 4, 2], [1 + 4, 1 + 4, 1 + 4]]  # clusters 0 and 3; the stray is in neither
+    assert joined.gram[-1, -1] == 12
+
+
+def test_clusters_are_the_same_when_the_method_is_not_told_the_classes_of_any_slot(tmp_path, monkeypatch):
+    seen: list[tuple[Any, Any]] = []
+    aggregate = FLTAC.aggregate
+
+    def watched(self, state, updates):
+        new = aggregate(self, state, updates)
+        nothing = {
+            slot: replace(update, class_counts=update.class_counts.roll(3), head=state.of(slot).head)
+            for slot, update in updates.items()
+        }
+        seen.append((new.assigned, aggregate(self, state, nothing).assigned))
+        return new
+
+    monkeypatch.setattr(FLTAC, "aggregate", watched)
+    run(tmp_path)
+    assert len(seen) == 2 and all(told == untold for told, untold in seen)
