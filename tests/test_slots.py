@@ -126,7 +126,6 @@ def test_every_client_trains_all_its_tasks_in_every_round(undisturbed):
         ]
         assert line["failures"] == [] and line["participants"] == [0, 1, 2]
         assert 0 <= line["cluster_accuracy"] <= 1
-    assert lines[1]["mean_loss"] < lines[0]["mean_loss"]
 
 
 def test_a_slot_number_says_nothing_of_its_task():
@@ -154,7 +153,7 @@ def test_a_client_with_too_little_of_a_task_has_no_slot_for_it():
 
 def test_clusters_are_exact_where_the_method_within_them_is(undisturbed, tmp_path):
     assert max(line["exactness_error"] for line in rounds(undisturbed)) < 1e-6
-    run(tmp_path, residual="off", clusters=1, stray_share=0.0, rounds_per_task=1)
+    run(tmp_path, residual="off", clusters=1, stray_share=0.0)
     assert max(line["exactness_error"] for line in rounds(tmp_path)) > 1e-4
 
 
@@ -259,7 +258,8 @@ def test_local_only_averages_nothing_and_scores_the_mean_over_clients_weighted_b
         total[task_id] += weight * len(examples)
     wanted = [hits / of for hits, of in zip(correct, total, strict=True)]
     assert read(alone, "metrics.json")["accuracy_matrix"][-1] == pytest.approx(wanted)
-    last = rounds(alone)[-1]
+    first, last = rounds(alone)
+    assert last["mean_loss"] < first["mean_loss"]
     assert "slots" not in last and "routing_accuracy" not in last and last["exactness_error"] < 1e-6
 
 
