@@ -36,10 +36,12 @@ def sum_slots(model: AdaptedModel, slots: list[Examples], *, config: RunConfig) 
     config
         The run's settings.
     """
-    inputs = torch.cat([examples.inputs for examples in slots])
-    numbers = torch.repeat_interleave(torch.arange(len(slots)), torch.tensor([len(examples) for examples in slots]))
-    pooled = Examples(inputs, numbers)
-    return sum_features(model, pooled, head=router(config), num_classes=len(slots), config=config)
+    head = router(config)
+    total = FeatureSums.zero(num_classes=len(slots), feature_dim=head.lifted_dim(model.backbone.feature_dim))
+    for number, examples in enumerate(slots):  # not as one: texts of another task are of another length
+        numbered = Examples(examples.inputs, torch.full_like(examples.labels, number))
+        total = total + sum_features(model, numbered, head=head, num_classes=len(slots), config=config)
+    return total
 
 
 def by_cluster(sums: Mapping[int, FeatureSums], state: ClusteredState) -> FeatureSums:

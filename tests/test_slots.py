@@ -396,3 +396,19 @@ def test_clusters_are_the_same_when_the_method_is_not_told_the_classes_of_any_sl
     monkeypatch.setattr(FLTAC, "aggregate", watched)
     run(tmp_path)
     assert len(seen) == 2 and all(told == untold for told, untold in seen)
+
+
+def test_texts_of_unequal_length_are_summed_and_routed(tmp_path, small_bert):
+    phrases = {
+        "on": "switch it on",
+        "off": "off",
+        "buy": "i would like to buy a much bigger one soon",
+        "sell": "sell it",
+    }
+    rows = [f"{phrase} number {i},{label}" for label, phrase in phrases.items() for i in range(9)]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "train.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    settings = {"dataset": "text", "data_path": str(tmp_path / "texts"), "backbone": f"hf:{small_bert}"}
+    run(tmp_path / "run", **settings, rounds_per_task=1, test_fraction=0.3, task_order="given")
+    (line,) = rounds(tmp_path / "run")
+    assert not line["failures"] and 0 <= line["routing_accuracy"] <= 1
