@@ -170,7 +170,7 @@ def test_run_leaves_the_files_of_the_contract(undisturbed):
 def test_metrics_hold_what_the_contract_names(undisturbed):
     metrics = read(undisturbed, "metrics.json")
     assert set(metrics) == {
-        *("accuracy_matrix", "accuracy_seen", "faa", "aia", "forgetting"),
+        *("accuracy_matrix", "accuracy_seen", "faa", "aia", "forgetting", "backward_transfer"),
         *("bytes_up_total", "bytes_down_total", "wall_seconds", "num_rounds"),
     }
     assert metrics["num_rounds"] == 4
@@ -663,7 +663,7 @@ def test_impossible_setting_fails_before_anything_is_written(tmp_path):
 
 
 def test_failed_start_is_in_the_status_too(tmp_path):
-    with pytest.raises(ValueError, match="has no 'forest'"):
-        run(tmp_path, backbone="forest")
+    with pytest.raises(ValueError, match="lora-blocks '4-9'"):
+        run(tmp_path, lora_blocks="4-9")
     status = read(tmp_path, "status.json")
-    assert status["phase"] == "failed" and "forest" in status["message"]
+    assert status["phase"] == "failed" and "4-9" in status["message"]
