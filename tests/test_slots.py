@@ -258,8 +258,7 @@ def test_local_only_averages_nothing_and_scores_the_mean_over_clients_weighted_b
         total[task_id] += weight * len(examples)
     wanted = [hits / of for hits, of in zip(correct, total, strict=True)]
     assert read(alone, "metrics.json")["accuracy_matrix"][-1] == pytest.approx(wanted)
-    first, last = rounds(alone)
-    assert last["mean_loss"] < first["mean_loss"]
+    last = rounds(alone)[-1]
     assert "slots" not in last and "routing_accuracy" not in last and last["exactness_error"] < 1e-6
 
 
