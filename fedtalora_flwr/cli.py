@@ -129,6 +129,9 @@ def sweep(
     out: Annotated[Path | None, typer.Option(help="Folder of the runs and the table; by default runs/<name>.")] = None,
     jobs: Annotated[int, typer.Option(min=0, help="Runs side by side; 0: the file's, else as the machine allows.")] = 0,
     assignments: Assignments = [],  # noqa: B006
+    only: Annotated[
+        list[str], typer.Option(metavar="AXIS=VALUE", help="Only the runs with this value on this axis; repeatable.")
+    ] = [],  # noqa: B006
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, and stop.")] = False,
 ) -> None:
     """Run every combination of a grid of settings, for every seed, and set them side by side.
@@ -144,13 +147,13 @@ def sweep(
     from fedtalora_flwr.launch import sigterm_as_exit
     from fedtalora_flwr.progress import SweepProgress
     from fedtalora_flwr.settings import app_folder, sweeps
-    from fedtalora_flwr.sweep import finished, play_all, read_plan, side_by_side
+    from fedtalora_flwr.sweep import finished, narrowed, play_all, read_plan, side_by_side
 
     app = app_folder()
     known = sweeps(app)
     if file not in known and not Path(file).is_file():
         _fail(f"no sweep {file!r}: it is no file, and experiments/sweeps has: {', '.join(known) or 'none'}")
-    plan = read_plan(app, known.get(file) or Path(file), assignments=assignments)
+    plan = narrowed(read_plan(app, known.get(file) or Path(file), assignments=assignments), only)
     plan = replace(plan, jobs=jobs) if jobs else plan
     folder = (out or Path("runs") / plan.name).resolve()
     done = {run.name for run in finished(plan, folder)}

@@ -15,7 +15,7 @@ import pytest
 from fedtalora_flwr.config import ConfigError
 from fedtalora_flwr.report import study, write_study
 from fedtalora_flwr.settings import app_folder, sweeps
-from fedtalora_flwr.sweep import read_plan, side_by_side
+from fedtalora_flwr.sweep import narrowed, read_plan, side_by_side
 
 APP = app_folder()
 GRID = """# What is asked. Two minutes.
@@ -51,6 +51,18 @@ def test_every_combination_of_the_axes_is_run_once_a_seed(tmp_path):
     config = last.config
     assert (config.residual, config.partition, config.dirichlet_beta) == ("off", "dirichlet", 0.1)
     assert (config.seed, config.rank, config.num_tasks) == (1, 2, 5)
+
+
+def test_only_the_runs_with_the_given_values_are_kept(tmp_path):
+    plan = narrowed(plan_of(tmp_path, GRID), ["residual=off", "data=beta 0.1", "data=alpha-2"])
+    assert plan.axes == {"residual": ("off",), "data": ("alpha-2", "beta 0.1")}
+    assert [run.labels for run in plan.runs] == [("off", "alpha-2")] * 2 + [("off", "beta 0.1")] * 2
+    for wrong, message in {
+        "rank=2": "no axis 'rank'; it has residual, data",
+        "data=x": "no 'x'; it has alpha-2",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            narrowed(plan, [wrong])
 
 
 def test_a_sweep_takes_a_preset_and_assignments_win_over_all_of_its_runs(tmp_path):

@@ -25,7 +25,7 @@ import itertools
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,30 @@ def read_plan(app: Path, file: Path, *, assignments: Sequence[str] = ()) -> Plan
         engine=content.get("engine", "process"),
         jobs=content.get("jobs", 0),
     )
+
+
+def narrowed(plan: Plan, only: Sequence[str]) -> Plan:
+    """Keep the runs that have the given values (``axis=value``); several values of an axis are alternatives.
+
+    Raises
+    ------
+    ConfigError
+        If the sweep has no such axis, or that axis no such value.
+    """
+    wanted: dict[str, set[str]] = {}
+    for text in only:
+        name, _, value = text.partition("=")
+        if name not in plan.axes:
+            raise ConfigError(f"--only {text}: the sweep has no axis {name!r}; it has {', '.join(plan.axes) or 'none'}")
+        if value not in plan.axes[name]:
+            raise ConfigError(f"--only {text}: {name} has no {value!r}; it has {', '.join(plan.axes[name])}")
+        wanted.setdefault(name, set()).add(value)
+    axes = {
+        name: tuple(value for value in values if value in wanted.get(name, values))
+        for name, values in plan.axes.items()
+    }
+    kept = (run for run in plan.runs if all(label in axes[name] for name, label in zip(axes, run.labels, strict=True)))
+    return replace(plan, axes=axes, runs=tuple(kept))
 
 
 def _read(file: Path) -> tuple[dict[str, Any], str]:
