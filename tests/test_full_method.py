@@ -15,7 +15,7 @@ from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.lora import DenseLinear
 
 LAYER = "blocks.5.mlp.fc1"
-SETTINGS = {"lora_targets": "fc1", "head": "linear"}
+SETTINGS = {"lora_targets": "mlp", "head": "linear"}
 
 
 def test_a_dense_pair_is_the_weight_itself_forward_and_backward():
@@ -59,10 +59,10 @@ def test_a_frozen_factor_travels_in_neither_direction_and_averaging_is_exact(tmp
         assert f"lora_B/{LAYER}" in keys and f"lora_A/{LAYER}" not in keys
     lines = [json.loads(text) for text in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
     assert max(line["exactness_error"] for line in lines) < 1e-6
-    pair = checkpoint.load(tmp_path / "run" / "checkpoint").state.adapters[LAYER]
-    assert pair.lora_B.norm() > 0
+    pairs = checkpoint.load(tmp_path / "run" / "checkpoint").state.adapters
+    assert all(pair.lora_B.norm() > 0 for pair in pairs.values())
     counts = json.loads((tmp_path / "run" / "manifest.json").read_text())["parameters"]
-    assert counts["transmitted"] == pair.lora_B.numel() + counts["head"]
+    assert counts["transmitted"] == sum(pair.lora_B.numel() for pair in pairs.values()) + counts["head"]
 
 
 def test_full_fine_tuning_sends_the_dense_weight_and_a_factor_method_the_pair(tmp_path):

@@ -46,7 +46,7 @@ def check_update(
         a, b = tuple(theirs.lora_A.shape), tuple(theirs.lora_B.shape)
         if len(a) != 2 or len(b) != 2 or a[1] != d_in or b[0] != d_out or a[0] != b[1] or a[0] < 1:
             raise BadUpdate(f"{name}: lora_A {a} and lora_B {b} do not fit ({d_out}, rank) @ (rank, {d_in})")
-        if a[0] > min(d_out, d_in):
+        if a[0] > max(min(d_out, d_in), ours.rank):  # a dense pair's own rank is d_in
             raise BadUpdate(f"{name}: rank {a[0]} is more than the {d_in}->{d_out} layer can have")
         if not 0 < theirs.scaling < float("inf"):
             raise BadUpdate(f"{name}: scaling {theirs.scaling} is not a positive number")
