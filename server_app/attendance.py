@@ -1,7 +1,7 @@
 """Who is there: nodes are asked what they hold, and waited for where too few of them are connected."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from logging import getLogger
 from typing import TypeVar
 
@@ -38,6 +38,37 @@ class Attendance:
     ) -> None:
         self.grid, self.config, self.strategy, self.show = grid, config, strategy, show
         self._asked: set[int] = set()
+
+    def gather(self) -> list[int]:
+        """Wait until as many nodes are connected as the settings say, and list them.
+
+        Raises
+        ------
+        RunFailed
+            If they are more, or not there within ``node-timeout``.
+        """
+        wanted, deadline = self.config.num_clients, time.monotonic() + self.config.node_timeout
+        while len(nodes := list(self.grid.get_node_ids())) != wanted:
+            if time.monotonic() > deadline or len(nodes) > wanted:
+                raise RunFailed(
+                    f"num-clients is {wanted}, but {len(nodes)} SuperNodes are connected. In simulation pass "
+                    f'--federation-config "num-supernodes={wanted}" to flwr run (its default is 2), or use '
+                    f"fedtalora run, which does; or set num-clients={len(nodes)}"
+                )
+            time.sleep(0.2)
+        return sorted(nodes)
+
+    def hellos(self, nodes: Iterable[int]) -> tuple[dict[int, wire.Hello], dict[int, str]]:
+        """Ask nodes what they hold: what they say, and why others say nothing, by node id."""
+        hellos: dict[int, wire.Hello] = {}
+        reasons = dict.fromkeys(nodes, "no reply in time")
+        for node, reply in self.ask(list(reasons)).items():
+            if reply.has_error():
+                reasons[node] = wire.error_text(reply.error)
+            else:
+                hellos[node] = wire.read_hello(reply)
+                del reasons[node]
+        return hellos, reasons
 
     def ask(self, nodes: Iterable[int]) -> dict[int, Message]:
         """Ask nodes what they hold: node id -> its reply, as far as there is one."""
@@ -117,3 +148,38 @@ class Attendance:
                 log.warning("node %d cannot take part: %s", node, refusal)
             else:
                 log.info("node %d is back with partition %d", node, hello.partition_id)
+
+
+def check_partitions(hellos: Collection[wire.Hello], *, num_clients: int, num_classes: int | None) -> None:
+    """Refuse nodes that do not hold the partitions of the run between them, each one of its own.
+
+    Parameters
+    ----------
+    hellos
+        What the nodes say.
+    num_clients
+        Partitions of the run.
+    num_classes
+        Of the data set that all read; None where every node brings its own.
+
+    Raises
+    ------
+    RunFailed
+        If they do not, or read another data set.
+    """
+    found = sorted(hello.partition_id for hello in hellos)
+    if found != list(range(num_clients)):
+        missing = sorted(set(range(num_clients)) - set(found))
+        raise RunFailed(
+            f"partitions {missing} are held by no node that replied (held: {found}); give every node its own "
+            "partition-id in its node config"
+        )
+    counts = {hello.num_partitions for hello in hellos}
+    if counts != {num_clients}:
+        raise RunFailed(f"nodes say num-partitions {sorted(counts)}, the run has num-clients {num_clients}")
+    for hello in hellos:
+        if num_classes is not None and hello.class_counts.shape != (num_classes,):
+            raise RunFailed(
+                f"partition {hello.partition_id} knows {len(hello.class_counts)} classes, the server {num_classes}; "
+                "both must read the same data set"
+            )

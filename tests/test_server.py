@@ -27,7 +27,6 @@ from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import DataError
 from fedtalora_flwr.resident import base_store
 from fedtalora_flwr.wire import ARRAYS, HELLO, METRICS, WireError
-from server_app import app as server_module
 from server_app.strategy import AdapterStrategy, RunFailed
 
 TINY = {
@@ -239,7 +238,7 @@ def test_run_killed_between_log_and_checkpoint_repeats_that_round_and_logs_it_on
         save(folder, point)
 
     with monkeypatch.context() as patch:
-        patch.setattr(server_module.checkpoint, "save", save_or_die)
+        patch.setattr(checkpoint, "save", save_or_die)
         with pytest.raises(Killed):
             run(tmp_path, verify=True)
     assert len(rounds(tmp_path)) == 3

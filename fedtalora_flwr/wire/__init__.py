@@ -1,0 +1,53 @@
+"""Between Flower's records and our types: with `inprocess`, of the library's parts the one that knows Flower.
+
+An array's key is its part and its place: ``lora_A/<module>``, ``lora_B/<module>``, ``head/<parameter>``; of the
+base (see `Parcel`) ``left <i>/<module>`` and ``right <i>/<module>`` for the i-th step, ``dense/<module>``. Scalars
+travel in config and metric records under kebab-case keys.
+"""
+
+from fedtalora_flwr.wire.factors import frozen_digest
+from fedtalora_flwr.wire.hello import Hello, hello_reply, partition_of, read_classes, read_hello, tell_classes
+from fedtalora_flwr.wire.parcel import add_parcel, base_missing_reply, pack_parcel, read_base_missing
+from fedtalora_flwr.wire.records import ARRAYS, HELLO, METRICS, ORDER
+from fedtalora_flwr.wire.refusal import WireError, error_text
+from fedtalora_flwr.wire.slots import bundle, unbundle
+from fedtalora_flwr.wire.state import RoundOrder, pack_state, read_memory, read_state, state_message
+from fedtalora_flwr.wire.sums import fisher_reply, hits_reply, read_fisher, read_hits, read_sums, sums_reply
+from fedtalora_flwr.wire.traffic import message_bytes
+from fedtalora_flwr.wire.update import read_update, update_reply
+
+__all__ = [
+    "ARRAYS",
+    "HELLO",
+    "METRICS",
+    "ORDER",
+    "Hello",
+    "RoundOrder",
+    "WireError",
+    "add_parcel",
+    "base_missing_reply",
+    "bundle",
+    "error_text",
+    "fisher_reply",
+    "frozen_digest",
+    "hello_reply",
+    "hits_reply",
+    "message_bytes",
+    "pack_parcel",
+    "pack_state",
+    "partition_of",
+    "read_base_missing",
+    "read_classes",
+    "read_fisher",
+    "read_hello",
+    "read_hits",
+    "read_memory",
+    "read_state",
+    "read_sums",
+    "read_update",
+    "state_message",
+    "sums_reply",
+    "tell_classes",
+    "unbundle",
+    "update_reply",
+]

@@ -1,0 +1,140 @@
+"""Who a client is and what it holds, up; and the classes that the server knows by then, down."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from torch import Tensor
+
+import fedtalora_flwr
+from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.data import ClassList, HeldClass
+from fedtalora_flwr.wire.counts import whole_numbers
+from fedtalora_flwr.wire.records import ARRAYS, CLASSES, HELD, HELLO, array_record, read_arrays
+from fedtalora_flwr.wire.refusal import WireError, check_library
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a client says of itself before the first round.
+
+    Parameters
+    ----------
+    partition_id, num_partitions
+        From the node's config.
+    partition_hash
+        SHA-256 over the row numbers and labels it holds, all tasks.
+    class_counts
+        (C,) int64, its training examples of each class; empty where it brings data of its own.
+    held
+        Digests of the bases that it holds from before, if it was there when the run was begun.
+    own
+        The classes of the data that it brings, by name.
+    remarks
+        What is odd about these data.
+    """
+
+    partition_id: int
+    num_partitions: int
+    partition_hash: str
+    class_counts: Tensor  # (C,)
+    held: tuple[str, ...] = ()
+    own: tuple[HeldClass, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+def hello_reply(hello: Hello) -> RecordDict:
+    """Build the content of the reply to the first exchange."""
+    settings = ConfigRecord(
+        {
+            "partition-id": hello.partition_id,
+            "num-partitions": hello.num_partitions,
+            "partition-hash": hello.partition_hash,
+            "held": " ".join(hello.held),
+            "library": fedtalora_flwr.__version__,
+        }
+    )
+    content = RecordDict({HELLO: settings, ARRAYS: array_record({"counts/class": hello.class_counts})})
+    if hello.own or hello.remarks:
+        content[HELD] = ConfigRecord(
+            {
+                "task": [one.task for one in hello.own],
+                "name": [one.name for one in hello.own],
+                "num-train": [one.num_train for one in hello.own],
+                "num-test": [one.num_test for one in hello.own],
+                "remarks": list(hello.remarks),
+            }
+        )
+    return content
+
+
+def read_hello(message: Message) -> Hello:
+    """Read the reply to the first exchange.
+
+    Raises
+    ------
+    WireError
+        If the client runs another version of the library, or the reply cannot be read.
+    """
+    try:
+        settings = message.content.config_records[HELLO]
+        check_library(str(settings["library"]), whose="client")
+        own: Mapping[str, Any] = message.content.config_records.get(HELD, {})
+        held = [own.get(key, []) for key in ("task", "name", "num-train", "num-test")]
+        return Hello(
+            partition_id=int(cast(int, settings["partition-id"])),
+            num_partitions=int(cast(int, settings["num-partitions"])),
+            partition_hash=str(settings["partition-hash"]),
+            class_counts=whole_numbers(read_arrays(message.content.array_records[ARRAYS])["counts"]["class"]),
+            held=tuple(str(settings["held"]).split()),
+            own=tuple(HeldClass(str(t), str(name), int(n), int(m)) for t, name, n, m in zip(*held, strict=True)),
+            remarks=tuple(own.get("remarks", ())),
+        )
+    except KeyError as error:
+        raise WireError(f"the first reply lacks {error}") from error
+    except WireError:
+        raise
+    except Exception as error:  # as of an update
+        raise WireError(f"the first reply cannot be read: {type(error).__name__} {error}") from error
+
+
+def tell_classes(classes: ClassList | None) -> RecordDict:
+    """Pack the classes for a node that brings its own data, beside a message's other records; None: nothing yet."""
+    if classes is None:
+        return RecordDict()
+    settings: dict[str, Any] = {
+        "names": list(classes.names),
+        "tasks": [" ".join(map(str, rows)) for rows in classes.tasks],
+        "task-names": list(classes.task_names),
+    }
+    return RecordDict({CLASSES: ConfigRecord(settings)})
+
+
+def read_classes(message: Message) -> ClassList:
+    """Read the classes that the server told; none where it knows none yet."""
+    if CLASSES not in message.content.config_records:
+        return ClassList()
+    settings = message.content.config_records[CLASSES]
+    return ClassList(
+        names=tuple(cast(list[str], settings["names"])),
+        tasks=tuple(tuple(int(row) for row in rows.split()) for rows in cast(list[str], settings["tasks"])),
+        task_names=tuple(cast(list[str], settings["task-names"])),
+    )
+
+
+def partition_of(node_config: Mapping[str, Any], config: RunConfig) -> int:
+    """Read which partition a node holds.
+
+    Raises
+    ------
+    WireError
+        If the node has none, or one that the run does not have.
+    """
+    try:
+        partition_id = int(node_config["partition-id"])
+    except KeyError:
+        raise WireError("this node has no partition-id; start it with --node-config 'partition-id=0 ...'") from None
+    if not 0 <= partition_id < config.num_clients:
+        raise WireError(f"partition-id {partition_id} is not among the {config.num_clients} of num-clients")
+    return partition_id

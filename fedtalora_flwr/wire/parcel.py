@@ -1,0 +1,46 @@
+"""The way to the server's residual, down; and what a client holds that cannot go it, up."""
+
+from collections.abc import Sequence
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+
+from fedtalora_flwr.aggregation import Step
+from fedtalora_flwr.residual import Parcel
+from fedtalora_flwr.wire.records import BASE, BASE_ARRAYS, array_record, read_arrays
+
+
+def pack_parcel(parcel: Parcel) -> ArrayRecord:
+    """Put the tensors of a parcel into one record, for all messages to clients that hold the same base."""
+    tensors = {f"dense/{name}": value for name, value in parcel.dense.items()}
+    for index, step in enumerate(parcel.steps):
+        tensors |= {f"left {index}/{name}": change.left for name, change in step.items()}
+        tensors |= {f"right {index}/{name}": change.right for name, change in step.items()}
+    return array_record(tensors)
+
+
+def add_parcel(content: RecordDict, parcel: Parcel, arrays: ArrayRecord) -> RecordDict:
+    """Give a message's content with what its client needs to reach the base; `arrays` is the packed parcel."""
+    return RecordDict({**content, BASE: ConfigRecord({"chain": " ".join(parcel.chain)}), BASE_ARRAYS: arrays})
+
+
+def read_parcel(message: Message) -> Parcel:
+    """Read from a training message how to reach the base."""
+    chain = str(message.content.config_records[BASE]["chain"]).split()
+    base = read_arrays(message.content.array_records[BASE_ARRAYS])
+    steps = tuple(
+        {name: Step(left, base[f"right {index}"][name]) for name, left in base.get(f"left {index}", {}).items()}
+        for index in range(len(chain) - 1)
+    )
+    return Parcel(tuple(chain), steps, base.get("dense", {}))
+
+
+def base_missing_reply(held: Sequence[str]) -> RecordDict:
+    """Build the reply of a client that cannot reach the base; `held` are the digests of those it has."""
+    return RecordDict({BASE: ConfigRecord({"held": " ".join(held)})})
+
+
+def read_base_missing(message: Message) -> list[str] | None:
+    """Give the digests held by a client that could not reach the base, or None for any other reply."""
+    if BASE not in message.content.config_records:
+        return None
+    return str(message.content.config_records[BASE].get("held", "")).split()

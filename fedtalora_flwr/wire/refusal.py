@@ -1,0 +1,33 @@
+"""What one side cannot use, and how it says so."""
+
+import re
+
+from flwr.app import Error
+
+import fedtalora_flwr
+
+_QUOTED = re.compile(r"<class '[^']*'>:<'(.*)'>", re.DOTALL)  # an exception as Flower writes it
+
+
+class WireError(ValueError):
+    """A message that the other side cannot use; the text is safe to send."""
+
+
+def check_library(version: str, *, whose: str) -> None:
+    """Refuse to work with another version of this library.
+
+    Raises
+    ------
+    WireError
+        If `version` is not ours.
+    """
+    ours = fedtalora_flwr.__version__
+    if version != ours:
+        raise WireError(f"the {whose} runs fedtalora {version}, this side {ours}; install the same version on both")
+
+
+def error_text(error: Error) -> str:
+    """Give what a client's error says, without the trace and quotes that Flower and Ray put around its text."""
+    reason = error.reason or f"error {error.code}"
+    quoted = _QUOTED.fullmatch(reason)
+    return (quoted[1] if quoted else reason).rpartition("ClientAppException occurred. Message: ")[2].strip()

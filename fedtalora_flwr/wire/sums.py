@@ -1,0 +1,104 @@
+"""What clients sum over their examples, up: features for the head, squared gradients for a penalty, and hits."""
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from flwr.app import Message, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedtalora_flwr.aggregation import BadUpdate, GlobalState
+from fedtalora_flwr.heads import FeatureSums
+from fedtalora_flwr.wire.counts import COUNTS, class_numbers, pack_counts, read_counts
+from fedtalora_flwr.wire.factors import pack_factors
+from fedtalora_flwr.wire.records import ARRAYS, METRICS, array_record, read_arrays
+
+
+def sums_reply(sums: FeatureSums) -> RecordDict:
+    """Build the content of a reply with feature sums: half of the symmetric gram, and the rows that are not zero."""
+    rows, columns = torch.triu_indices(*sums.gram.shape)
+    held = sums.moment[:, -1].nonzero().flatten()  # the last feature is the constant 1: it counts the examples
+    tensors = {"sums/gram": sums.gram[rows, columns], "sums/moment": sums.moment[held], "sums/class": held.int()}
+    return RecordDict({ARRAYS: array_record(tensors)})
+
+
+def read_sums(message: Message, *, like: FeatureSums) -> FeatureSums:
+    """Read a reply with feature sums.
+
+    Raises
+    ------
+    BadUpdate
+        If a part is missing, has another shape than in `like`, or holds a number that is not finite.
+    """
+    try:
+        names = {"sums/gram", "sums/moment", "sums/class"}
+        parts = read_arrays(message.content.array_records[ARRAYS], only=names)["sums"]
+        triangle, moment = parts["gram"], parts["moment"]
+        held = class_numbers(parts["class"], len(like.moment))
+        if not triangle.dtype == moment.dtype == torch.float64:
+            raise ValueError(f"they hold {triangle.dtype} and {moment.dtype}, expected torch.float64")
+    except Exception as error:  # as of an update
+        raise BadUpdate(f"sums cannot be read: {type(error).__name__} {error}") from error
+    rows, columns = torch.triu_indices(*like.gram.shape)
+    if triangle.shape != rows.shape or moment.shape != (len(held), like.moment.shape[1]):
+        raise BadUpdate(f"sums have shapes {tuple(triangle.shape)} and {tuple(moment.shape)}")
+    if not (torch.isfinite(triangle).all() and torch.isfinite(moment).all()):
+        raise BadUpdate("sums hold a number that is not finite")
+    gram = torch.zeros_like(like.gram)
+    gram[rows, columns] = gram[columns, rows] = triangle
+    return FeatureSums(gram, torch.zeros_like(like.moment).index_copy_(0, held, moment))
+
+
+def fisher_reply(sums: Mapping[str, Tensor], *, class_counts: Tensor) -> RecordDict:
+    """Build the content of a reply with squared gradients, summed over the client's examples."""
+    tensors = {f"fisher/{key}": value for key, value in sums.items()}
+    return RecordDict({ARRAYS: array_record(tensors | pack_counts(class_counts))})
+
+
+def read_fisher(message: Message, *, like: GlobalState, trainable: frozenset[str]) -> tuple[dict[str, Tensor], Tensor]:
+    """Read a reply with squared gradients: the sums by factor, and the examples of each class, (C,).
+
+    Raises
+    ------
+    BadUpdate
+        If a part is missing, has another shape than the factor, or holds a number that is no sum of squares.
+    """
+    factors = pack_factors(like.adapters, trainable)
+    try:
+        names = {*(f"fisher/{key}" for key in factors), *COUNTS}
+        parts = read_arrays(message.content.array_records[ARRAYS], only=names)
+        counts = read_counts(parts["counts"], len(next(iter(like.head.values()))))
+        sums = parts.get("fisher", {})
+    except Exception as error:  # as of an update
+        raise BadUpdate(f"squared gradients cannot be read: {type(error).__name__} {error}") from error
+    for key, factor in factors.items():
+        if sums[key].shape != factor.shape or sums[key].dtype != torch.float32:
+            got = f"{sums[key].dtype} {tuple(sums[key].shape)}"
+            raise BadUpdate(f"squared gradients of {key} hold {got}, expected torch.float32 {tuple(factor.shape)}")
+        if not (torch.isfinite(sums[key]).all() and (sums[key] >= 0).all()):
+            raise BadUpdate(f"squared gradients of {key} hold a number that is negative or not finite")
+    return sums, counts
+
+
+def hits_reply(correct: Sequence[int], total: Sequence[int]) -> RecordDict:
+    """Build the content of a reply with the hits on held-out examples, by task id."""
+    return RecordDict({METRICS: MetricRecord({"num-correct": list(correct), "num-examples": list(total)})})
+
+
+def read_hits(message: Message, *, num_tasks: int) -> tuple[list[int], list[int]]:
+    """Read a reply with the hits on held-out examples of `num_tasks` tasks.
+
+    Raises
+    ------
+    BadUpdate
+        If a count is missing or impossible.
+    """
+    try:
+        metrics = message.content.metric_records[METRICS]
+        correct, total = (cast(list[int], metrics[key]) for key in ("num-correct", "num-examples"))
+        fits = all(type(c) is type(n) is int and 0 <= c <= n for c, n in zip(correct, total, strict=True))
+    except (KeyError, ValueError, TypeError) as error:
+        raise BadUpdate(f"hits cannot be read: {type(error).__name__} {error}") from error
+    if len(correct) != num_tasks or not fits:
+        raise BadUpdate(f"hits {correct} of {total} are impossible for {num_tasks} tasks")
+    return correct, total
