@@ -64,7 +64,7 @@ def run(
     a stopped run.
     """
     from fedtalora_flwr.config import RunConfig
-    from fedtalora_flwr.engine import Order, Playing, follow, prepare
+    from fedtalora_flwr.engine import Order, Playing, follow, gpu_share, prepare
     from fedtalora_flwr.launch import LaunchError, LaunchResult, launch, sigterm_as_exit
     from fedtalora_flwr.progress import RunProgress
     from fedtalora_flwr.settings import app_folder, gather, preset_file, resumed
@@ -108,7 +108,7 @@ def run(
                     run_config=run_config,
                     num_supernodes=parsed.num_clients,
                     client_cpus=parsed.threads if ray_address else min(parsed.threads, cpus or os.cpu_count() or 1),
-                    client_gpus=_gpu_share(client_gpus, device=parsed.device),
+                    client_gpus=gpu_share(client_gpus, device=parsed.device),
                     ray_cpus=None if ray_address else cpus or os.cpu_count(),
                     ray_address=ray_address or None,
                     work_dir=folder / "logs",
@@ -372,14 +372,6 @@ def _check_engine(engine: str) -> None:
 
     if engine not in ENGINES:
         _fail(f"--engine is one of {', '.join(ENGINES)}, got {engine!r}")
-
-
-def _gpu_share(asked: float, *, device: str) -> float:
-    """Choose the GPU share of a client: Ray hides the GPU from a client that has none of it."""
-    if asked >= 0:
-        return asked
-    gpus = Path("/proc/driver/nvidia/gpus")
-    return 0.2 if device != "cpu" and gpus.is_dir() and any(gpus.iterdir()) else 0.0
 
 
 def _check_cluster(ray_address: str, cpus: int) -> None:

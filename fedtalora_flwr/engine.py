@@ -70,6 +70,14 @@ def prepare(config: RunConfig) -> Path:
     return run_config
 
 
+def gpu_share(asked: float, *, device: str) -> float:
+    """Choose the GPU share of a client, -1 by the machine: Ray hides the GPU from a client that has none of it."""
+    if asked >= 0:
+        return asked
+    gpus = Path("/proc/driver/nvidia/gpus")
+    return 0.2 if device != "cpu" and gpus.is_dir() and any(gpus.iterdir()) else 0.0
+
+
 class Playing:
     """A run that is being played; as a context it is stopped at the end.
 

@@ -16,7 +16,6 @@ from fedtalora_flwr.aggregation import (
     Slot,
     SlotAggregator,
     check_update,
-    kept_energy,
     slots_exactness_error,
 )
 from fedtalora_flwr.clustering import in_matched_group
@@ -148,10 +147,6 @@ class SlotStrategy(AdapterStrategy):
             "mean-loss": float(np.average(losses, weights=[update.num_examples for update in updates.values()])),
             "residual-norm": sum(float(r.norm()) ** 2 for one in states.values() for r in one.residual.values()) ** 0.5,
         }
-        if self.config.residual_energy < 1:
-            sent = {f"{place} {name}": step for place, one in states.items() for name, step in one.step.items()}
-            owed = {f"{place} {name}": step for place, one in states.items() for name, step in one.owed.items()}
-            metrics["kept-energy"] = kept_energy(sent, owed)
         if self.config.verify:
             metrics["exactness-error"] = slots_exactness_error(self.clustered, updates, new)
         self.clustered = new

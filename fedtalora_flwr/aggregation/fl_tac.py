@@ -170,6 +170,15 @@ def create(
     stray_share: float = 0.5,
     seed: int = 0,
 ) -> FLTAC:
-    """Build the method; ``residual`` is that of Fed-TaLoRA within a cluster, ``off`` the paper's plain mean."""
-    within = FedTaLoRA(residual=residual, residual_energy=residual_energy)
-    return FLTAC(within, num_clusters=clusters, signature=signature, stray_share=stray_share, seed=seed)
+    """Build the method; ``residual`` is that of Fed-TaLoRA within a cluster, ``off`` the paper's plain mean.
+
+    Raises
+    ------
+    ValueError
+        If ``residual_energy`` is below 1: what is owed to a slot would stay with the cluster that it leaves.
+    """
+    if residual_energy < 1:
+        raise ValueError(f"residual-energy is {residual_energy}; with method fl-tac it must be 1")
+    return FLTAC(
+        FedTaLoRA(residual=residual), num_clusters=clusters, signature=signature, stray_share=stray_share, seed=seed
+    )

@@ -94,6 +94,7 @@ def check_clock(superlink: str, folder: FederationFolder, name: str) -> None:
         If this machine's clock is not the server's.
     """
     import grpc
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key
     from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
@@ -102,8 +103,12 @@ def check_clock(superlink: str, folder: FederationFolder, name: str) -> None:
     from flwr.proto.node_pb2 import Node
     from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
 
-    key = load_ssh_private_key(folder.node_key(name).read_bytes(), None)
-    assert isinstance(key, ec.EllipticCurvePrivateKey), f"{folder.node_key(name)} is not of an elliptic curve"
+    try:
+        key = load_ssh_private_key(folder.node_key(name).read_bytes(), None)
+    except (TypeError, ValueError, UnsupportedAlgorithm) as error:
+        raise DeployError(f"{folder.node_key(name)} cannot be read ({error}); make one by fedtalora node add") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise DeployError(f"{folder.node_key(name)} is not of an elliptic curve; make one by fedtalora node add")
     trust = grpc.ssl_channel_credentials(folder.ca_certificate.read_bytes())
     signed = [RuntimeVersionClientInterceptor("SuperNode"), NodeAuthClientInterceptor(key, key.public_key())]
     with grpc.secure_channel(superlink, trust, options=[("grpc.enable_http_proxy", 0)]) as channel:

@@ -94,10 +94,14 @@ def read_plan(app: Path, file: Path, *, assignments: Sequence[str] = ()) -> Plan
     """
     content, about = _read(file)
     axes = {name: _axis(file, name, values) for name, values in content.get("grid", {}).items()}
+    varied = [(name, key) for name, choices in axes.items() for key in set().union(*choices.values())]
+    varied += [("seeds", "seed")] if "seeds" in content else []
     assigned = {text.partition("=")[0].strip() for text in assignments}
-    for name, choices in axes.items():
-        for key in assigned & {key for choice in choices.values() for key in choice}:
+    for index, (name, key) in enumerate(varied):
+        if key in assigned:
             raise ConfigError(f"{file}: --set {key} would undo the axis {name!r}; leave one of the two out")
+        if other := next((before for before, same in varied[:index] if same == key), ""):
+            raise ConfigError(f"{file}: {other!r} and {name!r} both set {key}; one would undo the other")
     compared = str(content.get("compare", next(iter(axes), "")))
     if compared and compared not in axes:
         raise ConfigError(f"{file}: compare = {compared!r} names no axis; there are: {', '.join(axes) or 'none'}")

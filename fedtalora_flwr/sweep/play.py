@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fedtalora_flwr.config import MAY_CHANGE_ON_RESUME, ConfigError, RunConfig
-from fedtalora_flwr.engine import Order, Playing, prepare
+from fedtalora_flwr.engine import Order, Playing, gpu_share, prepare
 from fedtalora_flwr.sweep.plan import Plan, PlannedRun
 
 _TICK_SECONDS = 0.2
@@ -133,6 +133,7 @@ def _order(plan: Plan, config: RunConfig, *, app: Path, jobs: int) -> Order:
         engine=plan.engine,
         num_clients=config.num_clients,
         client_cpus=min(config.threads, cpus),
+        client_gpus=gpu_share(-1, device=config.device) / jobs,
         cpus=cpus,
     )
 

@@ -270,3 +270,8 @@ def test_no_update_is_an_error_and_not_an_empty_state():
 def test_settings_that_cannot_be_are_refused(settings, text):
     with pytest.raises(ValueError, match=text):
         FLTAC(EXACT, **settings)
+
+
+def test_truncated_residuals_are_refused_as_their_debt_would_stay_with_a_cluster_that_is_left():
+    with pytest.raises(ValueError, match=r"residual-energy is 0\.5; with method fl-tac it must be 1"):
+        resolve("fl-tac", residual_energy=0.5)
