@@ -51,9 +51,15 @@ class LoraFactors:
         """Number of rows of lora_A."""
         return self.lora_A.shape[0]
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether lora_A is the identity, as `dense` makes it, so that lora_B is the weight's change itself."""
+        rank, d_in = self.lora_A.shape
+        return rank == d_in and torch.equal(self.lora_A, torch.eye(d_in, dtype=self.lora_A.dtype))
+
     def delta(self) -> Tensor:
         """Form the dense product ``scaling * lora_B @ lora_A``, shape (d_out, d_in): the one place that does."""
-        return self.scaling * (self.lora_B @ self.lora_A)
+        return self.scaling * (self.lora_B if self.is_dense else self.lora_B @ self.lora_A)
 
 
 @dataclass(frozen=True)

@@ -70,11 +70,15 @@ def check_update(
 def update_norm(state: GlobalState, update: ClientUpdate) -> float:
     """Give the Frobenius norm of all that an update changes: the layers' effective weights, and the head's rows.
 
-    It is taken from the factors, ``scaling B A - scaling_0 B_0 A_0 = [scaling B, -scaling_0 B_0] [A; A_0]``.
+    It is taken from the factors, ``scaling B A - scaling_0 B_0 A_0 = [scaling B, -scaling_0 B_0] [A; A_0]``, where the
+    pairs are not dense.
     """
     energy = 0.0
     for name, ours in state.adapters.items():
         theirs = update.adapters[name]
+        if ours.is_dense and theirs.is_dense:
+            energy += float((theirs.delta().double() - ours.delta().double()).square().sum())
+            continue
         left = torch.cat([theirs.scaling * theirs.lora_B.double(), -ours.scaling * ours.lora_B.double()], 1)
         energy += max(0.0, Step(left, torch.cat([theirs.lora_A, ours.lora_A], 0)).energy())
     for name, parameter in state.head.items():
