@@ -20,7 +20,7 @@ from fedtalora_flwr.heads import Classifier
 from fedtalora_flwr.holding import Own, Share, holding_of
 from fedtalora_flwr.lora import AdaptedModel
 from fedtalora_flwr.resident import base_store, model_of, slots_of
-from fedtalora_flwr.residual import BaseMissing
+from fedtalora_flwr.residual import Base, BaseMissing
 from fedtalora_flwr.routing import sum_slots
 from fedtalora_flwr.train import compared_classes, count_correct, fit, sum_features, sum_fisher
 
@@ -71,11 +71,11 @@ def slots(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
     tasks, parts = slots_of(config, partition_id=partition_id), wire.unbundle(message)
     if parts.keys() != set(range(len(tasks))):
         raise wire.WireError(f"the server speaks of slots {sorted(parts)}, this node has {len(tasks)}")
-    for part in parts.values():  # a base that is missing is found before anything is trained
-        base_store(config).reach(wire.read_state(part)[1])
+    # A base that is missing is found before anything is trained.
+    reached = base_store(config).reach_all(wire.read_state(part)[1] for part in parts.values())
     replies = {}
     for number, part in parts.items():
-        model, state, order = _loaded(part, config)
+        model, state, order = _loaded(part, config, reached)
         slot = (number, tasks[number])
         replies[number] = _trained(
             part, model, state, order, config=config, partition_id=partition_id, holding=holding, slot=slot
@@ -204,10 +204,12 @@ def _settings(
     return config, partition_id, holding_of(config, node_config, partition_id=partition_id, classes=classes)
 
 
-def _loaded(message: Message, config: RunConfig) -> tuple[AdaptedModel, GlobalState, wire.RoundOrder]:
-    """Set the model to the server's state."""
+def _loaded(
+    message: Message, config: RunConfig, reached: Mapping[str, Base] | None = None
+) -> tuple[AdaptedModel, GlobalState, wire.RoundOrder]:
+    """Set the model to the server's state, whose base may have been reached already."""
     model = model_of(config)
     state, parcel, order = wire.read_state(message, initial=lambda: model.initial_factors(seed=config.seed))
-    base = base_store(config).reach(parcel)
+    base = base_store(config).reach(parcel) if reached is None else reached[parcel.target]
     model.load(state.adapters, base.residual)
     return model, state, order

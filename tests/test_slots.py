@@ -303,6 +303,16 @@ def test_client_that_lost_its_bases_is_sent_those_of_all_its_slots_again(tmp_pat
     assert [line["failures"] for line in rounds(tmp_path / "run")] == [[], [], []]
 
 
+def test_client_that_can_keep_no_base_but_the_last_ends_where_any_other_does(tmp_path, monkeypatch):
+    outs = []
+    for keeps in (1.0, 0.0):
+        monkeypatch.setenv("FEDTALORA_CACHE", str(tmp_path / f"cache-{keeps}"))
+        outs.append(run(tmp_path / f"run-{keeps}", rounds_per_task=4, base_cache_gb=keeps))
+    assert all(not line["failures"] for line in rounds(outs[1]))
+    assert any("resent" in line for line in rounds(outs[1]))
+    assert result(outs[0])[1:] == result(outs[1])[1:]  # but for the lines of the rounds: asking is bytes up
+
+
 def test_routed_inputs_are_scored_by_the_cluster_that_they_go_to(undisturbed):
     trained, config = open_trained(undisturbed, device="cpu"), configured(undisturbed)
     assert trained.num_rounds == 2 and trained.classes == tuple(range(10))

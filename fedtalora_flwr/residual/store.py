@@ -8,6 +8,7 @@ The clients of one machine share the folder, for what they hold is the same.
 import logging
 import os
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -81,6 +82,22 @@ class BaseStore:
         self._last = base
         self._write(base)
         return base
+
+    def reach_all(self, parcels: Iterable[Parcel]) -> dict[str, Base]:
+        """Reach several bases, by digest, however few of them the store can keep.
+
+        Raises
+        ------
+        BaseMissing
+            If one cannot be reached. It asks for all of them whole: reaching some may have pushed out others.
+        """
+        reached: dict[str, Base] = {}
+        for parcel in parcels:
+            try:
+                reached[parcel.target] = reached.get(parcel.target) or self.reach(parcel)
+            except BaseMissing as missing:
+                raise BaseMissing(str(missing), held=[]) from missing
+        return reached
 
     def _find(self, digest: str) -> Base | None:
         for base in (self._last, ZERO):
