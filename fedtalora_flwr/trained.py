@@ -219,6 +219,12 @@ def _open_clustered(record: RunRecord, config: RunConfig, point: Checkpoint, *, 
         classes = sorted({class_id for one in states for class_id in trained_classes(one.head)})
     else:
         classes = trained_classes(state.head)
+    asked = clusters if cluster is None else {cluster: state}
+    if blank := [number for number, one in sorted(asked.items()) if not trained_classes(one.head)]:
+        raise TrainedModelError(
+            f"{record.path}: clusters {blank} have not trained the row of any class, so that they cannot classify; "
+            "train on tasks of at least two classes, with head-learning-rate above 0"
+        )
     model = build_model(config)
     model.load(state.adapters, state.residual)
     return TrainedModel(

@@ -87,11 +87,13 @@ class Judge:
                 if not here.any():
                     continue
                 at_home += int(here.sum()) * (home.get(task_id) == cluster)
+                if not (classes := trained_classes(state.head)):  # as of tasks of one class: no row has moved
+                    continue
                 (hits,) = count_correct(
                     self.model,
                     [Classifier(state.head)],
                     Examples(examples.inputs[here], examples.labels[here]),
-                    classes=trained_classes(state.head),
+                    classes=classes,
                     config=self.config,
                 )
                 correct += hits

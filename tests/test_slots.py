@@ -326,6 +326,17 @@ def test_routed_inputs_are_scored_by_the_cluster_that_they_go_to(undisturbed):
     assert rounds(undisturbed)[-1]["accuracy_routed"] == pytest.approx(hits / num)
 
 
+@pytest.mark.parametrize("changes", [{"num_tasks": 10, "stop_after_task": 2}, {"head_learning_rate": 0.0}])
+def test_run_whose_class_rows_never_move_completes_and_says_why_it_cannot_predict(tmp_path, changes):
+    run(tmp_path, rounds_per_task=1, **changes)
+    (line,) = rounds(tmp_path)
+    assert not line["failures"] and line["accuracy_routed"] == 0
+    cluster = min(clustered(tmp_path).clusters)
+    for asked in (None, cluster):
+        with pytest.raises(TrainedModelError, match=rf"clusters \[{cluster}.*have not trained the row of any class"):
+            open_trained(tmp_path, device="cpu", cluster=asked)
+
+
 def test_each_cluster_can_be_exported_and_all_together_cannot(undisturbed, alone, tmp_path):
     cluster = min(clustered(undisturbed).clusters)
     done = export(undisturbed, to="merged", target=tmp_path / "out", cluster=cluster)
