@@ -186,6 +186,13 @@ class SlotStrategy(AdapterStrategy):
         if update.partition_id != slot.partition_id:
             raise BadUpdate(f"speaks for partition {update.partition_id}, holds {slot.partition_id}")
         check_update(state, update, trainable=self.method.trainable, norm_limit=self.config.norm_limit)
+        if not self.method.compares_ranks:
+            for name, pair in state.adapters.items():
+                if (rank := update.adapters[name].rank) != pair.rank:
+                    raise BadUpdate(
+                        f"{name}: rank {rank}, the server's is {pair.rank}; signature {self.config.signature} compares "
+                        "equal ranks only, set signature=product"
+                    )
         self._check_counts(self.task_of(slot), slot.partition_id, update.class_counts)
         return update, mean_loss
 

@@ -212,6 +212,22 @@ def test_bad_slot_is_refused_alone_with_its_reason_and_a_reply_about_slots_that_
         assert there == everyone - ({(1, 1)} if reason.startswith("slot 1") else {(1, 0), (1, 1)})
 
 
+@pytest.mark.parametrize("signature", ["lora_B", "raw"])
+def test_slot_of_another_rank_is_refused_where_the_signature_compares_equal_ranks_only(tmp_path, signature):
+    def widen(reply: Message) -> None:
+        record = reply.content["arrays.1"]
+        for key in [key for key in record if key.startswith(("lora_A/", "lora_B/"))]:
+            value = record[key].numpy()
+            record[key] = Array(np.concatenate([value, value], 0 if key.startswith("lora_A/") else 1))
+
+    run(tmp_path, meddle(widen), signature=signature)
+    first, second = rounds(tmp_path)
+    (failure,) = first["failures"]
+    assert failure["partition_id"] == 1 and not second["failures"]
+    assert failure["reason"].startswith("slot 1 refused: ")
+    assert f"rank 2, the server's is 1; signature {signature} compares equal ranks only" in failure["reason"]
+
+
 def test_run_fails_where_fewer_clients_than_min_replies_have_a_good_slot(tmp_path):
     with pytest.raises(RunFailed, match="round 1 has 2 good replies, min-replies is 3: partition 1: refused"):
         run(tmp_path, meddle(BAD_REPLIES[0][0]), rounds_per_task=1, min_replies=3)

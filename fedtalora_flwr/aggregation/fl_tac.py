@@ -81,6 +81,11 @@ class FLTAC(SlotAggregator):
         """Whether a cluster's weights equal the mean of its slots' weights."""
         return self.method.exact
 
+    @property
+    def compares_ranks(self) -> bool:  # type: ignore[override]
+        """Whether the signature is that of the product, which has the same shape at any rank."""
+        return self.signature == "product"
+
     def __post_init__(self) -> None:
         if self.signature not in SIGNATURES:
             raise ValueError(f"signature must be one of {', '.join(SIGNATURES)}, got {self.signature!r}")

@@ -78,7 +78,15 @@ class ClusteredState:
 
 
 class SlotAggregator(Method):
-    """A method over slots: how the server folds their updates into its states."""
+    """A method over slots: how the server folds their updates into its states.
+
+    Attributes
+    ----------
+    compares_ranks
+        Whether slots can be compared whose adapters are of different rank.
+    """
+
+    compares_ranks: bool = True
 
     @abstractmethod
     def aggregate(self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate]) -> ClusteredState:
