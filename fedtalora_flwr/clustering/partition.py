@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from sklearn.metrics import silhouette_score
+from threadpoolctl import threadpool_limits
 
 from fedtalora_flwr.clustering.kernel import Matrix
 
@@ -28,7 +29,8 @@ def kmeans(points: Matrix, *, num_clusters: int, seed: int) -> Labels:
     """
     if num_clusters < 1 or not len(points):
         raise ValueError(f"cannot cut {len(points)} points into {num_clusters} clusters; both must be at least 1")
-    fit = KMeans(min(num_clusters, _num_distinct(points)), n_init=_STARTS, random_state=seed).fit(points)
+    with threadpool_limits(1):  # sums in the same order on any number of cores
+        fit = KMeans(min(num_clusters, _num_distinct(points)), n_init=_STARTS, random_state=seed).fit(points)
     return _by_first_member(fit.labels_)
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 
 from fedtalora_flwr.clustering.kernel import Matrix
 
@@ -16,5 +17,6 @@ def on_a_plane(points: Matrix, *, seed: int) -> Matrix:
     if len(points) < 4:
         return np.stack([np.arange(len(points), dtype=np.float64), np.zeros(len(points))], 1)
     perplexity = min(_PERPLEXITY, (len(points) - 1) / 3)
-    places: Matrix = TSNE(perplexity=perplexity, init="random", random_state=seed).fit_transform(points)
+    with threadpool_limits(1):  # sums in the same order on any number of cores
+        places: Matrix = TSNE(perplexity=perplexity, init="random", random_state=seed).fit_transform(points)
     return places.astype(np.float64)
