@@ -367,7 +367,7 @@ def test_each_cluster_can_be_exported_and_all_together_cannot(undisturbed, alone
 
 def test_report_shows_the_clusters_of_every_round(undisturbed, tmp_path):
     page = write_report(undisturbed).read_text()
-    assert "Adapters and their clusters" in page
+    assert "Adapters and their clusters" in page and "All tasks are trained at once" in page
     for line in rounds(undisturbed):
         assert f"round {line['server_round']}: {100 * line['cluster_accuracy']:.1f}" in page
     (undisturbed / "report.html").unlink()

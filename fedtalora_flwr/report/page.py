@@ -104,6 +104,17 @@ def _card(label: str, value: str, hint: str) -> dict[str, str]:
     return {"label": label, "value": value, "hint": hint}
 
 
+_TASK_BY_TASK = (
+    "Per cent of a task's test data (column) that the model gets right after training up to a task (row), with all "
+    "classes seen so far to choose from. Down a column: how a task fares as others follow. The diagonal: how well "
+    "each task was learned at first. Darker is better; most tones lie near 100 %."
+)
+_AT_ONCE = (
+    "Per cent of a task's test data (column) that the clients' models for it get right, with the classes of the task "
+    "to choose from. All tasks are trained at once, so there is one row. Most tones lie near 100 %."
+)
+
+
 def _accuracy_pictures(run: RunRecord) -> list[Picture]:
     pictures = []
     accuracy = run.accuracy()
@@ -113,10 +124,7 @@ def _accuracy_pictures(run: RunRecord) -> list[Picture]:
                 figures.accuracy_matrix(accuracy),
                 name="matrix",
                 title="Accuracy on each task after each task",
-                caption="Per cent of a task's test data (column) that the model gets right after training up "
-                "to a task (row), with all classes seen so far to choose from. Down a column: how a task "
-                "fares as others follow. The diagonal: how well each task was learned at first. Darker is "
-                "better; most tones lie near 100 %.",
+                caption=_AT_ONCE if run.manifest.get("slots") else _TASK_BY_TASK,
             )
         )
     if seen := run.accuracy_seen():
