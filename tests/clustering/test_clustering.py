@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from threadpoolctl import threadpool_limits
 
 from fedtalora_flwr.clustering import (
     cosines,
@@ -152,13 +151,3 @@ def test_neighbours_on_the_plane_are_of_one_group():
 def test_a_few_points_have_places_of_their_own_too(n):
     places = on_a_plane(np.random.default_rng(n).normal(size=(n, 5)), seed=0)
     assert places.shape == (n, 2) and np.isfinite(places).all() and len(np.unique(places, axis=0)) == n
-
-
-def test_groups_and_places_are_the_same_on_any_number_of_threads(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # else scikit-learn takes no more threads than there are cores
-    points = around([group % 4 for group in range(600)], noise=1.0, rng=np.random.default_rng(5))
-    found = []
-    for threads in (1, 3):
-        with threadpool_limits(threads):
-            found.append((kmeans(points, num_clusters=9, seed=1), on_a_plane(points[:60], seed=1)))
-    assert all(np.array_equal(one, many) for one, many in zip(*found, strict=True))
