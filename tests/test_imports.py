@@ -14,7 +14,7 @@ APPS = ("server_app", "client_app")
 # What a part of the library may import beside Python's own modules and itself: the inner parts know no outer one.
 ALLOWED = {
     "aggregation": {"torch", "numpy", "fedtalora_flwr.registry", "fedtalora_flwr.clustering"},
-    "clustering": {"numpy", "scipy", "sklearn"},
+    "clustering": {"numpy", "scipy", "sklearn", "threadpoolctl"},
     "metrics": {"torch", "numpy", "fedtalora_flwr.registry"},
     "penalties": {"torch", "numpy", "fedtalora_flwr.registry", "fedtalora_flwr.heads"},
     "heads": {"torch", "numpy", "fedtalora_flwr.registry"},
