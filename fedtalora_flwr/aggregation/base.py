@@ -59,7 +59,9 @@ class LoraFactors:
 
     def delta(self) -> Tensor:
         """Form the dense product ``scaling * lora_B @ lora_A``, shape (d_out, d_in): the one place that does."""
-        return self.scaling * (self.lora_B if self.is_dense else self.lora_B @ self.lora_A)
+        if self.is_dense:
+            return self.scaling * self.lora_B
+        return self.scaling * (self.lora_B @ self.lora_A)
 
 
 @dataclass(frozen=True)
