@@ -20,7 +20,9 @@ ServerData = Annotated[
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="WITHOUT TLS AND NODE KEYS: anyone on the network may join.")
 ]
-Background = Annotated[bool, typer.Option("--background", help="Start it, wait until it is up, and return.")]
+Background = Annotated[
+    bool, typer.Option("--background", help="Start it, wait until it is up, and return; if it ends, it starts again.")
+]
 Print = Annotated[bool, typer.Option("--print", help="Print Flower's command line instead of running it.")]
 LabFile = Annotated[Path, typer.Argument(metavar="LAB", help="The lab's file, such as deploy/lab.yaml.")]
 
@@ -80,9 +82,10 @@ def superlink(
     Anyone who can log in here can run code on every node, for Flower's own command asks for no password: keep
     this machine to those who may.
     """
+    from fedtalora_flwr.deploy import background as in_background
     from fedtalora_flwr.deploy import processes
     from fedtalora_flwr.deploy.commands import environment, superlink_command, write_connection
-    from fedtalora_flwr.deploy.probe import explain_superlink, healthy
+    from fedtalora_flwr.deploy.probe import healthy
 
     folder = _folder(directory)
     command = superlink_command(
@@ -107,10 +110,10 @@ def superlink(
     env = environment(folder, data=data)
     if not background:
         processes.become(folder, "superlink", command, env)
-    pid = processes.start(folder, "superlink", command, env)
-    processes.await_ready(
-        folder, "superlink", lambda: healthy(folder, port=control_port, insecure=insecure), explain=explain_superlink
+    in_background.start(
+        folder, "superlink", command, env, ready=lambda: healthy(folder, port=control_port, insecure=insecure)
     )
+    pid = processes.pid_of(folder, "superlink")
     print(f"superlink runs, as process {pid}; nodes call {fleet}; log {folder.log('superlink')}")
     print(f"to submit runs here: export FLWR_HOME={folder.flower_home}")
 
@@ -158,9 +161,10 @@ def supernode(
 
     fedtalora supernode site0 --superlink superlink.lab:9092 --partition-id 0 --data /data --background
     """
+    from fedtalora_flwr.deploy import background as in_background
     from fedtalora_flwr.deploy import processes
     from fedtalora_flwr.deploy.commands import environment, supernode_command
-    from fedtalora_flwr.deploy.probe import check_clock, check_superlink, explain_supernode, online
+    from fedtalora_flwr.deploy.probe import check_clock, check_superlink, online
 
     folder = _folder(directory)
     command = supernode_command(
@@ -194,9 +198,8 @@ def supernode(
     env = environment(folder, superlink=superlink, data=data, device=device)
     if not background:
         processes.become(folder, name, command, env)
-    pid = processes.start(folder, name, command, env)
-    processes.await_ready(folder, name, lambda: online(folder, name), explain=explain_supernode)
-    print(f"{name} is online, as process {pid}; log {folder.log(name)}")
+    in_background.start(folder, name, command, env, ready=lambda: online(folder, name))
+    print(f"{name} is online, as process {processes.pid_of(folder, name)}; log {folder.log(name)}")
 
 
 @node.command("key")

@@ -88,6 +88,10 @@ class FederationFolder:
         """Give the path of the file that a process keeps locked while it lives."""
         return self.root / f"{checked_name(name)}.pid"
 
+    def kept(self, name: str) -> Path:
+        """Give the path of the file that says: this process came up, and is to be started again if it ends."""
+        return self.root / f"{checked_name(name)}.kept"
+
     def make(self) -> None:
         """Make the folder where it is absent, readable for its owner alone.
 

@@ -145,16 +145,13 @@ def online(folder: FederationFolder, name: str) -> bool:
     return path.exists() and b"SuperNode ID:" in path.read_bytes()
 
 
-def explain_supernode(log: str) -> str:
-    """Say what the log of a SuperNode that ended means, and what to do."""
-    return next((meaning for sign, meaning in _REFUSALS.items() if sign in log), _SILENT)
-
-
-def explain_superlink(log: str) -> str:
-    """Say what the log of a SuperLink that ended means, and what to do."""
+def explain_end(name: str, log: str) -> str:
+    """Say what the log of a SuperNode, or of the SuperLink, means that has ended, and what to do."""
+    if name != "superlink":
+        return next((meaning for sign, meaning in _REFUSALS.items() if sign in log), _SILENT)
     if "already in use" in log:
         return "a port is taken, by another SuperLink perhaps; stop that, or give others by --fleet and --control-port"
-    return "its log ends:"
+    return "see the end of its log"
 
 
 def split_address(address: str) -> tuple[str, int]:

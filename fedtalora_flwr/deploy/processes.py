@@ -1,24 +1,22 @@
-"""The long-lived processes of a folder: start in the foreground or the background, find, stop.
+"""The long-lived processes of a folder: start in the foreground, find, stop. In the background: see `background`.
 
 A process holds a lock on its ``<name>.pid`` for as long as it lives: the kernel drops the lock however it ends. So
 nothing is ever started twice, and no number of an ended process is taken for a living one.
-What Flower starts for it has sessions of its own, but is below it, or inherits the variable `_MARK`: so it is found.
+What Flower starts for it has sessions of its own, but is below it, or inherits the variable `MARK`: so it is found.
 """
 
 import contextlib
 import fcntl
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedtalora_flwr.deploy.folder import DeployError, FederationFolder
 
-START_SECONDS = 120.0  # on a loaded machine; else a SuperLink takes 2
 STOP_SECONDS = 20.0
-_MARK = "FEDTALORA_PROCESS"
+MARK = "FEDTALORA_PROCESS"
 
 
 def pid_of(folder: FederationFolder, name: str) -> int | None:
@@ -42,67 +40,10 @@ def become(folder: FederationFolder, name: str, command: Sequence[str], env: Map
     DeployError
         If it runs already.
     """
-    handle = _claim(folder, name, os.getpid())
+    handle = claim(folder, name, os.getpid())
     os.set_inheritable(handle, True)
     os.chdir(folder.working_directory)
-    os.execvpe(command[0], [*command], {**env, _MARK: str(folder.lock(name))})
-
-
-def start(folder: FederationFolder, name: str, command: Sequence[str], env: Mapping[str, str]) -> int:
-    """Start the command in the background with a log of its own, and return its number.
-
-    Raises
-    ------
-    DeployError
-        If it runs already.
-    """
-    handle = _claim(folder, name, os.getpid())
-    try:
-        with folder.log(name).open("ab") as log:  # to append: the node's own processes write there, and so do we
-            log.truncate(0)
-            process = subprocess.Popen(
-                command,
-                cwd=folder.working_directory,
-                env={**env, _MARK: str(folder.lock(name))},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=[handle],
-            )
-        _write_pid(handle, process.pid)
-        return process.pid
-    finally:
-        os.close(handle)
-
-
-def await_ready(
-    folder: FederationFolder,
-    name: str,
-    ready: Callable[[], bool],
-    *,
-    explain: Callable[[str], str] = lambda log: "its log ends:",
-    seconds: float = START_SECONDS,
-) -> None:
-    """Wait until a process that was started is ready; one that is not in time is stopped.
-
-    Raises
-    ------
-    DeployError
-        If it ends first, or time does; the message has the end of its log. Why it ended is added to the log.
-    """
-    deadline = time.monotonic() + seconds
-    while not ready():
-        if pid_of(folder, name) is None:
-            log = tail(folder, name, num_lines=15)
-            meaning = explain(log)
-            note(folder, name, meaning)
-            raise DeployError(f"{name} did not come up: {meaning}\n{log}")
-        if time.monotonic() > deadline:
-            stop(folder, name)
-            log = tail(folder, name, num_lines=15)
-            raise DeployError(f"{name} was not up within {seconds:.0f} s and was stopped; its log ends:\n{log}")
-        time.sleep(0.2)
+    os.execvpe(command[0], [*command], {**env, MARK: str(folder.lock(name))})
 
 
 def stop(folder: FederationFolder, name: str, *, seconds: float = STOP_SECONDS) -> bool:
@@ -110,17 +51,18 @@ def stop(folder: FederationFolder, name: str, *, seconds: float = STOP_SECONDS) 
 
     SIGTERM goes to the process alone, which ends the others in order; what is left after `seconds` is killed.
     """
+    folder.kept(name).unlink(missing_ok=True)
     pid = pid_of(folder, name)
-    born = _descendants(pid) if pid else {}
+    born = descendants(pid) if pid else {}
     if not _left(born, folder, name):
         return False
     if pid is not None:
-        _signal(pid, signal.SIGTERM)
+        send(pid, signal.SIGTERM)
     deadline = time.monotonic() + seconds
     while left := _left(born, folder, name):
         if time.monotonic() > deadline:
             for number in left:
-                _signal(number, signal.SIGKILL)
+                send(number, signal.SIGKILL)
         time.sleep(0.1)
     return True
 
@@ -137,20 +79,43 @@ def tail(folder: FederationFolder, name: str, *, num_lines: int) -> str:
     return "\n".join(path.read_text(errors="replace").splitlines()[-num_lines:]) if path.exists() else ""
 
 
-def _claim(folder: FederationFolder, name: str, pid: int) -> int:
+def claim(folder: FederationFolder, name: str, pid: int) -> int:
+    """Take a process's lock, and return its handle.
+
+    Raises
+    ------
+    DeployError
+        If the process runs already.
+    """
     handle = os.open(folder.lock(name), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         raise DeployError(f"{name} runs already, as process {pid_of(folder, name)}") from None
-    _write_pid(handle, pid)
+    write_pid(handle, pid)
     return handle
 
 
-def _write_pid(handle: int, pid: int) -> None:
+def write_pid(handle: int, pid: int) -> None:
+    """Say, in the lock of this handle, which process it is."""
     os.ftruncate(handle, 0)
     os.pwrite(handle, str(pid).encode(), 0)
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Find a process and all below it: number -> when it started, since numbers are used again."""
+    alive = _table()
+    found = {pid} & alive.keys()
+    while more := {child for child, (parent, _) in alive.items() if parent in found} - found:
+        found |= more
+    return {number: alive[number][1] for number in found}
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a process that may have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _left(born: Mapping[int, str], folder: FederationFolder, name: str) -> set[int]:
@@ -161,22 +126,13 @@ def _left(born: Mapping[int, str], folder: FederationFolder, name: str) -> set[i
 
 def _marked(folder: FederationFolder, name: str) -> set[int]:
     """Find the live processes that carry the mark; Flower hides the environment of some of its own from their user."""
-    mark = f"{_MARK}={folder.lock(name)}".encode()
+    mark = f"{MARK}={folder.lock(name)}".encode()
     found = set()
     for pid in _table():
         with contextlib.suppress(OSError):  # it ended while we looked, or is hidden
             if mark in Path("/proc", str(pid), "environ").read_bytes().split(b"\0"):
                 found.add(pid)
     return found
-
-
-def _descendants(pid: int) -> dict[int, str]:
-    """Find a process and all below it: number -> when it started, since numbers are used again."""
-    alive = _table()
-    found = {pid} & alive.keys()
-    while more := {child for child, (parent, _) in alive.items() if parent in found} - found:
-        found |= more
-    return {number: alive[number][1] for number in found}
 
 
 def _table() -> dict[int, tuple[int, str]]:
@@ -190,8 +146,3 @@ def _table() -> dict[int, tuple[int, str]]:
                 if words[0] not in "ZX":
                     table[int(entry.name)] = int(words[1]), words[19]
     return table
-
-
-def _signal(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -78,8 +79,8 @@ def refused(*words: str, stdin: str = "", variables: Mapping[str, str] = Mapping
     return done.stderr
 
 
-def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 60
+def eventually(condition: Callable[[], bool], *, seconds: float = 60) -> bool:
+    deadline = time.monotonic() + seconds
     while not (held := condition()) and time.monotonic() < deadline:
         time.sleep(0.5)
     return held
@@ -182,6 +183,18 @@ def test_a_run_completes_over_certificates_and_keys_and_its_failure_is_told(play
 
 
 @pytest.mark.full
+def test_a_node_that_was_killed_comes_back_by_itself(played):
+    folder = FederationFolder(played.folder / "site0")
+    killed, began = pid_of(folder, "site0"), time.monotonic()
+    os.kill(killed, signal.SIGKILL)
+    let_in = b"SuperNode ID:"
+    assert eventually(lambda: folder.log("site0").read_bytes().count(let_in) == 2, seconds=SECONDS)
+    print(f"| SuperNode of a lab killed | let in again after {time.monotonic() - began:.0f} s |")
+    assert pid_of(folder, "site0") != killed and played.statuses()["site0"] == "online"
+    assert "it was killed by SIGKILL" in said("logs", "site0", "--dir", str(folder.root))
+
+
+@pytest.mark.full
 def test_a_replaced_node_is_shut_out_for_good_and_its_successor_comes_in(played, tmp_path):
     old = FederationFolder(played.folder / "site1")
     server = ("--dir", str(played.server.root))
@@ -191,7 +204,8 @@ def test_a_replaced_node_is_shut_out_for_good_and_its_successor_comes_in(played,
     assert "has that key already" in said("node", "replace", "site1", "-", *server, stdin=public)
     former = old.node_public_key("site1").read_text()
     assert "its use is over" in refused("node", "add", "former", "-", *server, stdin=former)
-    assert eventually(lambda: pid_of(old, "site1") is None)
+    assert eventually(lambda: pid_of(old, "site1") is None, seconds=SECONDS)  # its supervisor tries for two minutes
+    assert "does not stay up" in said("logs", "site1", "--dir", str(old.root))
     assert "does not accept this node's key" in refused(*node_words(played, "site1", old.root))
     said(*node_words(played, "site1", tmp_path))
     try:

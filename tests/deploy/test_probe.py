@@ -11,7 +11,7 @@ import pytest
 
 from fedtalora_flwr.deploy.certs import make_certificates
 from fedtalora_flwr.deploy.folder import DeployError, FederationFolder
-from fedtalora_flwr.deploy.probe import check_superlink, explain_supernode, split_address
+from fedtalora_flwr.deploy.probe import check_superlink, explain_end, split_address
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +96,8 @@ def test_a_server_without_tls_a_wrong_port_and_nobody_at_all_are_told_apart(serv
 
 
 def test_an_end_without_a_reason_points_at_the_clock():
-    assert "clock" in explain_supernode("INFO: Starting Flower SuperNode\n")
-    assert "does not accept this node's key" in explain_supernode("[code: 2004] Failed to activate SuperNode")
+    assert "clock" in explain_end("site0", "INFO: Starting Flower SuperNode\n")
+    assert "does not accept this node's key" in explain_end("site0", "[code: 2004] Failed to activate SuperNode")
 
 
 @pytest.mark.parametrize("address", ["superlink.lab", "superlink.lab:", ":9092", "superlink.lab:port"])

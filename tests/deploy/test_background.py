@@ -1,0 +1,105 @@
+"""What runs in the background is started again when it ends, until it is stopped or does not stay up."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedtalora_flwr.deploy.background import Patience, start
+from fedtalora_flwr.deploy.folder import DeployError, FederationFolder
+from fedtalora_flwr.deploy.processes import pid_of, stop, tail
+
+NAME = "site0"
+QUICK = Patience(pause=0.3, total=60, steady=60)
+STAYS = "echo up; sleep 600 & wait"  # with a process of its own below it, as Flower has
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[FederationFolder]:
+    made = FederationFolder(tmp_path)
+    made.make()
+    yield made
+    stop(made, NAME, seconds=1)
+    assert not naming(tmp_path)
+
+
+def naming(root: Path) -> list[str]:
+    found = psutil.process_iter(["cmdline", "cwd"])
+    return [" ".join(p.info["cmdline"]) for p in found if (p.info["cwd"] or "").startswith(str(root))]
+
+
+def begin(folder: FederationFolder, script: str, patience: Patience = QUICK) -> int:
+    start(folder, NAME, ["sh", "-c", script], dict(os.environ), ready=lambda: ups(folder) > 0, patience=patience)
+    return pid_of(folder, NAME)
+
+
+def ups(folder: FederationFolder) -> int:
+    return tail(folder, NAME, num_lines=100).splitlines().count("up")
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 60
+    while not (held := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return held
+
+
+def test_what_is_killed_starts_again_without_what_it_left_behind(folder):
+    first = begin(folder, STAYS)
+    (left,) = psutil.Process(first).children()
+    os.kill(first, signal.SIGKILL)
+    assert eventually(lambda: ups(folder) == 2)
+    assert pid_of(folder, NAME) not in (None, first) and not left.is_running()
+    assert "fedtalora: it was killed by SIGKILL" in tail(folder, NAME, num_lines=100)
+
+
+def test_an_end_with_status_0_is_no_reason_to_stay_away_and_its_meaning_is_told(folder):
+    begin(folder, f"test -e ended && {{ {STAYS}; }}; echo up; sleep 0.5; echo code: 2004; touch ended")
+    assert eventually(lambda: ups(folder) == 2)
+    (note,) = (line for line in tail(folder, NAME, num_lines=100).splitlines() if line.startswith("fedtalora: "))
+    assert "it ended with status 0: the server does not accept this node's key" in note
+
+
+def test_what_is_stopped_stays_away_also_between_an_end_and_the_next_start(folder):
+    begin(folder, STAYS)
+    assert stop(folder, NAME) and pid_of(folder, NAME) is None
+    killed = begin(folder, STAYS, Patience(pause=600))
+    os.kill(killed, signal.SIGKILL)
+    assert eventually(lambda: pid_of(folder, NAME) not in (None, killed))  # the supervisor, which waits
+    assert stop(folder, NAME) and pid_of(folder, NAME) is None and ups(folder) == 1
+
+
+def test_what_does_not_stay_up_ends_with_the_advice_to_mend_it(folder):
+    begin(folder, "echo up; sleep 0.3", Patience(pause=0.1, total=2, steady=60))
+    assert eventually(lambda: pid_of(folder, NAME) is None)
+    assert ups(folder) > 2
+    assert tail(folder, NAME, num_lines=1).endswith("It does not stay up; mend the cause, and start it again")
+
+
+def test_ends_far_from_each_other_are_all_first_ones(folder):
+    begin(folder, "echo up; sleep 0.6", Patience(pause=0.1, total=0.5, steady=0.4))
+    assert eventually(lambda: ups(folder) >= 5)
+
+
+def test_what_ends_before_it_is_ready_is_an_error_and_is_not_started_again(folder):
+    with pytest.raises(DeployError, match=r"did not come up: .*its port on 127.0.0.1 is taken"):
+        begin(folder, "echo address already in use")
+    assert pid_of(folder, NAME) is None
+
+
+def test_what_is_not_ready_in_time_is_stopped(folder):
+    with pytest.raises(DeployError, match="not up within 1 s and was stopped; its log ends:\nslow"):
+        start(folder, NAME, ["sh", "-c", "echo slow; sleep 600"], dict(os.environ), ready=lambda: False, seconds=1)
+    assert pid_of(folder, NAME) is None
+
+
+def test_a_process_whose_supervisor_was_killed_runs_on_and_can_be_stopped(folder):
+    process = begin(folder, STAYS)
+    psutil.Process(process).parent().kill()
+    with pytest.raises(DeployError, match=f"runs already, as process {process}"):
+        begin(folder, STAYS)
+    assert stop(folder, NAME) and not psutil.pid_exists(process)
