@@ -2,10 +2,10 @@
 
 Flower's SuperNode ends, with status 0, whenever the SuperLink answers what it does not expect. Such an end is noted in
 the process's log with what it means, and the process starts again after `Patience.pause` seconds: not at once, for the
-SuperLink must see the node leave. One that does not stay up ends for good, for somebody has something to mend; that
-takes more than the 60 seconds for which a SuperLink counts a killed node as online, and refuses it.
+SuperLink must see the node leave. Of one that does not stay up each pause is twice the last, up to a limit.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -18,10 +18,11 @@ from pathlib import Path
 
 from fedtalora_flwr.deploy.folder import DeployError, FederationFolder
 from fedtalora_flwr.deploy.probe import explain_end
-from fedtalora_flwr.deploy.processes import MARK, claim, descendants, note, pid_of, send, stop, tail, write_pid
+from fedtalora_flwr.deploy.processes import MARK, WAITING, claim, descendants, note, pid_of, send, stop, tail, write_pid
 
 START_SECONDS = 120.0  # on a loaded machine; else a SuperLink takes 2
 _LOOK_SECONDS = 0.2
+_LOG_END_BYTES = 20_000
 _PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>: what an ended process leaves behind becomes its supervisor's
 
 
@@ -32,15 +33,15 @@ class Patience:
     Parameters
     ----------
     pause
-        Seconds from its end to its next start.
-    total
-        Seconds, from its first end on, in which it may end again and again.
+        Seconds from its end to its next start; doubled while it does not stay up.
+    longest
+        Seconds that no pause exceeds.
     steady
-        Seconds up, after which an end counts as a first one.
+        Seconds up, after which the pause is the first again.
     """
 
     pause: float = 10.0
-    total: float = 120.0
+    longest: float = 300.0
     steady: float = 60.0
 
 
@@ -73,18 +74,35 @@ def start(
     try:
         with folder.log(name).open("ab") as log:  # to append: the node's own processes write there, and so do we
             log.truncate(0)
-            subprocess.Popen(
+            supervisor = subprocess.Popen(
                 words,
                 cwd=folder.working_directory,
                 env={**env, MARK: str(folder.lock(name))},
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # it waits for the end of this
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 pass_fds=[lock],
             )
+        write_pid(lock, supervisor.pid)
+        assert supervisor.stdin is not None
+        supervisor.stdin.close()
     finally:
         os.close(lock)
+    try:
+        _await_ready(folder, name, ready, seconds=seconds)
+    except BaseException:
+        stop(folder, name)
+        raise
+    keep(folder, name)
+
+
+def keep(folder: FederationFolder, name: str) -> None:
+    """From now on, start the process again when it ends."""
+    folder.kept(name).touch()
+
+
+def _await_ready(folder: FederationFolder, name: str, ready: Callable[[], bool], *, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not ready():
         if pid_of(folder, name) is None:
@@ -97,11 +115,10 @@ def start(
             said = tail(folder, name, num_lines=15)
             raise DeployError(f"{name} was not up within {seconds:.0f} s and was stopped; its log ends:\n{said}")
         time.sleep(_LOOK_SECONDS)
-    folder.kept(name).touch()
 
 
 def supervise(folder: FederationFolder, name: str, command: Sequence[str], *, lock: int, patience: Patience) -> None:
-    """Run the command again and again, until it is not wanted any more, or does not stay up.
+    """Run the command again and again, until it is not wanted any more.
 
     Parameters
     ----------
@@ -110,33 +127,45 @@ def supervise(folder: FederationFolder, name: str, command: Sequence[str], *, lo
     """
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
-    first_end = None
+    os.set_inheritable(lock, True)
+    pause = patience.pause
     while True:
-        already_said = folder.log(name).stat().st_size
         began = time.monotonic()
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[lock])
-        write_pid(lock, process.pid)
-        status = process.wait()
-        write_pid(lock, os.getpid())
-        _end_what_it_left()
+        ended = _run(folder, name, command, lock=lock)
+        write_pid(lock, os.getpid(), state=WAITING)
         if not folder.kept(name).exists():
-            return
-        now = time.monotonic()
-        if first_end is None or now - began > patience.steady:
-            first_end = now
-        ended = f"it was killed by {signal.Signals(-status).name}" if status < 0 else f"it ended with status {status}"
-        with folder.log(name).open("rb") as log:
-            log.seek(already_said)
-            ended += f": {explain_end(name, log.read().decode(errors='replace'))}"
-        if now - first_end > patience.total:
-            note(folder, name, f"{ended}. It does not stay up; mend the cause, and start it again")
-            folder.kept(name).unlink(missing_ok=True)
-            return
-        note(folder, name, f"{ended}. It starts again in {patience.pause:.0f} s")
-        while time.monotonic() < now + patience.pause:
+            return  # what it left behind has its time, see `stop`
+        _end_what_it_left()
+        pause = patience.pause if time.monotonic() - began > patience.steady else pause
+        with contextlib.suppress(OSError):  # of a full disk: the process matters more than its log
+            note(folder, name, f"{ended}. It starts again in {pause:g} s")
+        next_start = time.monotonic() + pause
+        while time.monotonic() < next_start:
             if not folder.kept(name).exists():
                 return
             time.sleep(_LOOK_SECONDS)
+        pause = min(2 * pause, patience.longest)
+
+
+def _run(folder: FederationFolder, name: str, command: Sequence[str], *, lock: int) -> str:
+    """Run the command to its end, and say how it ended and what that means."""
+    already_said = folder.log(name).stat().st_size
+    no_input = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+    try:
+        pid = os.posix_spawnp(command[0], [*command], os.environ, file_actions=[no_input])
+    except OSError as error:
+        return f"it could not be started ({error.strerror})"
+    write_pid(lock, pid)
+    ended = None
+    while ended != pid:  # what an ended process leaves behind is collected too, or it would stay as a zombie
+        ended, status = os.wait()
+    code = os.waitstatus_to_exitcode(status)
+    with folder.log(name).open("rb") as log:
+        log.seek(max(already_said, log.seek(0, os.SEEK_END) - _LOG_END_BYTES))
+        said = log.read().decode(errors="replace")
+    return (
+        f"it ended with status {code}: {explain_end(name, said)}" if code >= 0 else f"it was killed by signal {-code}"
+    )
 
 
 def _end_what_it_left() -> None:
@@ -144,10 +173,11 @@ def _end_what_it_left() -> None:
     while left := descendants(os.getpid()).keys() - {os.getpid()}:
         for pid in left:
             send(pid, signal.SIGKILL)
-        os.waitpid(-1, 0)
+        os.wait()
 
 
 if __name__ == "__main__":
+    sys.stdin.read()  # until the lock names this process
     root, its_name, its_lock, *limits = sys.argv[1:7]
     supervise(
         FederationFolder(Path(root)), its_name, sys.argv[7:], lock=int(its_lock), patience=Patience(*map(float, limits))

@@ -104,6 +104,7 @@ def superlink(
         raise DeployError(f"no certificate in {folder.root}; make it first: fedtalora certs NAME-OF-THIS-SERVER")
     folder.make()
     if background and (pid := processes.pid_of(folder, "superlink")):
+        in_background.keep(folder, "superlink")
         print(f"superlink runs already, as process {pid}; to submit runs here: export FLWR_HOME={folder.flower_home}")
         return
     write_connection(folder, control_port=control_port, insecure=insecure)
@@ -182,6 +183,7 @@ def supernode(
         return
     folder.make()
     if background and (pid := processes.pid_of(folder, name)):
+        in_background.keep(folder, name)
         print(f"{name} runs already, as process {pid}")
         return
     if insecure:
@@ -273,11 +275,10 @@ def node_list(directory: Dir = DEFAULT_DIR) -> None:
 def status(
     name: Annotated[str, typer.Argument(help="superlink, or a node's name.")], directory: Dir = DEFAULT_DIR
 ) -> None:
-    """Say whether a process of this folder runs."""
-    from fedtalora_flwr.deploy.processes import pid_of
+    """Say whether a process of this folder runs, waits to be started again (see its log), or is stopped."""
+    from fedtalora_flwr.deploy.processes import state_of
 
-    pid = pid_of(_folder(directory), name)
-    print(f"running {pid}" if pid else "stopped")
+    print(state_of(_folder(directory), name))
 
 
 def stop(

@@ -116,7 +116,7 @@ class LabState:
     Parameters
     ----------
     process
-        ``running 1234``, ``stopped``, or why its machine did not say.
+        ``running 1234``, ``waiting 1234`` (to be started again), ``stopped``, or why its machine did not say.
     seen
         What the SuperLink says of the node: ``online``, ``offline``, ``registered``, ``unknown``; empty for itself, and
         in an insecure lab, whose nodes have no lasting id.

@@ -13,14 +13,16 @@ _CLOCK_IS_OFF = "Invalid timestamp"  # the SuperLink's answer to a signature of 
 
 # What Flower prints of a refusal -> what it means; the first that is found explains.
 _REFUSALS = {
-    "2004": (
+    "[code: 2004]": (
         "the server does not accept this node's key. It does not know it: fedtalora node add NAME on the server. Or "
         "another machine is using it: every node has a key of its own. Or the node was killed less than 60 s ago and "
         "counts as online: wait a minute"
     ),
-    "2001": "the server takes only nodes with a key; it was started without --insecure, so start the node without too",
+    "[code: 2001]": "the server takes only nodes with a key: it was started without --insecure, so start the node so",
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not of this node's ca.crt; copy the server's ca.crt",
     "already in use": "its port on 127.0.0.1 is taken; give another by --port",
+    "StatusCode.INTERNAL": "the server could not answer, as when its machine or disk is far too busy; see its log",
+    "Traceback": "see the end of its log",
 }
 _SILENT = (
     "it ended without a reason, as Flower does when the node's clock is off by more than seconds or the node "
@@ -106,9 +108,13 @@ def check_clock(superlink: str, folder: FederationFolder, name: str) -> None:
     try:
         key = load_ssh_private_key(folder.node_key(name).read_bytes(), None)
     except (TypeError, ValueError, UnsupportedAlgorithm) as error:
-        raise DeployError(f"{folder.node_key(name)} cannot be read ({error}); make one by fedtalora node add") from None
+        raise DeployError(
+            f"{folder.node_key(name)} cannot be read ({error}); make one by fedtalora node key {name} --new"
+        ) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise DeployError(f"{folder.node_key(name)} is not of an elliptic curve; make one by fedtalora node add")
+        raise DeployError(
+            f"{folder.node_key(name)} is not of an elliptic curve; make one by fedtalora node key {name} --new"
+        )
     trust = grpc.ssl_channel_credentials(folder.ca_certificate.read_bytes())
     signed = [RuntimeVersionClientInterceptor("SuperNode"), NodeAuthClientInterceptor(key, key.public_key())]
     with grpc.secure_channel(superlink, trust, options=[("grpc.enable_http_proxy", 0)]) as channel:

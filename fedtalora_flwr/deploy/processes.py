@@ -17,19 +17,18 @@ from fedtalora_flwr.deploy.folder import DeployError, FederationFolder
 
 STOP_SECONDS = 20.0
 MARK = "FEDTALORA_PROCESS"
+RUNNING, WAITING = "running", "waiting"
 
 
 def pid_of(folder: FederationFolder, name: str) -> int | None:
     """Return the number of a live process, None if it does not run."""
-    path = folder.lock(name)
-    if not path.exists():
-        return None
-    with path.open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return int(file.read())
-        return None
+    return _holder(folder, name)[0]
+
+
+def state_of(folder: FederationFolder, name: str) -> str:
+    """Say ``running 1234``, ``waiting 1234`` (it has ended, and is about to be started again) or ``stopped``."""
+    pid, state = _holder(folder, name)
+    return f"{state} {pid}" if pid else "stopped"
 
 
 def become(folder: FederationFolder, name: str, command: Sequence[str], env: Mapping[str, str]) -> None:
@@ -51,10 +50,11 @@ def stop(folder: FederationFolder, name: str, *, seconds: float = STOP_SECONDS) 
 
     SIGTERM goes to the process alone, which ends the others in order; what is left after `seconds` is killed.
     """
-    folder.kept(name).unlink(missing_ok=True)
     pid = pid_of(folder, name)
     born = descendants(pid) if pid else {}
-    if not _left(born, folder, name):
+    found = _left(born, folder, name)
+    folder.kept(name).unlink(missing_ok=True)
+    if not found:
         return False
     if pid is not None:
         send(pid, signal.SIGTERM)
@@ -97,10 +97,9 @@ def claim(folder: FederationFolder, name: str, pid: int) -> int:
     return handle
 
 
-def write_pid(handle: int, pid: int) -> None:
-    """Say, in the lock of this handle, which process it is."""
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, str(pid).encode(), 0)
+def write_pid(lock: int, pid: int, *, state: str = RUNNING) -> None:
+    """Say, in the lock of this handle, which process it is; of one width, so that no reader finds half of it."""
+    os.pwrite(lock, f"{pid:<20} {state:<10}\n".encode(), 0)
 
 
 def descendants(pid: int) -> dict[int, str]:
@@ -116,6 +115,21 @@ def send(pid: int, number: signal.Signals) -> None:
     """Send a signal to a process that may have ended."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def _holder(folder: FederationFolder, name: str) -> tuple[int | None, str]:
+    path = folder.lock(name)
+    if not path.exists():
+        return None, ""
+    with path.open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            while not (words := file.read().split()):  # the file was made this moment
+                time.sleep(0.01)
+                file.seek(0)
+            return int(words[0]), words[1]
+        return None, ""
 
 
 def _left(born: Mapping[int, str], folder: FederationFolder, name: str) -> set[int]:

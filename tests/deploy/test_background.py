@@ -1,6 +1,7 @@
 """What runs in the background is started again when it ends, until it is stopped or does not stay up."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -9,12 +10,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedtalora_flwr.deploy.background import Patience, start
+from fedtalora_flwr.deploy.background import Patience, keep, start
 from fedtalora_flwr.deploy.folder import DeployError, FederationFolder
-from fedtalora_flwr.deploy.processes import pid_of, stop, tail
+from fedtalora_flwr.deploy.processes import pid_of, state_of, stop, tail
 
 NAME = "site0"
-QUICK = Patience(pause=0.3, total=60, steady=60)
+QUICK = Patience(pause=0.3, longest=0.3)
 STAYS = "echo up; sleep 600 & wait"  # with a process of its own below it, as Flower has
 
 
@@ -54,11 +55,11 @@ def test_what_is_killed_starts_again_without_what_it_left_behind(folder):
     os.kill(first, signal.SIGKILL)
     assert eventually(lambda: ups(folder) == 2)
     assert pid_of(folder, NAME) not in (None, first) and not left.is_running()
-    assert "fedtalora: it was killed by SIGKILL" in tail(folder, NAME, num_lines=100)
+    assert "fedtalora: it was killed by signal 9. It starts again" in tail(folder, NAME, num_lines=100)
 
 
 def test_an_end_with_status_0_is_no_reason_to_stay_away_and_its_meaning_is_told(folder):
-    begin(folder, f"test -e ended && {{ {STAYS}; }}; echo up; sleep 0.5; echo code: 2004; touch ended")
+    begin(folder, f"test -e ended && {{ {STAYS}; }}; echo up; sleep 0.5; echo '[code: 2004]'; touch ended")
     assert eventually(lambda: ups(folder) == 2)
     (note,) = (line for line in tail(folder, NAME, num_lines=100).splitlines() if line.startswith("fedtalora: "))
     assert "it ended with status 0: the server does not accept this node's key" in note
@@ -66,23 +67,51 @@ def test_an_end_with_status_0_is_no_reason_to_stay_away_and_its_meaning_is_told(
 
 def test_what_is_stopped_stays_away_also_between_an_end_and_the_next_start(folder):
     begin(folder, STAYS)
-    assert stop(folder, NAME) and pid_of(folder, NAME) is None
+    assert stop(folder, NAME, seconds=1) and pid_of(folder, NAME) is None
     killed = begin(folder, STAYS, Patience(pause=600))
     os.kill(killed, signal.SIGKILL)
-    assert eventually(lambda: pid_of(folder, NAME) not in (None, killed))  # the supervisor, which waits
-    assert stop(folder, NAME) and pid_of(folder, NAME) is None and ups(folder) == 1
+    assert eventually(lambda: state_of(folder, NAME).startswith("waiting"))
+    assert stop(folder, NAME, seconds=1) and pid_of(folder, NAME) is None and ups(folder) == 1
 
 
-def test_what_does_not_stay_up_ends_with_the_advice_to_mend_it(folder):
-    begin(folder, "echo up; sleep 0.3", Patience(pause=0.1, total=2, steady=60))
-    assert eventually(lambda: pid_of(folder, NAME) is None)
-    assert ups(folder) > 2
-    assert tail(folder, NAME, num_lines=1).endswith("It does not stay up; mend the cause, and start it again")
+def test_pauses_grow_for_what_does_not_stay_up_and_not_for_what_does(folder):
+    begin(folder, "echo up; sleep 0.3", Patience(pause=0.1, longest=0.5, steady=60))
+    assert eventually(lambda: len(pauses(folder)) >= 4)
+    assert pauses(folder)[:4] == [0.1, 0.2, 0.4, 0.5]
+    stop(folder, NAME, seconds=1)
+    begin(folder, "echo up; sleep 0.3", Patience(pause=0.1, longest=0.5, steady=0.1))
+    assert eventually(lambda: len(pauses(folder)) >= 3)
+    assert set(pauses(folder)) == {0.1}
 
 
-def test_ends_far_from_each_other_are_all_first_ones(folder):
-    begin(folder, "echo up; sleep 0.6", Patience(pause=0.1, total=0.5, steady=0.4))
-    assert eventually(lambda: ups(folder) >= 5)
+def pauses(folder: FederationFolder) -> list[float]:
+    return [float(found) for found in re.findall(r"starts again in (\S+) s", tail(folder, NAME, num_lines=100))]
+
+
+def test_what_cannot_be_started_any_more_is_tried_again(folder, tmp_path):
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\n{STAYS}\n")
+    program.chmod(0o755)
+    start(folder, NAME, [str(program)], dict(os.environ), ready=lambda: ups(folder) > 0, patience=QUICK)
+    program.rename(tmp_path / "moved")
+    os.kill(pid_of(folder, NAME), signal.SIGKILL)
+    assert eventually(lambda: "could not be started (No such file or directory)" in tail(folder, NAME, num_lines=9))
+    (tmp_path / "moved").rename(program)
+    assert eventually(lambda: ups(folder) == 2)
+
+
+def test_what_an_orphan_leaves_is_collected(folder):
+    process = psutil.Process(begin(folder, "(sleep 0.2 &) ; " + STAYS))
+    supervisor = process.parent()
+    assert eventually(lambda: [child.pid for child in supervisor.children()] == [process.pid])
+
+
+def test_who_asks_again_after_the_starter_was_killed_has_it_kept(folder):
+    killed = begin(folder, STAYS)
+    folder.kept(NAME).unlink()  # as if the starter had not come that far
+    keep(folder, NAME)
+    os.kill(killed, signal.SIGKILL)
+    assert eventually(lambda: ups(folder) == 2)
 
 
 def test_what_ends_before_it_is_ready_is_an_error_and_is_not_started_again(folder):
@@ -93,7 +122,7 @@ def test_what_ends_before_it_is_ready_is_an_error_and_is_not_started_again(folde
 
 def test_what_is_not_ready_in_time_is_stopped(folder):
     with pytest.raises(DeployError, match="not up within 1 s and was stopped; its log ends:\nslow"):
-        start(folder, NAME, ["sh", "-c", "echo slow; sleep 600"], dict(os.environ), ready=lambda: False, seconds=1)
+        start(folder, NAME, ["sh", "-c", "echo slow; exec sleep 600"], dict(os.environ), ready=lambda: False, seconds=1)
     assert pid_of(folder, NAME) is None
 
 
@@ -102,4 +131,4 @@ def test_a_process_whose_supervisor_was_killed_runs_on_and_can_be_stopped(folder
     psutil.Process(process).parent().kill()
     with pytest.raises(DeployError, match=f"runs already, as process {process}"):
         begin(folder, STAYS)
-    assert stop(folder, NAME) and not psutil.pid_exists(process)
+    assert stop(folder, NAME, seconds=1) and pid_of(folder, NAME) is None
