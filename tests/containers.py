@@ -56,8 +56,8 @@ class Image:
     @classmethod
     def read(cls, dockerfile: str) -> "Image":
         lines = re.sub(r"\\\n", " ", dockerfile)
-        (user,) = re.findall(r"^USER (\S+)", lines, flags=re.MULTILINE)
-        (uid,) = re.findall(rf"useradd .*--uid (\d+) {user}\b", lines)
+        (uid,) = re.findall(r"^USER (\d+)", lines, flags=re.MULTILINE)
+        (user,) = re.findall(rf"useradd .*--uid {uid} (\S+)", lines)
         (entrypoint,) = re.findall(r"^ENTRYPOINT \[(.*)\]", lines, flags=re.MULTILINE)
         settings = " ".join(re.findall(r"^ENV (.*)", lines, flags=re.MULTILINE))
         env = dict(word.split("=", 1) for word in shlex.split(settings))

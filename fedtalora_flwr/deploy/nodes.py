@@ -9,6 +9,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import Any
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -49,11 +50,9 @@ def make_node_key(folder: FederationFolder, name: str) -> bool:
     folder.make()
     private, public = folder.node_key(name), folder.node_public_key(name)
     if private.exists():
-        key = serialization.load_ssh_private_key(private.read_bytes(), None)
-        assert isinstance(key, ec.EllipticCurvePrivateKey), f"{private} is not of an elliptic curve"
-        write_public(public, _public_line(key, name))
+        write_public(public, _public_line(load_node_key(folder, name), name))
         return False
-    if public.exists():
+    if public.exists() and public.stat().st_size:  # empty: a shell made it, to write there what this prints
         raise DeployError(f"{public} is there without {private.name}: the key of {name} is on another machine")
     key = ec.generate_private_key(ec.SECP384R1())
     no_password = serialization.NoEncryption()
@@ -61,6 +60,25 @@ def make_node_key(folder: FederationFolder, name: str) -> bool:
     write_private(private, encoded)
     write_public(public, _public_line(key, name))
     return True
+
+
+def load_node_key(folder: FederationFolder, name: str) -> ec.EllipticCurvePrivateKey:
+    """Read a node's private key.
+
+    Raises
+    ------
+    DeployError
+        If it is none that Flower takes.
+    """
+    path = folder.node_key(name)
+    advice = f"make one by fedtalora node key {name} --new, and let it in by fedtalora node add or replace"
+    try:
+        key = serialization.load_ssh_private_key(path.read_bytes(), None)
+    except (TypeError, ValueError, UnsupportedAlgorithm) as error:
+        raise DeployError(f"{path} cannot be read ({error}); {advice}") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise DeployError(f"{path} is not of an elliptic curve; {advice}")
+    return key
 
 
 def trust(folder: FederationFolder, certificate: bytes) -> None:

@@ -93,28 +93,18 @@ def check_clock(superlink: str, folder: FederationFolder, name: str) -> None:
     Raises
     ------
     DeployError
-        If this machine's clock is not the server's.
+        If this machine's clock is not the server's, or the node's key cannot be read.
     """
     import grpc
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
     from flwr.client.grpc_rere_client.node_auth_client_interceptor import NodeAuthClientInterceptor
     from flwr.proto.fleet_pb2 import PullMessagesRequest
     from flwr.proto.fleet_pb2_grpc import FleetStub
     from flwr.proto.node_pb2 import Node
     from flwr.supercore.interceptors import RuntimeVersionClientInterceptor
 
-    try:
-        key = load_ssh_private_key(folder.node_key(name).read_bytes(), None)
-    except (TypeError, ValueError, UnsupportedAlgorithm) as error:
-        raise DeployError(
-            f"{folder.node_key(name)} cannot be read ({error}); make one by fedtalora node key {name} --new"
-        ) from None
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise DeployError(
-            f"{folder.node_key(name)} is not of an elliptic curve; make one by fedtalora node key {name} --new"
-        )
+    from fedtalora_flwr.deploy.nodes import load_node_key
+
+    key = load_node_key(folder, name)
     trust = grpc.ssl_channel_credentials(folder.ca_certificate.read_bytes())
     signed = [RuntimeVersionClientInterceptor("SuperNode"), NodeAuthClientInterceptor(key, key.public_key())]
     with grpc.secure_channel(superlink, trust, options=[("grpc.enable_http_proxy", 0)]) as channel:

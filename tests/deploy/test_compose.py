@@ -3,8 +3,10 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +114,15 @@ def test_the_gpu_variant_changes_services_that_exist():
 def test_the_image_runs_as_a_user_of_its_own_and_starts_our_command():
     lines = [line.split(maxsplit=1) for line in DOCKERFILE.splitlines() if line and line[0].isupper()]
     users = [rest for word, rest in lines if word == "USER"]
-    assert users == ["fedtalora"] and lines[-2] == ["ENTRYPOINT", '["fedtalora"]']
+    assert users == ["10001"] and "--uid 10001 fedtalora" in DOCKERFILE and lines[-2] == ["ENTRYPOINT", '["fedtalora"]']
     (base,) = [rest for word, rest in lines if word == "FROM"]
     assert ":" in base and not base.endswith(":latest")
+
+
+def test_the_image_s_recipe_is_without_a_finding():
+    linter = shutil.which("hadolint", path=sysconfig.get_path("scripts")) or pytest.skip("no hadolint; install .[dev]")
+    done = subprocess.run([linter, DEPLOY / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_what_the_image_copies_is_in_the_checkout_and_not_ignored():

@@ -4,7 +4,7 @@ import stat
 
 import pytest
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from flwr.cli.supernode.register import try_load_public_key
 
 from fedtalora_flwr.deploy.certs import make_certificates
@@ -34,6 +34,22 @@ def test_no_new_key_takes_the_place_of_one_that_is_on_another_machine(folder):
     make_node_key(folder, "site0")
     folder.node_key("site0").unlink()
     with pytest.raises(DeployError, match="the key of site0 is on another machine"):
+        make_node_key(folder, "site0")
+
+
+def test_an_empty_public_key_is_the_shell_s_that_is_about_to_write_it(folder):
+    folder.make()
+    folder.node_public_key("site0").touch()  # fedtalora node key site0 > site0.pub, given in that folder
+    assert make_node_key(folder, "site0")
+
+
+@pytest.mark.parametrize("made", ["rsa", "nonsense"])
+def test_a_key_that_flower_does_not_take_is_refused_with_the_way_to_another(folder, made):
+    folder.make()
+    encoding = (serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
+    content = rsa.generate_private_key(65537, 2048).private_bytes(*encoding) if made == "rsa" else b"nonsense"
+    folder.node_key("site0").write_bytes(content)
+    with pytest.raises(DeployError, match=r"(of an elliptic curve|cannot be read).*fedtalora node key site0 --new"):
         make_node_key(folder, "site0")
 
 
