@@ -2,7 +2,7 @@
 
 Flower's SuperNode ends, with status 0, whenever the SuperLink answers what it does not expect. Such an end is noted in
 the process's log with what it means, and the process starts again after `Patience.pause` seconds: not at once, for the
-SuperLink must see the node leave. Of one that does not stay up each pause is twice the last, up to a limit.
+SuperLink must see the node leave. The longer it has not stayed up, the longer the pauses are, up to a limit.
 """
 
 import contextlib
@@ -33,11 +33,12 @@ class Patience:
     Parameters
     ----------
     pause
-        Seconds from its end to its next start; doubled while it does not stay up.
+        Seconds from its end to its next start, at first: a killed node, which the SuperLink refuses for a minute, is
+        tried every 10. Later a sixth of the time in which it has not stayed up.
     longest
         Seconds that no pause exceeds.
     steady
-        Seconds up, after which the pause is the first again.
+        Seconds after which it has stayed up.
     """
 
     pause: float = 10.0
@@ -128,7 +129,7 @@ def supervise(folder: FederationFolder, name: str, command: Sequence[str], *, lo
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
     os.set_inheritable(lock, True)
-    pause = patience.pause
+    unsteady_since = None
     while True:
         began = time.monotonic()
         ended = _run(folder, name, command, lock=lock)
@@ -136,15 +137,16 @@ def supervise(folder: FederationFolder, name: str, command: Sequence[str], *, lo
         if not folder.kept(name).exists():
             return  # what it left behind has its time, see `stop`
         _end_what_it_left()
-        pause = patience.pause if time.monotonic() - began > patience.steady else pause
+        now = time.monotonic()
+        if unsteady_since is None or now - began > patience.steady:
+            unsteady_since = now
+        pause = min(max(patience.pause, (now - unsteady_since) / 6), patience.longest)
         with contextlib.suppress(OSError):  # of a full disk: the process matters more than its log
-            note(folder, name, f"{ended}. It starts again in {pause:g} s")
-        next_start = time.monotonic() + pause
-        while time.monotonic() < next_start:
+            note(folder, name, f"{ended}. It starts again in {pause:.1f} s")
+        while time.monotonic() < now + pause:
             if not folder.kept(name).exists():
                 return
             time.sleep(_LOOK_SECONDS)
-        pause = min(2 * pause, patience.longest)
 
 
 def _run(folder: FederationFolder, name: str, command: Sequence[str], *, lock: int) -> str:
