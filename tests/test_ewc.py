@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array
 from local_grid import TINY, defaults, tiny_run
+from tensors import opened
 
 from client_app.app import app as client_app
 from fedtalora_flwr import checkpoint, resident
@@ -77,9 +77,9 @@ def test_squared_gradients_that_cannot_be_are_refused_by_name(tmp_path):
     def meddling(message, context):
         reply, partition = client_app(message, context), context.node_config["partition-id"]
         if message.metadata.message_type == "train.fisher" and partition in bad:
-            arrays = reply.content.array_records["arrays"]
             key = "fisher/lora_B/blocks.5.attn.proj"
-            arrays[key] = Array(np.full_like(arrays[key].numpy(), bad[partition]))
+            with opened(reply.content) as tensors:
+                tensors[key] = np.full_like(tensors[key], bad[partition])
         return reply
 
     run = tiny_run(tmp_path / "run", meddling, **SETTINGS, penalty="ewc", num_clients=4, rounds_per_task=1)

@@ -296,8 +296,7 @@ def test_node_with_another_version_of_the_library_is_named_before_the_first_roun
 
 # What partition 1 does in the rounds of the test's own copy of the bundle; the product has no such hook.
 MISBEHAVIOUR = """
-import numpy as np
-from flwr.app import Array
+from fedtalora_flwr.wire.records import array_record, read_arrays
 
 PATH = "/".join(["", "data", "ward" + "7", "patients.csv"])  # in parts: the server may hold this code, not the path
 
@@ -306,17 +305,19 @@ def spoiled(content, message, context):
     '''Change what leaves the node: an array, or what the node says of itself.'''
     if message.metadata.message_type != "train" or context.node_config["partition-id"] != 1:
         return content
-    arrays, numbers = content["arrays"], content["metrics"]
-    name = min(key for key in arrays if key.startswith("lora_B/"))
-    values, server_round = arrays[name].numpy(), int(message.metadata.group_id)
+    parts, server_round = read_arrays(content["arrays"]), int(message.metadata.group_id)
+    name = min(parts["lora_B"])
+    values = parts["lora_B"][name]
     if server_round == 1:
-        arrays[name] = Array(np.full_like(values, np.nan))
+        values.fill_(float("nan"))
     if server_round == 2:
-        arrays[name] = Array(values[:-1])
+        parts["lora_B"][name] = values[:-1]
     if server_round == 3:
-        numbers["base-version"] = 7
+        content["metrics"]["base-version"] = 7
     if server_round == 4:
-        arrays[name] = Array(np.full_like(values, 1e6))
+        values.fill_(1e6)
+    tensors = {f"{part}/{key}": value for part, found in parts.items() for key, value in found.items()}
+    content["arrays"] = array_record(tensors)
     return content
 
 

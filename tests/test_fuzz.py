@@ -1,5 +1,6 @@
 """Ten thousand bad replies against the server's intake: each is refused with a reason, none leaves a trace."""
 
+import json
 import re
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from local_grid import defaults
+from tensors import opened, tensors_of
 
 from fedtalora_flwr import wire
 from fedtalora_flwr.aggregation import ClientUpdate, GlobalState, LoraFactors, resolve
@@ -19,6 +21,7 @@ from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import ClassList
 from fedtalora_flwr.heads import FeatureSums
 from fedtalora_flwr.wire import ARRAYS, METRICS
+from fedtalora_flwr.wire.records import TENSORS
 from server_app.census import Census
 from server_app.strategy import AdapterStrategy, RunFailed, Tally
 
@@ -70,46 +73,61 @@ def make_strategy(state: GlobalState) -> AdapterStrategy:
 # --- What can be wrong with a reply ---
 
 
-def pick(reply: RecordDict, rng: np.random.Generator, *, among: str = "") -> str:
-    return str(rng.choice(sorted(key for key in reply[ARRAYS] if key.startswith(among))))
+def pick(tensors: dict[str, np.ndarray], rng: np.random.Generator, *, among: str = "") -> str:
+    return str(rng.choice(sorted(key for key in tensors if key.startswith(among))))
 
 
 def replace_array(reply: RecordDict, rng: np.random.Generator, *, change: Callable[..., np.ndarray], among: str = ""):
-    key = pick(reply, rng, among=among)
-    reply[ARRAYS][key] = Array(np.asarray(change(reply[ARRAYS][key].numpy(), rng)))
+    with opened(reply) as tensors:
+        key = pick(tensors, rng, among=among)
+        tensors[key] = np.asarray(change(tensors[key], rng))
 
 
-def replace_bytes(reply: RecordDict, rng: np.random.Generator, *, change: Callable[[Array, Any], bytes]) -> None:
-    array = reply[ARRAYS][key := pick(reply, rng)]
-    reply[ARRAYS][key] = Array(array.dtype, array.shape, array.stype, change(array, rng))
+def replace_bytes(reply: RecordDict, rng: np.random.Generator, *, change: Callable[[bytes, Any], bytes]) -> None:
+    data = change(reply[ARRAYS][TENSORS].data, rng)
+    reply[ARRAYS] = ArrayRecord({TENSORS: Array("uint8", (len(data),), "safetensors", data)})
 
 
 def declare(reply: RecordDict, rng: np.random.Generator) -> None:
-    array = reply[ARRAYS][key := pick(reply, rng)]
+    array = reply[ARRAYS][TENSORS]
+    plain = np.frombuffer(array.data, np.uint8)
     wrong = [
-        Array("float128", array.shape, array.stype, array.data),
-        Array(array.dtype, (*array.shape, 1), array.stype, array.data),
-        Array(array.dtype, array.shape, "pickle", array.data),
+        {TENSORS: Array(array.dtype, array.shape, "pickle", array.data)},
+        {TENSORS: Array(array.dtype, array.shape, "numpy.ndarray", array.data)},
+        {TENSORS: Array(plain)},
+        {"arrays": array},
+        {TENSORS: array, "more": Array(plain[:9])},
+        {key: Array(value) for key, value in tensors_of(reply).items()},
     ]
-    reply[ARRAYS][key] = wrong[rng.integers(len(wrong))]
+    reply[ARRAYS] = ArrayRecord(wrong[rng.integers(len(wrong))])
 
 
-def header(shape: str, descr: str = "'<f4'") -> bytes:
-    """What starts a file of NumPy's; the shape is what it claims."""
-    text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}"
-    text += " " * (-(len(text) + 11) % 64) + "\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+def redescribe(data: bytes, rng: np.random.Generator, *, change: Callable[[dict[str, Any], Any], None]) -> bytes:
+    """Change what the header says of the tensors, and leave their bytes."""
+    length = int.from_bytes(data[:8], "little")
+    described = json.loads(data[8 : 8 + length])
+    change(described, rng)
+    header = json.dumps(described).encode()
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
-def claim_more(array: Array, rng: np.random.Generator) -> bytes:
-    shapes = ["(10**12,)", "(1000000000000,)", "(-1, -5)", "(4294967296, 4294967296)", "(" * 150 + ")" * 150]
-    shapes += ["()", "(0, 1000000000000)", "(2.5,)", "'a'", "(" + "9" * 5000 + ",)", "-" * 20_000 + "1"]
-    descrs = ["'<f4'", "'|O'", "'|S0'", "[('a', '<f4')]", "'|V0'", "'>c16'", "'nonsense'"]
-    return header(str(rng.choice(shapes)), str(rng.choice(descrs))) + bytes(rng.integers(0, 64))
+def claim_more(described: dict[str, Any], rng: np.random.Generator) -> None:
+    entry = described[str(rng.choice(sorted(described)))]
+    sizes = [[10**12], [2**32, 2**32], [2**64 - 1, 2], [-1, -5], [2.5], "a", [], [0, 10**12], [1] * 3_000, None]
+    ends = [[0, 10**12], [0, 2**64 - 1], [-4, 4], [8, 4], [0], "0", None, [10**12, 10**12 + 4]]
+    kinds = ["F99", "O", "f4", "", None, "BF16", "F8_E4M3", "C64"]
+    wrong = [("shape", sizes), ("data_offsets", ends), ("dtype", kinds)]
+    key, values = wrong[rng.integers(len(wrong))]
+    entry[key] = values[rng.integers(len(values))]
 
 
-def foreign(array: Array, rng: np.random.Generator) -> bytes:
-    starts = [b"", b"PK\x03\x04", b"PK\x05\x06" + bytes(18), b"\x80\x04K\x01.", b"\x93NUMPY\x02\x00", b"\x93NUMPY"]
+def claim_length(data: bytes, rng: np.random.Generator) -> bytes:
+    length = [0, 1, 2**20, 10**12, 2**63, 2**64 - 1, len(data), len(data) - 8][rng.integers(8)]
+    return length.to_bytes(8, "little") + data[8:]
+
+
+def foreign(data: bytes, rng: np.random.Generator) -> bytes:
+    starts = [b"", b"PK\x03\x04", b"\x80\x04K\x01.", b"\x93NUMPY\x01\x00", b"\x02" + bytes(7) + b"{}", data[:8] + b"[]"]
     return starts[rng.integers(len(starts))] + rng.bytes(rng.integers(0, 200)) * int(rng.integers(0, 2))
 
 
@@ -127,7 +145,7 @@ def reshaped(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def retyped(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    types = ["f8", ">f4", "i2", "u1", "u4", "?", "c8", "S5", "U3"]
+    types = ["f8", "i2", "u1", "u4", "u8", "?"]
     return array.astype(rng.choice([kind for kind in types if np.dtype(kind) != array.dtype]))
 
 
@@ -141,20 +159,23 @@ def other_counts(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def rename(reply: RecordDict, rng: np.random.Generator) -> None:
-    key = pick(reply, rng)
-    names = ["", "/", key.upper(), key + " ", "../" + key, key.replace("/", "."), "lora_C/x", "é" * 5000, key[:-1]]
-    reply[ARRAYS][str(rng.choice([name for name in names if name not in reply[ARRAYS]]))] = reply[ARRAYS][key]
-    if rng.integers(2):
-        del reply[ARRAYS][key]
+    with opened(reply) as tensors:
+        key = pick(tensors, rng)
+        names = ["", "/", key.upper(), key + " ", "../" + key, key.replace("/", "."), "lora_C/x", "é" * 5000, key[:-1]]
+        tensors[str(rng.choice([name for name in names if name not in tensors]))] = tensors[key]
+        if rng.integers(2):
+            del tensors[key]
 
 
 def drop(reply: RecordDict, rng: np.random.Generator) -> None:
-    del reply[ARRAYS][pick(reply, rng)]
+    with opened(reply) as tensors:
+        del tensors[pick(tensors, rng)]
 
 
 def crowd(reply: RecordDict, rng: np.random.Generator) -> None:
-    for index in range(int(rng.integers(1, 60))):
-        reply[ARRAYS][f"lora_A/blocks.{index}.more"] = Array(np.ones((2, 5), np.float32))
+    with opened(reply) as tensors:
+        for index in range(int(rng.integers(1, 60))):
+            tensors[f"lora_A/blocks.{index}.more"] = np.ones((2, 5), np.float32)
 
 
 def drop_number(reply: RecordDict, rng: np.random.Generator) -> None:
@@ -183,9 +204,10 @@ def drop_record(reply: RecordDict, rng: np.random.Generator) -> None:
 
 
 BYTES: dict[str, Change] = {
-    "cut short": partial(replace_bytes, change=lambda array, rng: array.data[: rng.integers(len(array.data))]),
-    "too long": partial(replace_bytes, change=lambda array, rng: array.data + rng.bytes(rng.integers(1, 99))),
-    "claims more than there is": partial(replace_bytes, change=claim_more),
+    "cut short": partial(replace_bytes, change=lambda data, rng: data[: rng.integers(len(data))]),
+    "too long": partial(replace_bytes, change=lambda data, rng: data + rng.bytes(rng.integers(1, 99))),
+    "claims more than there is": partial(replace_bytes, change=partial(redescribe, change=claim_more)),
+    "claims a longer header": partial(replace_bytes, change=claim_length),
     "of another format": partial(replace_bytes, change=foreign),
     "declared otherwise": declare,
 }

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, Context, Message, MessageType
+from flwr.app import Context, Message, MessageType
 from local_grid import defaults, run_server
 from PIL import Image
+from tensors import opened
 
 import fedtalora_flwr
 from client_app import discreet, handlers
@@ -106,7 +107,8 @@ def meddle(
 
 def edit(key: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Message], Message]:
     def edited(reply: Message) -> Message:
-        reply.content[ARRAYS][key] = Array(change(reply.content[ARRAYS][key].numpy()))
+        with opened(reply.content) as tensors:
+            tensors[key] = change(tensors[key])
         return reply
 
     return edited

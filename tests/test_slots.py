@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message
+from flwr.app import ArrayRecord, Context, Message
 from local_grid import TINY, defaults, tiny_run
+from tensors import opened
 
 from client_app.app import app
 from fedtalora_flwr import checkpoint, wire
@@ -215,10 +216,10 @@ def test_bad_slot_is_refused_alone_with_its_reason_and_a_reply_about_slots_that_
 @pytest.mark.parametrize("signature", ["lora_B", "raw"])
 def test_slot_of_another_rank_is_refused_where_the_signature_compares_equal_ranks_only(tmp_path, signature):
     def widen(reply: Message) -> None:
-        record = reply.content["arrays.1"]
-        for key in [key for key in record if key.startswith(("lora_A/", "lora_B/"))]:
-            value = record[key].numpy()
-            record[key] = Array(np.concatenate([value, value], 0 if key.startswith("lora_A/") else 1))
+        with opened(reply.content, "arrays.1") as tensors:
+            for key in [key for key in tensors if key.startswith(("lora_A/", "lora_B/"))]:
+                axis = 0 if key.startswith("lora_A/") else 1
+                tensors[key] = np.concatenate([tensors[key], tensors[key]], axis)
 
     run(tmp_path, meddle(widen), signature=signature)
     first, second = rounds(tmp_path)
@@ -234,8 +235,9 @@ def test_run_fails_where_fewer_clients_than_min_replies_have_a_good_slot(tmp_pat
 
 
 def fill(reply: Message, record: str, part: str, value: float) -> None:
-    key = next(key for key in reply.content[record] if key.startswith(part))
-    reply.content[record][key] = Array(np.full_like(reply.content[record][key].numpy(), value))
+    with opened(reply.content, record) as tensors:
+        key = min(key for key in tensors if key.startswith(part))
+        tensors[key] = np.full_like(tensors[key], value)
 
 
 def claim(reply: Message, record: str, key: str, value: int) -> None:
@@ -243,8 +245,8 @@ def claim(reply: Message, record: str, key: str, value: int) -> None:
 
 
 def boast(reply: Message) -> None:
-    counts = reply.content["arrays.1"]["counts/examples"].numpy()
-    reply.content["arrays.1"]["counts/examples"] = Array(100 * counts)
+    with opened(reply.content, "arrays.1") as tensors:
+        tensors["counts/examples"] = 100 * tensors["counts/examples"]
     claim(reply, "metrics.1", "num-examples", 100 * reply.content["metrics.1"]["num-examples"])
 
 

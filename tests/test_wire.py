@@ -5,9 +5,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from local_grid import defaults
+from tensors import opened, tensors_of
 
 import fedtalora_flwr
 from fedtalora_flwr import wire
@@ -16,6 +17,7 @@ from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.heads import FeatureSums
 from fedtalora_flwr.residual import ZERO, Parcel
 from fedtalora_flwr.wire import ARRAYS, HELLO, METRICS, ORDER, RoundOrder, WireError
+from fedtalora_flwr.wire.records import TENSORS
 
 D_OUT, D_IN, RANK, SCALING = 7, 5, 2, 1.5
 LAYER = "blocks.0.attn.qkv"
@@ -98,7 +100,7 @@ def test_parcel_comes_off_the_wire_as_it_went_on():
 def test_only_the_class_rows_that_are_needed_travel_down():
     state = GlobalState(make_pairs(), head=make_head())
     content = state_message(state, classes=[3, 1])
-    assert content.content[ARRAYS]["head/weight"].shape == (2, 6)
+    assert tensors_of(content.content)["head/weight"].shape == (2, 6)
     got, _, _ = wire.read_state(content)
     assert torch.equal(got.head["weight"][[1, 3]], state.head["weight"][[1, 3]])
     assert got.head["weight"].shape == (4, 6) and not got.head["weight"][[0, 2]].any()
@@ -120,7 +122,7 @@ def test_client_that_cannot_reach_the_base_says_which_it_holds():
 def test_update_comes_off_the_wire_with_the_rows_of_the_classes_it_was_trained_on(wire_dtype):
     update, state = make_update(), make_state()
     reply = wire.update_reply(update, like=state, mean_loss=0.25, scaling=SCALING, wire_dtype=wire_dtype)
-    assert reply[ARRAYS]["head/weight"].shape == (3, 6)
+    assert tensors_of(reply)["head/weight"].shape == (3, 6)
     got, mean_loss = wire.read_update(message(reply), like=state)
     close = {"rtol": 0, "atol": 0} if wire_dtype == "fp32" else {"rtol": 0, "atol": 5e-3}
     torch.testing.assert_close(got.adapters[LAYER].lora_A, update.adapters[LAYER].lora_A, **close)
@@ -152,7 +154,7 @@ def test_factor_that_is_not_trained_stays_at_home_and_is_the_servers_own(wire_dt
     state, only_B = make_state(), frozenset({"lora_B"})
     settings = {"like": state, "mean_loss": 0.0, "scaling": SCALING, "wire_dtype": wire_dtype}
     reply = wire.update_reply(make_update(), trainable=only_B, **settings)
-    assert f"lora_B/{LAYER}" in reply[ARRAYS] and f"lora_A/{LAYER}" not in reply[ARRAYS]
+    assert f"lora_B/{LAYER}" in tensors_of(reply) and f"lora_A/{LAYER}" not in tensors_of(reply)
     got, _ = wire.read_update(message(reply), like=state, trainable=only_B)
     assert torch.equal(got.adapters[LAYER].lora_A, state.adapters[LAYER].lora_A)
     with pytest.raises(BadUpdate, match=r"missing \['lora_A/blocks.0.attn.qkv'\]"):
@@ -206,7 +208,8 @@ def test_update_that_lacks_a_number_is_refused(key):
 @pytest.mark.parametrize("key", ["counts/class", "counts/examples", f"lora_A/{LAYER}", f"lora_B/{LAYER}"])
 def test_update_that_lacks_an_array_is_refused(key):
     reply = update_message()
-    del reply.content[ARRAYS][key]
+    with opened(reply.content) as tensors:
+        del tensors[key]
     with pytest.raises(BadUpdate, match="reply cannot be read"):
         wire.read_update(reply, like=make_state())
 
@@ -221,7 +224,7 @@ def test_update_whose_number_is_no_number_is_refused(value):
 
 def test_update_whose_array_is_cut_short_is_refused():
     reply = update_message()
-    array = reply.content[ARRAYS][f"lora_A/{LAYER}"]
+    array = reply.content[ARRAYS][TENSORS]
     array.data = array.data[:-4]
     with pytest.raises(BadUpdate, match="reply cannot be read"):
         wire.read_update(reply, like=make_state())
@@ -229,7 +232,7 @@ def test_update_whose_array_is_cut_short_is_refused():
 
 def test_update_whose_array_has_a_foreign_kind_of_storage_is_refused():
     reply = update_message()
-    reply.content[ARRAYS][f"lora_A/{LAYER}"].stype = "pickle"
+    reply.content[ARRAYS][TENSORS].stype = "pickle"
     with pytest.raises(BadUpdate, match="reply cannot be read"):
         wire.read_update(reply, like=make_state())
 
@@ -242,7 +245,8 @@ def test_empty_reply_is_refused():
 @pytest.mark.parametrize("classes", [[0, 2, 9], [2, 0, 3], [0, 0, 3], [-1, 2, 3]])
 def test_update_with_classes_that_cannot_be_is_refused(classes):
     reply = update_message()
-    reply.content[ARRAYS]["counts/class"] = Array(np.array(classes))
+    with opened(reply.content) as tensors:
+        tensors["counts/class"] = np.array(classes)
     with pytest.raises(BadUpdate, match="classes must rise within 0-3"):
         wire.read_update(reply, like=make_state())
 
@@ -250,14 +254,15 @@ def test_update_with_classes_that_cannot_be_is_refused(classes):
 def test_only_the_moment_rows_of_classes_held_travel():
     sums = FeatureSums.of(torch.randn(3, 6), torch.tensor([2, 2, 0]), num_classes=4)
     reply = message(wire.sums_reply(sums))
-    assert reply.content[ARRAYS]["sums/moment"].shape == (2, 7)
+    assert tensors_of(reply.content)["sums/moment"].shape == (2, 7)
     assert torch.equal(wire.read_sums(reply, like=sums).moment, sums.moment)
 
 
 @pytest.mark.parametrize("key", ["sums/gram", "sums/moment", "sums/class"])
 def test_sums_that_lack_a_part_are_refused(key):
     reply = message(wire.sums_reply(make_sums()))
-    del reply.content[ARRAYS][key]
+    with opened(reply.content) as tensors:
+        del tensors[key]
     with pytest.raises(BadUpdate, match="sums cannot be read"):
         wire.read_sums(reply, like=make_sums())
 
@@ -265,7 +270,7 @@ def test_sums_that_lack_a_part_are_refused(key):
 def test_the_gram_travels_as_the_triangle_that_says_all_of_it():
     sums = make_sums()
     reply = message(wire.sums_reply(sums))
-    assert reply.content[ARRAYS]["sums/gram"].shape == (7 * 8 // 2,)
+    assert tensors_of(reply.content)["sums/gram"].shape == (7 * 8 // 2,)
     assert torch.equal(wire.read_sums(reply, like=sums).gram, sums.gram)
 
 

@@ -1,8 +1,8 @@
 """Between Flower's records and our types: with `inprocess`, of the library's parts the one that knows Flower.
 
-An array's key is its part and its place: ``lora_A/<module>``, ``lora_B/<module>``, ``head/<parameter>``; of the
-base (see `Parcel`) ``left <i>/<module>`` and ``right <i>/<module>`` for the i-th step, ``dense/<module>``. Scalars
-travel in config and metric records under kebab-case keys.
+The tensors of a record travel as one array. A tensor's key is its part and its place: ``lora_A/<module>``,
+``lora_B/<module>``, ``head/<parameter>``; of the base (see `Parcel`) ``left <i>/<module>`` and ``right <i>/<module>``
+for the i-th step, ``dense/<module>``. Scalars travel in config and metric records under kebab-case keys.
 """
 
 from fedtalora_flwr.wire.factors import frozen_digest

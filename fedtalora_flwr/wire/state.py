@@ -131,7 +131,5 @@ def read_state(
 
 def read_memory(message: Message) -> Memory:
     """Read on the client what a training message tells of finished tasks; an empty memory where it tells nothing."""
-    record = message.content.array_records[ARRAYS]
-    told = ArrayRecord({key: array for key, array in record.items() if key.startswith(("anchor/", "fisher/"))})
-    parts = read_arrays(told)
+    parts = read_arrays(message.content.array_records[ARRAYS])
     return Memory(parts.get("anchor", {}), parts.get("fisher", {}))
