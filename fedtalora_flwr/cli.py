@@ -139,7 +139,8 @@ def sweep(
     Finished runs are left alone and stopped ones go on, so the same command goes on with a sweep; a run that stands
     there with other settings is moved to set-aside/. A run that fails is named at the end and stops no other one.
 
-    Prints a table of mean and spread over the seeds, and writes it as results.md, results.csv, runs.csv and index.html.
+    Prints a table of mean and spread over the seeds, and writes it as results.md, results.csv, runs.csv and index.html,
+    and its plot as cases.svg.
     The exit status is 0 when every run is finished, 1 when one failed, 130 after Ctrl-C.
     """
     from dataclasses import replace
@@ -181,12 +182,17 @@ def sweep(
 
 
 @cli.command()
-def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    pictures: Annotated[Path | None, typer.Option(help="Folder for each picture as an .svg file of its own.")] = None,
+) -> None:
     """Write RUN/report.html, one file that opens offline; an unfinished run is reported as far as it is."""
     from fedtalora_flwr.report import print_table, read_run, write_report
 
     print_table(read_run(run_folder), console)
-    console.print(f"report {write_report(run_folder)}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"report {write_report(run_folder, pictures=pictures)}", highlight=False, markup=False, soft_wrap=True
+    )
 
 
 @cli.command()

@@ -122,6 +122,19 @@ def rewrite_last_round(folder: Path, **changes: object) -> None:
     (folder / "rounds.jsonl").write_text("\n".join(lines) + "\n")
 
 
+def with_slots(folder: Path) -> Path:
+    """Make it a run whose four clients have a slot for each of three tasks, one in four of them in a wrong cluster."""
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"slots": [[0, 1, 2]] * 4}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    slots = [
+        {"partition_id": k, "number": task, "cluster": task, "right": k != 1, "x": 10.0 * task, "y": float(k)}
+        for k in range(4)
+        for task in range(3)
+    ]
+    rewrite_last_round(folder, slots=slots, cluster_accuracy=0.75)
+    return folder
+
+
 class Page(HTMLParser):
     """Collect what a browser would see: ids, references, elements and text."""
 
@@ -182,6 +195,18 @@ def test_a_report_is_written_the_same_twice_and_leaves_no_other_file(run):
     assert write_report(run).read_bytes() == first
     names = {file.name for file in run.iterdir()}
     assert names == {"config.json", "manifest.json", "rounds.jsonl", "metrics.json", "report.html"}
+
+
+def test_every_picture_of_a_report_is_also_written_as_a_file_of_its_own(tmp_path):
+    run = with_slots(synthetic_run(tmp_path / "demo"))
+    page = write_report(run, pictures=tmp_path / "pictures").read_text(encoding="utf-8")
+    files = sorted((tmp_path / "pictures").iterdir())
+    assert len(files) == page.count("<svg") == 9
+    for file in files:
+        assert "fill: #ffffff" in file.read_text() and "', sans-serif" in file.read_text(), file
+    clusters = ET.parse(tmp_path / "pictures" / "clusters.svg").getroot()
+    words = [text for element in clusters.iter() if (text := (element.text or "").strip())]
+    assert {"task 1", "task 3", "in a wrong cluster or none", "round 9: 75.0 %"} <= set(words)
 
 
 def test_an_unfinished_run_says_so_and_shows_what_its_rounds_hold(tmp_path):

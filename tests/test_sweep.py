@@ -1,5 +1,6 @@
 """A sweep: which runs a file asks for, what their table says, and how they are played."""
 
+import csv
 import json
 import math
 import os
@@ -7,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import psutil
 import pytest
 
+from fedtalora_flwr import figures
 from fedtalora_flwr.config import ConfigError
 from fedtalora_flwr.report import study, write_study
 from fedtalora_flwr.settings import app_folder, sweeps
@@ -133,6 +136,12 @@ def made_run(folder: Path, *, faa: float, partition: str = "p", exactness: float
     return folder
 
 
+def with_rounds(folder: Path, *lines: dict[str, float]) -> Path:
+    rounds = [{"server_round": number, "task_id": 0, **line} for number, line in enumerate(lines, start=1)]
+    (folder / "rounds.jsonl").write_text("\n".join(map(json.dumps, rounds)))
+    return folder
+
+
 @pytest.fixture
 def made_study(tmp_path):
     runs = {
@@ -155,6 +164,33 @@ def test_the_table_has_mean_and_spread_over_the_seeds_and_the_worst_exactness(ma
     assert first["bytes up"] == "2.0 kB" and "bytes down" not in first
 
 
+def test_clusters_are_judged_by_the_last_round_and_the_least_after_the_first_in_table_and_csv(tmp_path):
+    lines = [{"cluster_accuracy": a, "residual_norm": n} for a, n in ((0.1, 0.2), (0.7, 3.0), (0.9, 0.5), (0.8, 1.5))]
+    lines[-1] |= {"routing_accuracy": 0.6, "accuracy_routed": 0.4}
+    clustered = with_rounds(made_run(tmp_path / "a", faa=0.5), *lines)
+    plain = made_run(tmp_path / "b", faa=0.7)
+    runs = {("fl-tac",): {0: clustered}, ("fedit",): {0: plain}}
+    found = study("made", about="", axes=["method"], compare=0, cases=runs, failures={})
+    first, second = columns(found)
+    labels = (
+        *("slots in the cluster of their task (%)", "the least of it from round 2 on (%)"),
+        *("inputs sent to the cluster of their task (%)", "FAA, task not known (%)", "largest residual norm"),
+    )
+    assert [first[label] for label in labels] == ["80.0", "70.0", "60.0", "40.0", "3"]
+    assert [second[label] for label in labels] == ["–", "–", "–", "–", "0.5"]
+    write_study(found, tmp_path / "out")
+    for name, mark in {"runs.csv": "", "results.csv": "_mean"}.items():
+        clusters, other = csv.DictReader((tmp_path / "out" / name).read_text().splitlines())
+        read = {key: clusters[key + mark] for key in ("cluster_accuracy", "cluster_accuracy_least", "accuracy_routed")}
+        assert read == {"cluster_accuracy": "0.8", "cluster_accuracy_least": "0.7", "accuracy_routed": "0.4"}
+        assert (clusters["residual_norm" + mark], clusters["residual_norm_largest" + mark]) == ("1.5", "3.0")
+        assert other["routing_accuracy" + mark] == ""
+
+
+def test_a_table_without_clusters_has_no_column_for_them(made_study):
+    assert not [label for label in made_study.header() if "cluster" in label or "not known" in label]
+
+
 def test_gains_are_taken_seed_by_seed_and_only_on_the_same_partitions(made_study):
     key = "FAA against the first r"
     assert [row[key] for row in columns(made_study)] == ["–", "+4.00 ± 2.83", "–", "–"]
@@ -172,6 +208,38 @@ def test_a_study_is_written_as_markdown_csv_and_a_page_that_needs_no_network(mad
     assert float(values["faa_mean"]) == pytest.approx(0.6)
     assert float(values["faa_std"]) == pytest.approx(0.2 / math.sqrt(2))
     assert len((tmp_path / "out" / "runs.csv").read_text().splitlines()) == 7
+
+
+def test_the_plot_is_a_file_of_its_own_on_white_ground_in_a_font_that_every_reader_has(made_study, tmp_path):
+    write_study(made_study, tmp_path / "out")
+    file = tmp_path / "out" / "cases.svg"
+    picture = ET.parse(file).getroot()
+    assert float(picture.attrib["width"].removesuffix("pt")) == pytest.approx(792)
+    ground = next(element for element in picture.iter() if element.get("id") == "patch_1")[0]
+    assert "fill: #ffffff" in ground.attrib["style"]
+    words = {
+        element.text: element.attrib["style"]
+        for element in picture.iter()
+        if "font-family:" in element.get("style", "")
+    }
+    assert {"FAA (%)", "forgetting (points)", "x · on"} <= words.keys()
+    assert all("', sans-serif" in style for style in words.values())
+    assert file.stat().st_size < 200_000
+
+
+def test_each_data_set_has_its_own_scale_and_compared_cases_stand_together():
+    means = {("clinc150", "a"): (95, 93), ("clinc150", "b"): (94, 96), ("tiny-imagenet", "a"): (27, 26)}
+    rows = [
+        figures.CaseRow(name=f"{data} {group} {index}", block=data, group=group, values=[(mean, 1.0), (2.0, math.nan)])
+        for (data, group), pair in means.items()
+        for index, mean in enumerate(pair)
+    ]
+    first, second, below, _ = figures.cases(rows, ["FAA (%)", "forgetting"]).axes
+    assert first.get_xlim()[0] > 90 and below.get_xlim()[1] < 30
+    one, two, three, four = first.get_yticks()
+    assert two - one == four - three < three - two
+    assert [label.get_text() for label in below.get_yticklabels()] == ["tiny-imagenet a 0", "tiny-imagenet a 1"]
+    assert (first.get_xlabel(), below.get_xlabel()) == ("", "FAA (%)") and second.get_xlim()[0] < 2
 
 
 # --- Real runs

@@ -7,13 +7,14 @@ arrays give the same bytes. Text stays text: a reader can search it, and a brows
 from matplotlib.figure import Figure
 
 from fedtalora_flwr.figures.accuracy import accuracy_matrix, accuracy_over_tasks
-from fedtalora_flwr.figures.cases import cases
+from fedtalora_flwr.figures.cases import CaseRow, cases
 from fedtalora_flwr.figures.classes import class_map, shows_classes
 from fedtalora_flwr.figures.clusters import SlotMap, clusters
 from fedtalora_flwr.figures.rounds import bytes_per_round, exactness_error, loss, residual_norm, seconds_per_round
 from fedtalora_flwr.figures.svg import to_file, to_svg
 
 __all__ = [
+    "CaseRow",
     "Figure",
     "SlotMap",
     "accuracy_matrix",

@@ -40,7 +40,8 @@ class SlotMap:
 def clusters(maps: Sequence[SlotMap], *, task_names: Sequence[str]) -> Figure:
     """Draw a panel for each map, at most ten, evenly chosen: colour is the true task, a cross is in a wrong cluster."""
     shown = [maps[index] for index in evenly(len(maps), at_most=2 * _COLUMNS)]
-    colors = SERIES if len(task_names) <= len(SERIES) else [mpl.colormaps["tab20"](i % 20) for i in range(20)]
+    tones = 10 if len(task_names) <= 10 else 20
+    colors = SERIES if len(task_names) <= len(SERIES) else [mpl.colormaps[f"tab{tones}"](i) for i in range(tones)]
     rows = -(-len(shown) // _COLUMNS)
     columns = min(len(shown), _COLUMNS)
     figure = Figure(figsize=(WIDE, 0.8 + 2.2 * rows))
@@ -53,8 +54,11 @@ def clusters(maps: Sequence[SlotMap], *, task_names: Sequence[str]) -> Figure:
         frameless(axes)
         axes.set_xticks([])
         axes.set_yticks([])
+        axes.set_visible(bool(axes.get_title()))  # a last row may not be full
+        axes.patch.set(edgecolor="#E4E8ED", linewidth=1)
     kinds = [Line2D([], [], marker="o", ls="", color=colors[i % len(colors)]) for i in range(len(task_names))]
     names = [shorten(name, width=24) for name in task_names]
     wrong = Line2D([], [], marker="x", ls="", color=BLACK)
-    figure.legend([*kinds, wrong], [*names, "in a wrong cluster"], loc="outside lower center", ncols=6)
+    words = [*names, "in a wrong cluster or none"]
+    figure.legend([*kinds, wrong], words, loc="outside lower center", ncols=11, columnspacing=1.2, handletextpad=0.2)
     return figure

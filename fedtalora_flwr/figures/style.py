@@ -33,7 +33,8 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.titlesize": 9,
     "figure.constrained_layout.use": True,
-    "font.family": "DejaVu Sans",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # measures the text; a reader without it gets another sans-serif
     "font.size": 8.5,
     "grid.color": "#E4E8ED",
     "grid.linewidth": 0.7,

@@ -15,6 +15,8 @@ from fedtalora_flwr import figures
 class Picture:
     """Hold a figure of a page with its words."""
 
+    name: str
+    figure: figures.Figure
     title: str
     caption: str
     svg: Markup
@@ -23,7 +25,15 @@ class Picture:
 
 def picture(figure: figures.Figure, *, name: str, title: str, caption: str, wide: bool = False) -> Picture:
     """Put a matplotlib figure into words and SVG."""
-    return Picture(title, caption, Markup(figures.to_svg(figure, name=name, title=title)), wide)
+    return Picture(name, figure, title, caption, Markup(figures.to_svg(figure, name=name, title=title)), wide)
+
+
+def save(drawn: Picture, folder: Path) -> Path:
+    """Write a picture as ``<name>.svg``, a file of its own on white ground, and return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{drawn.name}.svg"
+    figures.to_file(drawn.figure, path, "svg")
+    return path
 
 
 def render(template: str, **values: Any) -> str:

@@ -1,6 +1,7 @@
 """Write the page of one run."""
 
 import shlex
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from fedtalora_flwr import figures
 from fedtalora_flwr.report.holdings import class_picture
-from fedtalora_flwr.report.html import Picture, picture, render, write_whole
+from fedtalora_flwr.report.html import Picture, picture, render, save, write_whole
 from fedtalora_flwr.report.measures import count, duration, percent, points
 from fedtalora_flwr.report.record import NOT_A_SETTING_OF_THE_METHOD, RunRecord, number, read_run, setting_text
 from fedtalora_flwr.words import human_bytes
@@ -17,8 +18,15 @@ _LONGEST_ON_A_COMMAND_LINE = 80
 _MOST_FAILURES_SHOWN = 200
 
 
-def write_report(path: Path | str) -> Path:
+def write_report(path: Path | str, *, pictures: Path | None = None) -> Path:
     """Write ``report.html`` into a run folder and return its path.
+
+    Parameters
+    ----------
+    path
+        The run folder.
+    pictures
+        Folder for each picture as an SVG file of its own too; None: the page alone.
 
     Raises
     ------
@@ -28,19 +36,23 @@ def write_report(path: Path | str) -> Path:
     run = read_run(path)
     failures = _failures(run)
     command, left_out = _command(run)
+    sections = {
+        "Accuracy": _accuracy_pictures(run),
+        "Training": _training_pictures(run),
+        "Clusters": _cluster_pictures(run),
+        "Who held which classes": _class_pictures(run),
+        "Communication and time": _cost_pictures(run),
+    }
+    if pictures:
+        for drawn in chain.from_iterable(sections.values()):
+            save(drawn, pictures)
     content = render(
         "report.html.j2",
         title=f"{run.name} · fedtalora",
         run=run,
         subtitle=_subtitle(run),
         cards=_cards(run),
-        sections=[
-            {"title": "Accuracy", "pictures": _accuracy_pictures(run)},
-            {"title": "Training", "pictures": _training_pictures(run)},
-            {"title": "Clusters", "pictures": _cluster_pictures(run)},
-            {"title": "Who held which classes", "pictures": _class_pictures(run)},
-            {"title": "Communication and time", "pictures": _cost_pictures(run)},
-        ],
+        sections=[{"title": title, "pictures": drawn} for title, drawn in sections.items()],
         failures=failures[:_MOST_FAILURES_SHOWN],
         num_failures=len(failures),
         parameters=_parameters(run),

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtalora_flwr import figures
-from fedtalora_flwr.report.html import Picture, picture, render, write_whole
+from fedtalora_flwr.report.html import Picture, picture, render, save, write_whole
 from fedtalora_flwr.report.measures import duration, points
 from fedtalora_flwr.report.record import RunRecord, number, read_run
 from fedtalora_flwr.words import human_bytes
@@ -79,20 +79,35 @@ def _largest(key: str) -> Callable[[RunRecord], float]:
     return lambda run: max((v for v in run.column(key).tolist() if not math.isnan(v)), default=math.nan)
 
 
+def _least_after_the_first(key: str) -> Callable[[RunRecord], float]:
+    return lambda run: min((v for v in run.column(key)[1:].tolist() if not math.isnan(v)), default=math.nan)
+
+
 def _metric(key: str) -> Callable[[RunRecord], float]:
     return lambda run: run.metric(key)
 
 
 FAA = Quantity("faa", "FAA (%)", _metric("faa"), points, brief=True)
 FORGETTING = Quantity("forgetting", "forgetting (points)", _metric("forgetting"), points, brief=True)
+FAA_LINEAR = Quantity("faa_linear", "FAA of the trained rows (%)", _last("accuracy_seen_linear"), points)
 QUANTITIES = (
     FAA,
     Quantity("aia", "AIA (%)", _metric("aia"), points),
     FORGETTING,
-    Quantity("faa_linear", "FAA of the trained rows (%)", _last("accuracy_seen_linear"), points),
+    FAA_LINEAR,
     Quantity("bytes_up_total", "bytes up", _metric("bytes_up_total"), human_bytes, spread=False),
     Quantity("bytes_down_total", "bytes down", _metric("bytes_down_total"), human_bytes, spread=False),
+    Quantity("cluster_accuracy", "slots in the cluster of their task (%)", _last("cluster_accuracy"), points),
+    Quantity(
+        "cluster_accuracy_least",
+        "the least of it from round 2 on (%)",
+        _least_after_the_first("cluster_accuracy"),
+        points,
+    ),
+    Quantity("routing_accuracy", "inputs sent to the cluster of their task (%)", _last("routing_accuracy"), points),
+    Quantity("accuracy_routed", "FAA, task not known (%)", _last("accuracy_routed"), points),
     Quantity("residual_norm", "residual norm", _last("residual_norm"), "{:.2g}".format, brief=True),
+    Quantity("residual_norm_largest", "largest residual norm", _largest("residual_norm"), "{:.2g}".format),
     Quantity("exactness_error", "exactness error", _largest("exactness_error"), "{:.0e}".format, worst=True),
     Quantity("wall_seconds", "time", _metric("wall_seconds"), duration, spread=False),
 )
@@ -228,7 +243,7 @@ def study_table(found: Study, *, width: int) -> Table:
 
 
 def write_study(found: Study, folder: Path) -> Path:
-    """Write ``results.md``, ``results.csv`` (a row a case), ``runs.csv`` (a row a run) and ``index.html``.
+    """Write ``results.md``, ``results.csv`` (row a case), ``runs.csv`` (row a run), ``cases.svg`` and ``index.html``.
 
     Returns
     -------
@@ -237,6 +252,9 @@ def write_study(found: Study, folder: Path) -> Path:
     write_whole(folder / "results.md", _markdown(found))
     write_whole(folder / "results.csv", _cases_csv(found))
     write_whole(folder / "runs.csv", _runs_csv(found))
+    pictures = _pictures(found)
+    for drawn in pictures[:1]:  # the cases side by side
+        save(drawn, folder)
     page = render(
         "study.html.j2",
         title=found.title,
@@ -245,7 +263,7 @@ def write_study(found: Study, folder: Path) -> Path:
         header=found.header(),
         num_axes=len(found.axes),
         rows=found.rows(),
-        pictures=_pictures(found),
+        pictures=pictures,
     )
     return write_whole(folder / "index.html", page)
 
@@ -314,14 +332,19 @@ def _without(labels: tuple[str, ...], axis: int) -> tuple[str, ...]:
 def _pictures(found: Study) -> list[Picture]:
     if not found.cases:
         return []
-    names = [" · ".join(case.labels) or found.title for case in found.cases]
-    panels = {
-        quantity.label: [(100 * quantity.mean(v), 100 * spread(v)) for v in map(_values_of(quantity), found.cases)]
-        for quantity in (FAA, FORGETTING)
-    }
+    shown = [q for q in (FAA, FAA_LINEAR, FORGETTING) if q in found.quantities()]
+    rows = [
+        figures.CaseRow(
+            name=" · ".join(case.labels) or found.title,
+            block=str(next(iter(case.runs.values())).config.get("dataset")),  # each data set has its own scale
+            group=case.labels if found.compare is None else _without(case.labels, found.compare),
+            values=[(100 * q.mean(v), 100 * spread(v)) for q in shown for v in [case.values(q)]],
+        )
+        for case in found.cases
+    ]
     drawn = [
         picture(
-            figures.cases(names, panels),
+            figures.cases(rows, [q.label for q in shown]),
             name="cases",
             title="Accuracy and forgetting of each case",
             caption="Dots are means over the seeds, bars one standard deviation to each side.",
@@ -343,10 +366,6 @@ def _pictures(found: Study) -> list[Picture]:
             )
         )
     return drawn
-
-
-def _values_of(quantity: Quantity) -> Callable[[Case], list[float]]:
-    return lambda case: case.values(quantity)
 
 
 def _mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
