@@ -23,6 +23,7 @@ from flwr.app import Context, Message
 from local_grid import ROOT, defaults, run_server
 from network import Network
 
+import fedtalora_flwr
 from client_app.app import app as run_client
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1200)]
@@ -269,12 +270,15 @@ def test_superlink_killed_goes_on_from_its_database_and_the_run_from_its_checkpo
     row("SuperLink killed, database kept, run resumed with `resume=true`", seconds, watch)
 
 
+@pytest.mark.parametrize("changed", ["version", "a line of code"])
 def test_node_with_another_version_of_the_library_is_named_before_the_first_round(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: str
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(ROOT / "fedtalora_flwr", other / "fedtalora_flwr", ignore=shutil.ignore_patterns("__pycache__"))
-    (other / "fedtalora_flwr" / "__init__.py").write_text('__version__ = "9.9"\n')
+    file = other / "fedtalora_flwr" / "__init__.py"
+    code = file.read_text()
+    file.write_text(code.replace('version("fedtalora")', '"9.9"') if changed == "version" else f"{code}# more\n")
     with Deployment(tmp_path / "lab", num_nodes=NUM_NODES) as lab:
         node = lab.nodes[1]
         node.kill(signal.SIGTERM)
@@ -284,14 +288,14 @@ def test_node_with_another_version_of_the_library_is_named_before_the_first_roun
         watch = Watch(lab, tmp_path / "out")
         outcome = lab.outcome(watch.submit(), seconds=PATIENCE)
     assert outcome.status == "finished:failed"
-    assert "the client runs fedtalora 9.9" in outcome.details
-    assert "install the same version on both" in outcome.details
+    ours = fedtalora_flwr.build()
+    theirs = "9.9+" if changed == "version" else f"{fedtalora_flwr.__version__}+"
+    assert f"the client runs fedtalora {theirs}" in outcome.details and f"the client runs {ours}" not in outcome.details
+    assert f"this side {ours}; install the same commit on both" in outcome.details
     assert watch.rounds() == []
     with capsys.disabled():
-        print(
-            f"\n| node with another library version | {outcome.details} | at start | 0 | `-k another_version` |",
-            flush=True,
-        )
+        told = f"{outcome.details} | at start | 0 | `-k another_version` |"
+        print(f"\n| node with another {changed} of the library | {told}", flush=True)
 
 
 # What partition 1 does in the rounds of the test's own copy of the bundle; the product has no such hook.

@@ -437,7 +437,7 @@ def test_node_with_another_version_of_the_library_fails_the_run_before_it_begins
         reply.content[HELLO]["library"] = "9.9"
         return reply
 
-    with pytest.raises(WireError, match=r"the client runs fedtalora 9\.9, this side .*; install the same version"):
+    with pytest.raises(WireError, match=r"the client runs fedtalora 9\.9, this side .*; install the same commit"):
         run(tmp_path, meddle(change, kind="query", server_round=0))
     assert "9.9" in read(tmp_path, "status.json")["message"]
 

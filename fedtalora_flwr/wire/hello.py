@@ -52,7 +52,7 @@ def hello_reply(hello: Hello) -> RecordDict:
             "num-partitions": hello.num_partitions,
             "partition-hash": hello.partition_hash,
             "held": " ".join(hello.held),
-            "library": fedtalora_flwr.__version__,
+            "library": fedtalora_flwr.build(),
         }
     )
     content = RecordDict({HELLO: settings, ARRAYS: array_record({"counts/class": hello.class_counts})})

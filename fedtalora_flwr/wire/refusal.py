@@ -13,17 +13,16 @@ class WireError(ValueError):
     """A message that the other side cannot use; the text is safe to send."""
 
 
-def check_library(version: str, *, whose: str) -> None:
-    """Refuse to work with another version of this library.
+def check_library(build: str, *, whose: str) -> None:
+    """Refuse to work with another version of this library, or other code under the same number.
 
     Raises
     ------
     WireError
-        If `version` is not ours.
+        If `build` is not ours.
     """
-    ours = fedtalora_flwr.__version__
-    if version != ours:
-        raise WireError(f"the {whose} runs fedtalora {version}, this side {ours}; install the same version on both")
+    if build != (ours := fedtalora_flwr.build()):
+        raise WireError(f"the {whose} runs fedtalora {build}, this side {ours}; install the same commit on both")
 
 
 def error_text(error: Error) -> str:

@@ -80,7 +80,7 @@ def state_message(
         "version": version,
         "num-classes": num_classes,
         "frozen": frozen,
-        "library": fedtalora_flwr.__version__,
+        "library": fedtalora_flwr.build(),
     }
     return RecordDict({ARRAYS: arrays, ORDER: ConfigRecord(settings)})
 
