@@ -10,15 +10,19 @@ Where the paper leaves a gap, and what is done here:
 - The paper clusters the flattened (A, B), which depends on the gauge of the pair; here it is the product B A (see
   `signature`), and of that what sets adapters apart, in as many dimensions as there are clusters (see `directions`):
   early in training all products are small, alike, and mostly noise.
-- The paper averages B and A plainly; here a method does it, weighted by examples. With Fed-TaLoRA's residual a cluster
-  is exact: its weight is the mean of its slots' effective weights, also of slots that trained in another cluster.
+- The paper divides the sums of B and of A by the number of slots (its public code weighs by examples); here a method
+  averages, weighted by examples. With Fed-TaLoRA's residual a cluster is exact: its weight is the mean of its slots'
+  effective weights, also of slots that trained in another cluster.
 - Clusters keep their ids (Hungarian matching on shared members), and take part in the clustering as one more point, so
   that a round with few clients does not tear up what is known, and a new slot finds the cluster that is like it.
-- A cluster of which no slot is there this round stays as it was; one to which no slot belongs any more is dropped.
+- With N given, a slot that is not there this round goes where its cluster's own point goes: so two clusters of one task
+  become one, and there are no more clusters than groups. A cluster of which no slot is there stays as it was; one to
+  which no slot belongs any more is dropped.
 - K-means must put every slot somewhere. A slot that is a stray in its cluster is not averaged: it goes on from its own
-  adapter, and may find a cluster in a later round.
+  adapter, and may find a cluster in a later round. A cluster whose own point is a stray keeps its absent slots.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -42,6 +46,7 @@ from fedtalora_flwr.clustering import (
 )
 
 Signature = Literal["product", "lora_B", "raw"]
+_DIMENSIONS = 16  # that the silhouette sees: unit points of 50 tasks stand well apart in them, and noise is left out
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,11 @@ class FLTAC(SlotAggregator):
     Parameters
     ----------
     method
-        How a cluster's adapters are averaged: Fed-TaLoRA is exact, FedIT is the paper's plain mean.
+        How a cluster's adapters are averaged: Fed-TaLoRA is exact; FedIT weighs by examples, as the paper's code does,
+        where the paper divides by the number of slots.
     num_clusters
-        N, the number of tasks; 0 lets the silhouette choose it in every round.
-    largest
-        The highest number that the silhouette may choose.
+        N, the number of tasks; 0 lets the silhouette choose it in every round, up to one for each cluster there is
+        and one more for every two slots that are there.
     signature
         What is clustered: ``product``, ``lora_B`` or ``raw`` (see `signature`).
     stray_share
@@ -66,7 +71,6 @@ class FLTAC(SlotAggregator):
 
     method: Aggregator
     num_clusters: int = 0
-    largest: int = 16
     signature: str = "product"
     stray_share: float = 0.5
     seed: int = 0
@@ -89,10 +93,8 @@ class FLTAC(SlotAggregator):
     def __post_init__(self) -> None:
         if self.signature not in SIGNATURES:
             raise ValueError(f"signature must be one of {', '.join(SIGNATURES)}, got {self.signature!r}")
-        if self.num_clusters < 0 or self.largest < 1:
-            raise ValueError(
-                f"num_clusters must be at least 0 and largest at least 1, got {self.num_clusters} and {self.largest}"
-            )
+        if self.num_clusters < 0:
+            raise ValueError(f"num_clusters must be at least 0, got {self.num_clusters}")
         if not 0 <= self.stray_share < 1:
             raise ValueError(f"stray_share must be in [0, 1), got {self.stray_share}")
 
@@ -101,12 +103,15 @@ class FLTAC(SlotAggregator):
         if not updates:
             raise ValueError("nothing to average: no slot sent an update")
         updates = {slot: updates[slot] for slot in sorted(updates)}
-        found = self._cluster(state, updates)
+        found, heirs = self._cluster(state, updates)
         members: dict[int, list[Slot]] = {}
         for slot, cluster in found.items():
             if cluster is not None:
                 members.setdefault(cluster, []).append(slot)
-        assigned = {**state.assigned, **{s: c for c, slots in members.items() for s in slots}}
+        # Old clusters whose ids all went with their slots can be a group without a state; absent slots stay then.
+        heirs = {old: new for old, new in heirs.items() if new in members or new in state.clusters}
+        assigned = {slot: heirs.get(old, old) for slot, old in state.assigned.items()}
+        assigned |= {s: c for c, slots in members.items() for s in slots}
         own = {slot: one for slot, one in state.own.items() if slot not in found}
         for slot, cluster in found.items():
             if cluster is None:
@@ -119,22 +124,30 @@ class FLTAC(SlotAggregator):
         clusters = {c: one for c, one in sorted({**state.clusters, **folded}.items()) if c in alive}
         return ClusteredState(state.start, clusters, assigned, own, state.version + 1)
 
-    def _cluster(self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate]) -> dict[Slot, int | None]:
-        """Give each slot the id of its cluster, or None if it is a stray there."""
-        anchors = [one.adapters for one in state.clusters.values()]
-        gram = self._gram([update.adapters for update in updates.values()] + anchors)
+    def _cluster(
+        self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate]
+    ) -> tuple[dict[Slot, int | None], dict[int, int]]:
+        """Give each slot the id of its group, None if it is a stray there; and each cluster that of its own point."""
+        old = list(state.clusters)
+        gram = self._gram(
+            [*(update.adapters for update in updates.values()), *(state.clusters[cluster].adapters for cluster in old)]
+        )
         points = self._points(gram)
         seed = int(np.random.default_rng([self.seed, state.version]).integers(2**32))
         if self.num_clusters:
             labels = kmeans(points, num_clusters=self.num_clusters, seed=seed)
         else:
-            labels = kmeans_by_silhouette(points, largest=self.largest, seed=seed)
-        ids = keep_ids(labels, [*(state.assigned.get(slot) for slot in updates), *state.clusters])
+            labels = kmeans_by_silhouette(points, largest=len(old) + len(updates) // 2, seed=seed)
         alone = strays(embed(gram), labels, share=self.stray_share)  # by all that sets a slot apart, its noise too
-        return {
-            slot: None if stray else ids[label]
-            for slot, label, stray in zip(updates, labels, alone, strict=False)  # the anchors come after the slots
-        }
+        absent = Counter(cluster for slot, cluster in state.assigned.items() if slot not in updates)
+        known = [*(state.assigned.get(slot) for slot in updates), *old]
+        votes = [1] * len(updates) + [1 + absent[cluster] for cluster in old]  # its absent slots are where its point is
+        ids = keep_ids(labels, known, votes=[0 if stray else n for n, stray in zip(votes, alone, strict=True)])
+        places = [None if stray else ids[label] for label, stray in zip(labels, alone, strict=True)]
+        found = dict(zip(updates, places[: len(updates)], strict=True))
+        heirs = dict(zip(old, places[len(updates) :], strict=True))
+        # What the silhouette makes of the few slots of a round is no reason to join clusters of others.
+        return found, {cluster: heir for cluster, heir in heirs.items() if heir is not None and self.num_clusters}
 
     def _fold(
         self, state: ClusteredState, cluster: int, slots: Sequence[Slot], updates: Mapping[Slot, ClientUpdate]
@@ -163,7 +176,7 @@ class FLTAC(SlotAggregator):
 
     def _points(self, gram: Matrix) -> Matrix:
         """Give the points (n, m) that are clustered; the paper's own signature as it is."""
-        return embed(gram) if self.signature == "raw" else directions(gram, num_dims=self.num_clusters or self.largest)
+        return embed(gram) if self.signature == "raw" else directions(gram, num_dims=self.num_clusters or _DIMENSIONS)
 
 
 def create(
@@ -175,7 +188,7 @@ def create(
     stray_share: float = 0.5,
     seed: int = 0,
 ) -> FLTAC:
-    """Build the method; ``residual`` is that of Fed-TaLoRA within a cluster, ``off`` the paper's plain mean.
+    """Build the method; ``residual`` is that of Fed-TaLoRA within a cluster, ``off`` the mean of factors by examples.
 
     Raises
     ------

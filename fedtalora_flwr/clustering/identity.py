@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment
 from fedtalora_flwr.clustering.partition import Labels
 
 
-def keep_ids(labels: Labels, known: Sequence[int | None]) -> list[int]:
+def keep_ids(labels: Labels, known: Sequence[int | None], *, votes: Sequence[int] | None = None) -> list[int]:
     """Give each new group the id that most of its members had, one id to one group (Hungarian matching).
 
     Parameters
@@ -17,6 +17,9 @@ def keep_ids(labels: Labels, known: Sequence[int | None]) -> list[int]:
         (n,), the new groups, numbered from 0 without a gap.
     known
         n ids of the points before; None for a point that had none.
+    votes
+        For how many members each point counts, 1 where this is left out. The id of a point that counts for none is not
+        given to a new group either.
 
     Returns
     -------
@@ -26,9 +29,9 @@ def keep_ids(labels: Labels, known: Sequence[int | None]) -> list[int]:
     num_groups = int(labels.max()) + 1
     ids = sorted({cluster for cluster in known if cluster is not None})
     shared = np.zeros((num_groups, len(ids)), dtype=np.int64)
-    for label, cluster in zip(labels, known, strict=True):
+    for label, cluster, counts in zip(labels, known, votes or [1] * len(known), strict=True):
         if cluster is not None:
-            shared[label, ids.index(cluster)] += 1
+            shared[label, ids.index(cluster)] += counts
     groups, columns = linear_sum_assignment(shared, maximize=True)
     matched = {int(g): ids[c] for g, c in zip(groups, columns, strict=True) if shared[g, c]}
     free = (number for number in range(num_groups + len(ids)) if number not in ids)

@@ -11,6 +11,7 @@ from fedtalora_flwr.clustering.kernel import Matrix
 Labels = NDArray[np.int64]
 
 _STARTS = 10  # k-means++ starts, of which the tightest is kept
+_TRIES = 32  # numbers of groups that the silhouette looks at before it looks closer
 _DIGITS = 9  # points that agree to these decimals are one point
 # Mean silhouette from which on several clusters are taken to be there at all: unit vectors of noise alone reach 0.05 in
 # 300 dimensions, and six members a group of cosine 0.3 to each other 0.16.
@@ -37,15 +38,25 @@ def kmeans(points: Matrix, *, num_clusters: int, seed: int) -> Labels:
 def kmeans_by_silhouette(points: Matrix, *, largest: int, seed: int) -> Labels:
     """Cut points (n, m) into the number of groups, up to `largest`, whose mean silhouette is highest.
 
-    One group, for which there is no silhouette, is the answer where no cut shows structure.
+    One group, for which there is no silhouette, is the answer where no cut shows structure. Up to 33 groups every
+    number is tried; beyond, numbers at equal distances and then all those around the best.
     """
-    best, highest = np.zeros(len(points), dtype=np.int64), _STRUCTURE
-    for num_clusters in range(2, min(largest, len(points) - 1, _num_distinct(points)) + 1):
-        labels = kmeans(points, num_clusters=num_clusters, seed=seed)
-        score = float(silhouette_score(points, labels))
-        if score > highest:
-            best, highest = labels, score
-    return best
+    highest = min(largest, len(points) - 1, _num_distinct(points))
+    cuts: dict[int, tuple[float, Labels]] = {}
+
+    def best_of(numbers: range) -> int:
+        for num_clusters in numbers:
+            if num_clusters not in cuts:
+                labels = kmeans(points, num_clusters=num_clusters, seed=seed)
+                cuts[num_clusters] = float(silhouette_score(points, labels)), labels
+        return max(numbers, key=lambda num_clusters: cuts[num_clusters][0])
+
+    if highest < 2:
+        return np.zeros(len(points), dtype=np.int64)
+    step = -(-(highest - 1) // _TRIES)
+    near = best_of(range(2, highest + 1, step))
+    score, labels = cuts[best_of(range(max(2, near - step + 1), min(highest, near + step - 1) + 1))]
+    return labels if score > _STRUCTURE else np.zeros(len(points), dtype=np.int64)
 
 
 def _num_distinct(points: Matrix) -> int:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_updates import draw, effective, relative_error, tensors_of
 
-from fedtalora_flwr.aggregation import ClientUpdate, GlobalState, LoraFactors, resolve
+from fedtalora_flwr.aggregation import ClientUpdate, GlobalState, LoraFactors, resolve, slots_exactness_error
 from fedtalora_flwr.aggregation.fl_tac import FLTAC, ClusteredState, Slot
 
 SHAPES = {"attn.qkv": (24, 16), "mlp.fc2": (10, 30)}  # (d_out, d_in)
@@ -102,7 +102,7 @@ def test_slots_find_those_of_their_task_and_keep_their_cluster_while_clients_com
     rng = np.random.default_rng(seed)
     generator, state, tasks = begin(seed, num_tasks)
     slots = deal(num_clients, num_tasks, rng)
-    fl_tac = FLTAC(EXACT, num_clusters=num_tasks if given_n else 0, largest=6)
+    fl_tac = FLTAC(EXACT, num_clusters=num_tasks if given_n else 0)
     if not given_n:  # the silhouette of a round needs tasks that several clients are there for
         slots |= {Slot(num_clients + copy, task): task for copy in range(2) for task in range(num_tasks)}
     state = fl_tac.aggregate(state, train_all(state, tasks, slots, generator=generator))
@@ -221,6 +221,65 @@ def test_cluster_is_the_weighted_mean_of_its_slots_weights_also_of_one_that_come
     assert not new.clusters[cluster].step  # nobody can walk from the old residual to the mixed one
 
 
+def torn_task():
+    """Two clusters asked for while only one of the two tasks is there: it is torn in two."""
+    generator, state, tasks = begin(1, 2)
+    fl_tac, slots = FLTAC(EXACT, num_clusters=2), {Slot(client, 0): 0 for client in range(8)}
+    state = fl_tac.aggregate(state, train_all(state, tasks, slots, generator=generator))
+    assert sorted(state.clusters) == [0, 1] == sorted(set(state.assigned.values()))
+    return generator, fl_tac, tasks, state, slots
+
+
+@pytest.mark.parametrize("num_present", [0, 2])
+def test_task_that_was_torn_in_two_is_one_cluster_once_the_other_task_is_there(num_present):
+    generator, fl_tac, tasks, state, slots = torn_task()
+    larger = max((0, 1), key=list(state.assigned.values()).count)
+    some = [next(slot for slot, c in state.assigned.items() if c == one) for one in (0, 1)][:num_present]
+    newcomers = {Slot(client, 1): 1 for client in range(4)}
+    present = dict.fromkeys(some, 0) | newcomers
+    new = fl_tac.aggregate(state, train_all(state, tasks, present, generator=generator))
+    assert same_groups(new.assigned, slots | newcomers) and len(new.clusters) == 2
+    assert {new.assigned[slot] for slot in slots} == {larger}
+    assert (new.clusters[larger] is state.clusters[larger]) == (not some)
+    updates = train_all(new, tasks, slots | newcomers, generator=generator)  # those who were away go on from there
+    again = fl_tac.aggregate(new, updates)
+    assert again.assigned == new.assigned and slots_exactness_error(new, updates, again) < 1e-6
+
+
+def test_cluster_that_joins_another_brings_the_residual_that_its_slots_trained_on():
+    generator, fl_tac, tasks, state, slots = torn_task()
+    assert any(not torch.equal(r, state.clusters[1].residual[k]) for k, r in state.clusters[0].residual.items())
+    updates = train_all(state, tasks, slots | {Slot(client, 1): 1 for client in range(4)}, generator=generator)
+    new = fl_tac.aggregate(state, updates)
+    assert len(new.clusters) == 2 and slots_exactness_error(state, updates, new) < 1e-6
+
+
+def test_absent_slots_of_a_cluster_whose_own_adapter_is_a_stray_stay_in_it():
+    generator, state, tasks = begin(7, 3)
+    fl_tac = FLTAC(EXACT, num_clusters=2)
+    state = fl_tac.aggregate(state, train_all(state, tasks, TWO_TASKS, generator=generator))
+    kept = state.assigned[Slot(0, 1)]
+    others = {Slot(client, 2): 2 for client in range(6)} | {Slot(0, 0): 0, Slot(2, 0): 0, Slot(3, 1): 0}
+    new = fl_tac.aggregate(state, train_all(state, tasks, others, generator=generator))
+    assert all(new.assigned[slot] == kept for slot, task in TWO_TASKS.items() if task == 1)
+    assert new.clusters[kept] is state.clusters[kept] and same_groups(new.assigned, TWO_TASKS | others)
+
+
+def test_silhouette_of_a_round_with_one_slot_joins_no_clusters_of_others():
+    generator, fl_tac, tasks, state = two_clusters()
+    alone = {Slot(9, 0): 2}
+    new = replace(fl_tac, num_clusters=0).aggregate(state, train_all(state, tasks, alone, generator=generator))
+    assert {slot: new.assigned[slot] for slot in TWO_TASKS} == state.assigned
+
+
+def test_number_of_many_tasks_is_found_by_the_silhouette_too():
+    generator, state, tasks = begin(2, 25)
+    slots = {Slot(client, number): number for client in range(3) for number in range(25)}
+    updates = train_all(state, tasks, slots, generator=generator, noise=0.2, num_steps=20)
+    state = FLTAC(EXACT).aggregate(state, updates)
+    assert len(state.clusters) == 25 and same_groups(state.assigned, slots)
+
+
 def test_cluster_to_which_no_slot_belongs_any_more_is_dropped():
     generator, fl_tac, tasks, state = two_clusters(stray_share=0)
     slots = dict.fromkeys(TWO_TASKS, 0)
@@ -263,7 +322,7 @@ def test_no_update_is_an_error_and_not_an_empty_state():
     ("settings", "text"),
     [
         ({"signature": "BA"}, "signature must be one of product, lora_B, raw, got 'BA'"),
-        ({"num_clusters": -1}, "num_clusters must be at least 0 and largest at least 1, got -1 and 16"),
+        ({"num_clusters": -1}, "num_clusters must be at least 0, got -1"),
         ({"stray_share": 1.0}, r"stray_share must be in \[0, 1\), got 1.0"),
     ],
 )

@@ -66,6 +66,12 @@ def test_silhouette_chooses_the_number_of_groups_that_are_there(seed, sizes):
     assert same_groups(kmeans_by_silhouette(points, largest=8, seed=seed), truth)
 
 
+def test_silhouette_finds_a_number_of_groups_that_it_does_not_look_at_first():
+    truth = [group for group in range(43) for _ in range(2)]  # up to 64 it looks at 2, 4, ... first
+    points = around(truth, noise=0.2, rng=np.random.default_rng(0))[:, :20]
+    assert same_groups(kmeans_by_silhouette(points, largest=64, seed=0), truth)
+
+
 @settings(max_examples=8)
 @given(seed=st.integers(0, 2**31), n=st.integers(1, 20))
 def test_silhouette_leaves_points_without_structure_together(seed, n):
@@ -105,6 +111,11 @@ def test_groups_that_are_numbered_afresh_keep_their_ids(order, seed):
 )
 def test_a_group_has_the_id_of_the_cluster_with_which_it_shares_most(labels, known, wanted):
     assert keep_ids(np.array(labels), known) == wanted
+
+
+def test_a_point_counts_for_as_many_members_as_it_stands_for_and_the_id_of_one_that_counts_for_none_is_not_new():
+    assert keep_ids(np.array([0, 0, 0, 1]), [4, 4, 1, 4], votes=[1, 1, 3, 1]) == [1, 4]
+    assert keep_ids(np.array([0, 1, 1]), [0, 2, None], votes=[0, 1, 1]) == [1, 2]
 
 
 @pytest.mark.parametrize("noise", [0.1, 1.5])
