@@ -14,7 +14,7 @@ from local_grid import ROOT
 BLOCK = re.compile(r"```python\n# (fedtalora_flwr/\S+\.py)\n(.*?)```", re.DOTALL)
 EXAMPLES = dict(BLOCK.findall((ROOT / "docs" / "EXTEND.md").read_text()))
 
-# Every choice on the page at once, and then the contract tests of methods.
+# Every choice on the page at once, and then the contract tests of methods and of penalties.
 PLAY = """
 import sys
 from pathlib import Path
@@ -22,7 +22,8 @@ import pytest
 from local_grid import tiny_run
 tiny_run(Path(sys.argv[1]), dataset="stripes", partition="by-class", method="uniform", head="cosine", penalty="drift",
          backbone="untrained", penalty_weight=0.1, num_clients=2, local_epochs=2)
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "uniform", "tests/aggregation/test_exact_methods.py"]))
+contracts = ["tests/aggregation/test_exact_methods.py", "tests/penalties/test_every_penalty.py"]
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", "uniform or drift", *contracts]))
 """
 
 
@@ -58,7 +59,7 @@ def test_the_page_has_an_example_for_each_folder():
 
 def test_examples_pass_the_contract_tests_and_train_together_in_one_run(copy, tmp_path):
     said = python(copy, "-c", PLAY, str(tmp_path / "run"))
-    assert re.search(r"\b4 passed", said), said  # the tests that take every method there is
+    assert re.search(r"\b7 passed", said), said  # the tests that take every method, and every penalty, there is
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     diagonal = [metrics["accuracy_matrix"][i][i] for i in range(2)]
     assert metrics["learning_accuracy"] == pytest.approx(sum(diagonal) / 2)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,11 @@ def test_every_client_trains_all_its_tasks_in_every_round(undisturbed):
             (partition, number) for partition in range(CLIENTS) for number in range(TASKS)
         ]
         assert line["failures"] == [] and line["participants"] == [0, 1, 2]
-        assert 0 <= line["cluster_accuracy"] <= 1
+        found = [(slot["cluster"], manifest["slots"][slot["partition_id"]][slot["number"]]) for slot in line["slots"]]
+        clusters = sorted({cluster for cluster, _ in found} - {None}) + [-1] * TASKS  # -1: no cluster for a task
+        hits = max(sum(of[task] == cluster for cluster, task in found) for of in permutations(clusters, TASKS))
+        assert line["cluster_accuracy"] == hits / len(found)
+        assert sum(slot["right"] for slot in line["slots"]) == hits
 
 
 def test_a_slot_number_says_nothing_of_its_task():

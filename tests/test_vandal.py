@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("fedtalora_flwr", "server_app", "client_app", "tests/aggregation", "tests/test_imports.py")
+COPIED = ("fedtalora_flwr", "server_app", "client_app", "tests/aggregation", "tests/test_imports.py", "pyproject.toml")
 FEDTALORA, BASE = "fedtalora_flwr/aggregation/fedtalora.py", "fedtalora_flwr/aggregation/base.py"
 
 

@@ -75,4 +75,4 @@ class Penalty(ABC):
 
     @abstractmethod
     def begin(self, start: Start) -> Term | None:
-        """Give the term for a round of local training, or None where there is nothing to add."""
+        """Give the term for a round of local training, or None where there is nothing to add, as in the first task."""

@@ -1,15 +1,25 @@
 """States and updates from a seed, and the oracle: effective weights in float64, written without the library."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fedtalora_flwr.aggregation import ClientUpdate, GlobalState, LoraFactors
+from fedtalora_flwr.aggregation import ClientUpdate, GlobalState, LoraFactors, Method, resolve
+from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.settings import defaults
 
 LAYERS = {"blocks.0.attn.qkv": (7, 5), "blocks.1.mlp.fc2": (3, 11)}  # (d_out, d_in), unequal on purpose
 NUM_CLASSES, FEATURE_DIM = 4, 6
 BOTH = frozenset({"lora_A", "lora_B"})
+SETTINGS = asdict(RunConfig.parse(defaults(Path(__file__).parents[2])))
+
+
+def build(name: str) -> Method:
+    """A method as a run with the defaults has it."""
+    return resolve(name, **SETTINGS)
 
 
 def draw(seed: int) -> torch.Generator:

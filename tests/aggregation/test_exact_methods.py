@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from made_updates import (
+    build,
     draw,
     effective,
     make_state,
@@ -18,8 +19,8 @@ from made_updates import (
 from fedtalora_flwr import aggregation
 from fedtalora_flwr.aggregation import Aggregator, exactness_error
 
-METHODS = [name for name in aggregation.available() if isinstance(aggregation.resolve(name), Aggregator)]
-EXACT = [name for name in METHODS if aggregation.resolve(name).exact]
+METHODS = [name for name in aggregation.available() if isinstance(build(name), Aggregator)]
+EXACT = [name for name in METHODS if build(name).exact]
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -33,7 +34,7 @@ EXACT = [name for name in METHODS if aggregation.resolve(name).exact]
 def test_aggregate_equals_the_weighted_mean_of_client_weights_over_rounds_of_random_clients(
     name, seed, num_clients, rank, scaling, num_rounds
 ):
-    generator, method = draw(seed), aggregation.resolve(name)
+    generator, method = draw(seed), build(name)
     pristine = pristine_weights(generator)
     state = make_state(generator, rank=rank, scaling=scaling)
     for _ in range(num_rounds):
@@ -47,7 +48,7 @@ def test_aggregate_equals_the_weighted_mean_of_client_weights_over_rounds_of_ran
 @pytest.mark.parametrize("name", EXACT)
 @given(seed=st.integers(0, 2**31))
 def test_exactness_error_agrees_that_an_exact_method_is_exact(name, seed):
-    generator, method = draw(seed), aggregation.resolve(name)
+    generator, method = draw(seed), build(name)
     state = make_state(generator)
     for _ in range(3):
         updates = make_updates(state, [0, 4, 2], generator=generator, trainable=method.trainable)
@@ -58,7 +59,7 @@ def test_exactness_error_agrees_that_an_exact_method_is_exact(name, seed):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_order_of_replies_does_not_change_a_bit_of_the_aggregate(name):
-    generator, method = draw(3), aggregation.resolve(name)
+    generator, method = draw(3), build(name)
     state = make_state(generator, rank=3)
     updates = make_updates(state, range(9), generator=generator, trainable=method.trainable)
     wanted = tensors_of(method.aggregate(state, updates))
@@ -71,7 +72,7 @@ def test_order_of_replies_does_not_change_a_bit_of_the_aggregate(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_aggregate_changes_neither_the_state_nor_the_updates(name):
-    generator, method = draw(4), aggregation.resolve(name)
+    generator, method = draw(4), build(name)
     state = make_state(generator)
     state = method.aggregate(state, make_updates(state, [0, 1], generator=generator, trainable=method.trainable))
     updates = make_updates(state, [5, 1, 3], generator=generator, trainable=method.trainable)
@@ -86,7 +87,7 @@ def test_aggregate_changes_neither_the_state_nor_the_updates(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_each_aggregation_is_one_version_on(name):
-    generator, method = draw(5), aggregation.resolve(name)
+    generator, method = draw(5), build(name)
     state = make_state(generator, version=6)
     updates = make_updates(state, [0], generator=generator, trainable=method.trainable)
     assert method.aggregate(state, updates).version == 7
@@ -95,4 +96,4 @@ def test_each_aggregation_is_one_version_on(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_no_update_is_an_error_and_not_an_empty_state(name):
     with pytest.raises(ValueError, match="nothing to average"):
-        aggregation.resolve(name).aggregate(make_state(draw(0)), [])
+        build(name).aggregate(make_state(draw(0)), [])
