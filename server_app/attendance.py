@@ -1,7 +1,7 @@
 """Who is there: nodes are asked what they hold, and waited for where too few of them are connected."""
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import getLogger
 from typing import TypeVar
 
@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 from fedtalora_flwr import wire
 from fedtalora_flwr.config import RunConfig
-from server_app.strategy import AdapterStrategy, RunFailed, TooFewReplies
+from server_app.strategy import LONGEST_REASON, AdapterStrategy, RunFailed, TooFewReplies
 
 log = getLogger("fedtalora.server")
 
@@ -31,44 +31,160 @@ class Attendance:
         Knows which node holds which partition.
     show
         Tells the progress display a phase and a round.
+    num_classes
+        Of the data set that all read; None where every node brings its own.
     """
 
     def __init__(
-        self, grid: Grid, config: RunConfig, strategy: AdapterStrategy, show: Callable[[str, int], None]
+        self,
+        grid: Grid,
+        config: RunConfig,
+        strategy: AdapterStrategy,
+        show: Callable[[str, int], None],
+        *,
+        num_classes: int | None,
     ) -> None:
         self.grid, self.config, self.strategy, self.show = grid, config, strategy, show
-        self._asked: set[int] = set()
+        self._num_classes = num_classes
+        self._heard: set[int] = set()  # nodes that have said what they hold, or why they cannot
+        self._claims: dict[int, int] = {}  # node id -> the partition that it says it is
+        self._given_up: set[int] = set()  # partitions that were waited for in vain and not seen since
 
-    def gather(self) -> list[int]:
-        """Wait until as many nodes are connected as the settings say, and list them.
+    def gather(self, server_round: int) -> tuple[dict[int, wire.Hello], dict[int, str]]:
+        """Wait until every partition has a node, and hear what each holds.
+
+        A run that goes on does so without some of them, once ``node-timeout`` is over or the others cannot take part.
+
+        Returns
+        -------
+        What nodes say, by node id; and why the others do not take part, by partition id.
 
         Raises
         ------
         RunFailed
-            If they are more, or not there within ``node-timeout``.
+            If a node is missing or cannot take part, of a run that goes on: if fewer than ``min-replies`` are left; or
+            if nodes do not go together.
         """
-        wanted, deadline = self.config.num_clients, time.monotonic() + self.config.node_timeout
-        while len(nodes := list(self.grid.get_node_ids())) != wanted:
-            if time.monotonic() > deadline or len(nodes) > wanted:
-                raise RunFailed(
-                    f"num-clients is {wanted}, but {len(nodes)} SuperNodes are connected. In simulation pass "
-                    f'--federation-config "num-supernodes={wanted}" to flwr run (its default is 2), or use '
-                    f"fedtalora run, which does; or set num-clients={len(nodes)}"
-                )
-            time.sleep(0.2)
-        return sorted(nodes)
+        wanted, began, said = self.config.num_clients, time.monotonic(), ""
+        hellos: dict[int, wire.Hello] = {}
+        reasons: dict[int, str] = {}
+        while True:
+            connected = set(self.grid.get_node_ids())
+            if new := sorted(connected - hellos.keys() - reasons.keys()):
+                self.show("meeting the clients", server_round)
+                found, refused = self.hellos(new)
+                hellos, reasons = hellos | found, reasons | refused
+            hellos = {node: hello for node, hello in hellos.items() if node in connected}
+            reasons = {node: reason for node, reason in reasons.items() if node in connected}
+            _check_together(hellos, num_clients=wanted, num_nodes=len(connected))
+            refusals = "; ".join(f"{self._name(node)} cannot take part: {text}" for node, text in reasons.items())
+            if refusals and not self.config.resume:
+                raise RunFailed(refusals)
+            lacking = sorted(set(range(wanted)) - {hello.partition_id for hello in hellos.values()})
+            waited = time.monotonic() - began
+            if not lacking or waited > self.config.node_timeout or len(hellos) + len(reasons) >= wanted:
+                break
+            if (line := f"waiting: {len(hellos)} of {wanted} nodes are here, {_partitions(lacking)} not") != said:
+                log.info("%s", said := line)
+                self.show("waiting for nodes", server_round)
+            time.sleep(_LOOK_SECONDS)
+        if lacking and not (self.config.resume and len(hellos) >= self.config.min_replies):
+            raise RunFailed(
+                f"{len(hellos)} of {wanted} nodes are here after {waited:.1f} s, {_partitions(lacking)} not"
+                f"{refusals and f' ({refusals})'}. Start every node with its own partition-id, then "
+                f"{'go on with resume=true' if self.config.resume else 'run again'}; node-timeout, now "
+                f"{self.config.node_timeout:g} s, is how long they are waited for"
+            )
+        if lacking:
+            because = refusals and f": {refusals}"
+            log.warning("goes on after %.0f s, but %s not here%s", waited, _partitions(lacking), because)
+        self._given_up = set(lacking)
+        of_claimed = {self._claims[node]: reason for node, reason in reasons.items() if node in self._claims}
+        return hellos, {partition: of_claimed.get(partition, "no node has come for it") for partition in lacking}
+
+    def roll_call(self, order: wire.RoundOrder) -> tuple[list[wire.Hello], dict[int, str]]:
+        """Before a task, hear what every partition holds by now; those whose node is gone are waited for.
+
+        One that was waited for in vain is not waited for again before it was seen, unless too few are there.
+
+        Returns
+        -------
+        What partitions say, in order of partition id; and why others say nothing, by partition id.
+        """
+        everyone, began, deadline = range(self.config.num_clients), time.monotonic(), 0.0
+        hellos: dict[int, wire.Hello] = {}
+        reasons: dict[int, str] = {}
+        while True:
+            here = self._present([p for p in everyone if p not in hellos and p not in reasons])
+            node_of = {partition: self.strategy.node_of[partition] for partition in here}
+            found, refused = self.hellos(node_of.values())
+            for partition, node in node_of.items():
+                if node in refused:
+                    reasons[partition] = refused[node]
+                elif node in found and found[node].partition_id != partition:
+                    reasons[partition] = f"it is partition {found[node].partition_id} now"
+                elif node in found:
+                    hellos[partition] = found[node]
+            self._given_up -= hellos.keys() | reasons.keys()
+            gone = [p for p in everyone if p not in hellos and p not in reasons]
+            if not gone or (self._given_up.issuperset(gone) and len(hellos) >= self.config.min_replies):
+                break
+            if not deadline:
+                deadline = time.monotonic() + self.config.node_timeout
+                log.warning("task %d waits: %s not here", order.task_id + 1, _partitions(gone))
+                self.show("waiting for nodes", order.server_round)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_LOOK_SECONDS)
+        waited = time.monotonic() - began
+        self.strategy.tally.wait_seconds += waited
+        if deadline:
+            log.info("task %d goes on with %d nodes after %.0f s", order.task_id + 1, len(hellos), waited)
+        self._given_up.update(gone)
+        for partition, reason in reasons.items():
+            log.warning("%s sits the task out: %s", self._name(self.strategy.node_of[partition]), reason)
+        reasons |= dict.fromkeys(gone, "its node is not connected")
+        return [hellos[partition] for partition in sorted(hellos)], reasons
 
     def hellos(self, nodes: Iterable[int]) -> tuple[dict[int, wire.Hello], dict[int, str]]:
-        """Ask nodes what they hold: what they say, and why others say nothing, by node id."""
+        """Ask nodes what they hold: what they say, and why others cannot, by node id.
+
+        A node that is gone is in neither.
+        """
         hellos: dict[int, wire.Hello] = {}
-        reasons = dict.fromkeys(nodes, "no reply in time")
-        for node, reply in self.ask(list(reasons)).items():
-            if reply.has_error():
-                reasons[node] = wire.error_text(reply.error)
-            else:
-                hellos[node] = wire.read_hello(reply)
-                del reasons[node]
-        return hellos, reasons
+        reasons: dict[int, str] = {}
+        nodes = list(nodes)
+        replies = self.ask(nodes)
+        for node in nodes:
+            try:
+                if (reply := replies.get(node)) is None:
+                    if node in self.grid.get_node_ids():
+                        reasons[node] = "no reply in time"
+                elif not reply.has_error():
+                    if (claimed := wire.claimed_partition(reply)) is not None:
+                        self._claims[node] = claimed
+                    hello = wire.read_hello(reply)
+                    self._check(hello)
+                    hellos[node] = hello
+                elif not wire.node_is_gone(reply.error) and node in self.grid.get_node_ids():
+                    reasons[node] = wire.error_text(reply.error)
+            except wire.WireError as refusal:
+                reasons[node] = str(refusal)
+        self._heard |= hellos.keys() | reasons.keys()
+        return hellos, {node: " ".join(reason[:LONGEST_REASON].split()) for node, reason in reasons.items()}
+
+    def _check(self, hello: wire.Hello) -> None:
+        """Refuse a hello that fits no partition of this run, or another data set."""
+        if hello.partition_id >= self.config.num_clients:
+            raise wire.WireError(
+                f"partition-id {hello.partition_id} is not among the {self.config.num_clients} of num-clients"
+            )
+        num_classes = self._num_classes or 0  # what a node brings itself, it names
+        if hello.class_counts.shape != (num_classes,):
+            raise wire.WireError(
+                f"it knows {len(hello.class_counts)} classes, the server {num_classes}; "
+                "both must read the same data set"
+            )
 
     def ask(self, nodes: Iterable[int]) -> dict[int, Message]:
         """Ask nodes what they hold: node id -> its reply, as far as there is one."""
@@ -83,11 +199,18 @@ class Attendance:
             )
             for node in nodes
         ]
-        self._asked.update(message.metadata.dst_node_id for message in messages)
         replies = list(self.grid.send_and_receive(messages, timeout=self.config.round_timeout + 15)) if messages else []
         asked = {message.metadata.message_id: message.metadata.dst_node_id for message in messages}
-        # An error of the server's own side names no node, so replies are tied to messages.
-        return {asked[reply.metadata.reply_to_message_id]: reply for reply in replies}
+        # An error of the server's own side names no node, so replies are tied to messages. A message to a node that
+        # was removed is not taken, and the error that comes for it names no message.
+        answers = ((asked.get(reply.metadata.reply_to_message_id), reply) for reply in replies)
+        return {node: reply for node, reply in answers if node is not None}
+
+    def _name(self, node: int) -> str:
+        """Name a node, and its partition as far as it is known."""
+        partition_of = {held_by: partition for partition, held_by in self.strategy.node_of.items()}
+        partition = partition_of.get(node, self._claims.get(node))
+        return f"node {node}" if partition is None else f"node {node} (partition {partition})"
 
     def insist(self, exchange: Callable[[wire.RoundOrder], _Given], order: wire.RoundOrder) -> _Given:
         """Do an exchange; where so many nodes are gone that it has too few replies, do it again when they are back.
@@ -105,14 +228,14 @@ class Attendance:
             try:
                 return exchange(order)
             except TooFewReplies as shortage:
-                if len(self._present(order.task_id)) >= self.config.min_replies:
+                if len(self._holders(order.task_id)) >= self.config.min_replies:
                     raise  # the nodes are there: waiting would mend nothing
                 log.warning("%s; it is repeated when they are back", shortage)
 
     def _await(self, order: wire.RoundOrder) -> None:
         """Wait until ``min-replies`` nodes that hold data of the task are connected, and say so."""
         wanted, began = self.config.min_replies, time.monotonic()
-        present = self._present(order.task_id)
+        present = self._holders(order.task_id)
         if len(present) >= wanted:
             return
         log.warning("round %d waits: %d nodes, min-replies is %d", order.server_round, len(present), wanted)
@@ -124,62 +247,57 @@ class Attendance:
                     f"are connected, min-replies is {wanted}. Start the others, and go on with resume=true"
                 )
             time.sleep(_LOOK_SECONDS)
-            present = self._present(order.task_id)
+            present = self._holders(order.task_id)
         waited = time.monotonic() - began
         self.strategy.tally.wait_seconds += waited
         log.info("round %d goes on with %d nodes after %.0f s", order.server_round, len(present), waited)
         self.show("training", order.server_round)
 
-    def _present(self, task_id: int) -> list[int]:
-        """List the partitions with data of a task whose node is connected; a node that is new is asked first."""
+    def _holders(self, task_id: int) -> list[int]:
+        """List the partitions with data of a task whose node is connected."""
+        return self._present(self.strategy.holds_task[task_id])
+
+    def _present(self, partitions: Iterable[int]) -> list[int]:
+        """List those of the partitions whose node is connected; a node that is new is asked first."""
         connected = set(self.grid.get_node_ids())
-        self._greet(sorted(connected - self._asked))
-        return [p for p in self.strategy.holds_task[task_id] if self.strategy.node_of[p] in connected]
+        self._heard &= connected
+        self._greet(sorted(connected - self._heard - set(self.strategy.node_of.values())))
+        return [partition for partition in partitions if self.strategy.node_of.get(partition) in connected]
 
     def _greet(self, newcomers: list[int]) -> None:
         """Give its partition back to a node that was started anew: without node keys it has another id then."""
-        for node, reply in self.ask(newcomers).items():
+        hellos, reasons = self.hellos(newcomers)
+        for node, hello in hellos.items():
             try:
-                if reply.has_error():
-                    raise wire.WireError(wire.error_text(reply.error))
-                hello = wire.read_hello(reply)
                 self.strategy.rejoin(node, hello)
             except wire.WireError as refusal:
-                log.warning("node %d cannot take part: %s", node, refusal)
+                reasons[node] = str(refusal)
             else:
                 log.info("node %d is back with partition %d", node, hello.partition_id)
+        for node, reason in reasons.items():
+            log.warning("%s cannot take part: %s", self._name(node), reason)
 
 
-def check_partitions(hellos: Collection[wire.Hello], *, num_clients: int, num_classes: int | None) -> None:
-    """Refuse nodes that do not hold the partitions of the run between them, each one of its own.
-
-    Parameters
-    ----------
-    hellos
-        What the nodes say.
-    num_clients
-        Partitions of the run.
-    num_classes
-        Of the data set that all read; None where every node brings its own.
-
-    Raises
-    ------
-    RunFailed
-        If they do not, or read another data set.
-    """
-    found = sorted(hello.partition_id for hello in hellos)
-    if found != list(range(num_clients)):
-        missing = sorted(set(range(num_clients)) - set(found))
+def _check_together(hellos: Mapping[int, wire.Hello], *, num_clients: int, num_nodes: int) -> None:
+    """Refuse nodes that do not go together: of a federation of another size, or two with one partition."""
+    sizes = {hello.num_partitions for hello in hellos.values()}
+    if sizes == {num_nodes} != {num_clients}:
         raise RunFailed(
-            f"partitions {missing} are held by no node that replied (held: {found}); give every node its own "
-            "partition-id in its node config"
+            f"num-clients is {num_clients}, but {num_nodes} SuperNodes are connected. In simulation pass "
+            f'--federation-config "num-supernodes={num_clients}" to flwr run (its default is 2), or use '
+            f"fedtalora run, which does; or set num-clients={num_nodes}"
         )
-    counts = {hello.num_partitions for hello in hellos}
-    if counts != {num_clients}:
-        raise RunFailed(f"nodes say num-partitions {sorted(counts)}, the run has num-clients {num_clients}")
-    for hello in hellos:
-        if num_classes is not None and hello.class_counts.shape != (num_classes,):
+    if sizes and sizes != {num_clients}:
+        raise RunFailed(f"nodes say num-partitions {sorted(sizes)}, the run has num-clients {num_clients}")
+    node_of: dict[int, int] = {}
+    for node, hello in hellos.items():
+        if (other := node_of.setdefault(hello.partition_id, node)) != node:
             raise RunFailed(
-                f"partition {hello.partition_id} knows {len(hello.class_counts)} classes, the server {num_classes}; "
-                "both must read the same data set"
+                f"partition {hello.partition_id} is held by two nodes, {other} and {node}; "
+                "give every node its own partition-id in its node config"
             )
+
+
+def _partitions(ids: Sequence[int]) -> str:
+    """Word partitions as the subject of a sentence."""
+    return f"partition{'s' * (len(ids) > 1)} {', '.join(map(str, ids))} {'are' if len(ids) > 1 else 'is'}"

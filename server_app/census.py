@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.data import ClassList
+from fedtalora_flwr.data import ClassList, DataError
 from fedtalora_flwr.wire import Hello
 
 
@@ -100,3 +100,24 @@ def of_own(hellos: Sequence[Hello], classes: ClassList, *, next_task: int, confi
         told={hello.partition_id: classes.only(hello.own) for hello in hellos},
         remarks=tuple(remarks),
     )
+
+
+def compatible(
+    hellos: Sequence[Hello], classes: ClassList, *, next_task: int, config: RunConfig
+) -> tuple[list[Hello], dict[int, str]]:
+    """Leave out the nodes whose names or layout do not go with what is known, or with partitions before theirs.
+
+    Returns
+    -------
+    The others, which `of_own` takes; and why the rest is left out, by partition id.
+    """
+    good: list[Hello] = []
+    reasons: dict[int, str] = {}
+    for hello in hellos:
+        try:
+            of_own([*good, hello], classes, next_task=next_task, config=config)
+        except DataError as error:
+            reasons[hello.partition_id] = str(error)
+        else:
+            good.append(hello)
+    return good, reasons

@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from fedtalora_flwr.checkpoint import Checkpoint, CheckpointError
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import ClassList
 from fedtalora_flwr.heads import Classifier, FeatureSums
+from fedtalora_flwr.holding import Share
 from fedtalora_flwr.lora import count_parameters
 from fedtalora_flwr.metrics import TaskMatrix
 from fedtalora_flwr.penalties import Memory
@@ -27,7 +28,7 @@ from fedtalora_flwr.resident import data_of, model_of, own_reader, test_examples
 from fedtalora_flwr.runlog import Failure, RoundLog, RunFolder, SlotLog
 from fedtalora_flwr.train import count_correct
 from server_app import census
-from server_app.attendance import Attendance, check_partitions
+from server_app.attendance import Attendance
 from server_app.census import Census
 from server_app.strategy import AdapterStrategy, RunFailed, Tally
 
@@ -87,7 +88,8 @@ class Server:
         self.point = self._resumed() if config.resume else self._fresh()
         self.first_round = self.point.server_round + 1
         self.strategy = self._strategy()
-        self.nodes = Attendance(grid, config, self.strategy, self._show)
+        num_classes = len(self.data.source.class_names) if self.data else None
+        self.nodes = Attendance(grid, config, self.strategy, self._show, num_classes=num_classes)
 
     @property
     def num_rounds(self) -> int:
@@ -134,9 +136,10 @@ class Server:
         began = time.monotonic()
         task_id, round_in_task = divmod(server_round - 1, self.rounds_per_task)
         order = wire.RoundOrder(server_round, task_id, round_in_task)
-        self.strategy.tally = tally = Tally()
-        if self.data is None and round_in_task == 0 and server_round > self.first_round:
-            self._ask_again(task_id)
+        is_first = server_round == self.first_round  # who sits it out was found when the nodes were met
+        self.strategy.tally = tally = Tally(failures=self.strategy.tally.failures if is_first else [])
+        if self.data is None and round_in_task == 0 and not is_first:
+            self._ask_again(order)
         self._show("training", server_round)
         trained = self.nodes.insist(self._train, order) if self.config.rounds_per_task else Trained()
         aggregate_seconds = time.monotonic() - began - tally.wait_seconds
@@ -285,35 +288,31 @@ class Server:
         state = self.strategy.state
         classified = replace(state, head=self.head.classifier(state.head, sums).rows)
         arrays = self._packed(classified, classes=self.point.classes.seen(order.task_id))
-        messages = self.strategy.configure_evaluate(order.server_round, arrays, _clock(order), self.grid)
         num_tasks = order.task_id + 1
-        if not (asked := list(messages)):
+        if not self.strategy.testers(order.task_id):
             return self.point.matrix.with_row(order.task_id, [0] * num_tasks, [0] * num_tasks)
-        replies = self.strategy.exchange(self.grid, asked)
+        messages = self.strategy.configure_evaluate(order.server_round, arrays, _clock(order), self.grid)
+        replies = self.strategy.exchange(self.grid, messages)
         correct, total = self.strategy.add_hits(order.server_round, replies, num_tasks=num_tasks)
         return self.point.matrix.with_row(order.task_id, correct, total)
 
     def _meet(self) -> None:
         """Wait for the nodes, learn who holds what, and write the manifest."""
         self._show("waiting for nodes", self.point.server_round)
-        nodes = self.nodes.gather()
-        self._show("meeting the clients", self.point.server_round)
-        hellos, reasons = self.nodes.hellos(nodes)
-        for node, reason in reasons.items():
-            raise RunFailed(f"node {node} cannot take part: {reason}")
-        num_classes = len(self.data.source.class_names) if self.data else None
-        check_partitions(hellos.values(), num_clients=self.config.num_clients, num_classes=num_classes)
-        self.strategy.meet(hellos)
-        by_partition = sorted(hellos.values(), key=lambda hello: hello.partition_id)
-        hashes = tuple(hello.partition_hash for hello in by_partition)
+        hellos, absent = self.nodes.gather(self.point.server_round)
+        said = {hello.partition_id: hello for hello in hellos.values()}
+        everyone = range(self.config.num_clients)
+        hashes = tuple(said[p].partition_hash if p in said else self.point.partition_hashes[p] for p in everyone)
+        self.strategy.meet(hellos, hashes=hashes, absent=absent)
         if self.data and self.config.resume and hashes != self.point.partition_hashes:
             raise RunFailed(f"{self.folder.path} was run on other data or another partition; it cannot be resumed")
         self.point = replace(self.point, partition_hashes=hashes)
-        if self.data:
-            self._take_stock(census.of_shared(by_partition, self.point.classes), settled=range(self.config.last_task))
+        if self.data:  # which says also what a partition holds whose node is not here
+            shares = [said.get(p) or Share(self.config, p).hello(num_partitions=len(everyone)) for p in everyone]
+            self._take_stock(census.of_shared(shares, self.point.classes), settled=range(self.config.last_task))
         else:
             next_task, begun = divmod(self.point.server_round, self.rounds_per_task)
-            self._take_in(by_partition, playing=next_task, next_task=next_task + (begun > 0))
+            self._take_in([said[p] for p in sorted(said)], absent, playing=next_task, next_task=next_task + (begun > 0))
         if not self.config.resume:
             self.folder.write_manifest({"seed": self.config.seed, **self._facts()})
         elif self.data is None:  # classes may have come while the run was down
@@ -321,23 +320,22 @@ class Server:
         counts = self._parameters()
         log.info("trains %(trainable)d parameters (LoRA %(lora)d, head %(head)d) of %(total)d", counts)
 
-    def _ask_again(self, task_id: int) -> None:
+    def _ask_again(self, order: wire.RoundOrder) -> None:
         """Before a task, ask the nodes what they hold by now; one that does not say sits the task out."""
-        partition_of = {node: partition for partition, node in self.strategy.node_of.items()}
-        hellos, reasons = self.nodes.hellos(sorted(partition_of))
-        for node, hello in list(hellos.items()):
-            if hello.partition_id != partition_of[node]:
-                reasons[node] = f"it is partition {hello.partition_id} now"
-                del hellos[node]
-        self.strategy.tally.failures += [
-            Failure(partition_of[node], f"sits the task out: {reason}") for node, reason in reasons.items()
-        ]
-        by_partition = sorted(hellos.values(), key=lambda hello: hello.partition_id)
-        self._take_in(by_partition, playing=task_id, next_task=task_id)
+        hellos, reasons = self.nodes.roll_call(order)
+        self._take_in(hellos, reasons, playing=order.task_id, next_task=order.task_id)
         self.folder.update_manifest(self._facts())
 
-    def _take_in(self, hellos: list[wire.Hello], *, playing: int, next_task: int) -> None:
-        """Take in what nodes bring by now: new classes get rows behind the others."""
+    def _take_in(self, hellos: list[wire.Hello], absent: Mapping[int, str], *, playing: int, next_task: int) -> None:
+        """Take in what nodes bring by now: new classes get rows behind the others.
+
+        Once classes are known, a node whose own do not go with them sits the task out, as do those in `absent`.
+        """
+        reasons = dict(absent)
+        if self.point.classes.names:
+            hellos, refused = census.compatible(hellos, self.point.classes, next_task=next_task, config=self.config)
+            reasons |= refused
+        self.strategy.tally.failures += [Failure(p, f"sits the task out: {why}") for p, why in sorted(reasons.items())]
         found = census.of_own(hellos, self.point.classes, next_task=next_task, config=self.config)
         for remark in found.remarks:
             log.info("%s", remark)

@@ -100,7 +100,7 @@ class SlotStrategy(AdapterStrategy):
         """Build the round's training messages, each with the states of all its client's slots."""
         order = wire.RoundOrder(server_round, int(str(config["task-id"])), int(str(config["round-in-task"])))
         packed: dict[int, ArrayRecord] = {}  # id of a state -> its arrays, shared by all that train from it
-        for partition in self.sample(server_round, order.task_id):
+        for partition in self.reachable(self.sample(server_round, order.task_id)):
             parts = {}
             for slot in self.slots_of(partition):
                 state = self.clustered.of(slot)

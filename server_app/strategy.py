@@ -1,7 +1,7 @@
 """One exchange with the clients as a Flower strategy: what to send to whom, and what the replies mean."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import getLogger
 from math import ceil
@@ -35,7 +35,7 @@ log = getLogger("fedtalora.server")
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between two looks for replies, a twentieth of the wait so far
 _GRACE = 15.0  # seconds beyond a message's time to live, so that its expiry is reported and not just silence
-_LONGEST_REASON = 500  # characters
+LONGEST_REASON = 500  # characters
 
 
 class RunFailed(RuntimeError):
@@ -94,16 +94,27 @@ class AdapterStrategy(Strategy):
         self.holds_task: dict[int, list[int]] = {}  # task id -> partitions with data of it
         self.census = Census(ClassList(), counts={}, tests={}, told={})
         self.hashes: dict[int, str] = {}  # partition id -> hash of what it holds
+        self.absent: dict[int, str] = {}  # partition id -> why no node has it yet
         self.task_id = 0
         self.tally = Tally()
         self.ledger = Ledger(state.residual)
         self._frozen = wire.frozen_digest(state.adapters, method.trainable)
         self._records: dict[int, ArrayRecord] = {}  # id of a parcel of the ledger -> its arrays
 
-    def meet(self, hellos: Mapping[int, wire.Hello]) -> None:
-        """Learn from the first exchange who is who, and what each still has (node id -> its hello)."""
+    def meet(self, hellos: Mapping[int, wire.Hello], *, hashes: Sequence[str], absent: Mapping[int, str]) -> None:
+        """Learn from the first exchange who is who, and what each still has.
+
+        Parameters
+        ----------
+        hellos
+            Node id -> what it says.
+        hashes
+            Of all partitions of the run by their id, those without a node too.
+        absent
+            Partition id -> why no node has it, in a run that goes on.
+        """
         self.node_of = {hello.partition_id: node for node, hello in hellos.items()}
-        self.hashes = {hello.partition_id: hello.partition_hash for hello in hellos.values()}
+        self.hashes, self.absent = dict(enumerate(hashes)), dict(absent)
         for hello in hellos.values():
             self.ledger.report(hello.partition_id, hello.held)
 
@@ -130,9 +141,14 @@ class AdapterStrategy(Strategy):
         for task_id in settled:
             held = self.holds_task[task_id]
             if len(held) < self.config.min_replies:
+                absent = "; ".join(f"partition {f.partition_id} {f.reason}" for f in self.tally.failures)
                 raise RunFailed(
                     f"task {task_id} is held by {len(held)} partitions, min-replies is {self.config.min_replies}: "
-                    "lower min-replies, or spread the data over more partitions"
+                    + (
+                        f"{absent}. Mend that, and go on with resume=true"
+                        if absent
+                        else "lower min-replies, or spread the data over more partitions"
+                    )
                 )
 
     def rejoin(self, node: int, hello: wire.Hello) -> None:
@@ -143,8 +159,7 @@ class AdapterStrategy(Strategy):
         WireError
             If it holds other data than that one; data of a node's own may have grown.
         """
-        own = hello.partition_id in self.census.told
-        if not own and hello.partition_hash != self.hashes.get(hello.partition_id):
+        if not self.census.told and hello.partition_hash != self.hashes.get(hello.partition_id):
             raise wire.WireError(f"it holds other data than partition {hello.partition_id} of this run")
         self.node_of[hello.partition_id] = node
         self.ledger.report(hello.partition_id, hello.held)
@@ -199,7 +214,9 @@ class AdapterStrategy(Strategy):
         replies = list(grid.pull_messages(list(asked)))
         self.tally.bytes_up += wire.message_bytes(replies)
         for reply in replies:
-            message = asked.pop(reply.metadata.reply_to_message_id)
+            message = asked.pop(reply.metadata.reply_to_message_id, None)
+            if message is None:  # a node may send what nobody asked for
+                continue
             partition = partition_of[message.metadata.dst_node_id]
             if reply.has_error():
                 self._settle(settled, partition, f"error {reply.error.code}: {wire.error_text(reply.error)}")
@@ -225,7 +242,7 @@ class AdapterStrategy(Strategy):
 
     def _fail(self, partition: int, reason: str) -> None:
         """Note a failure on one line and not for ever long: a client may have written the reason."""
-        self.tally.failures.append(Failure(partition, " ".join(reason[:_LONGEST_REASON].split())))
+        self.tally.failures.append(Failure(partition, " ".join(reason[:LONGEST_REASON].split())))
 
     def sample(self, server_round: int, task_id: int) -> list[int]:
         """Draw the partitions of a round, among those that hold data of the task; the rest sit it out."""
@@ -234,6 +251,16 @@ class AdapterStrategy(Strategy):
         share = ceil(round(self.config.fraction_train * len(held), 6))  # 0.14 * 50 is 7.000000000000001
         count = min(len(held), max(self.config.min_replies, share))
         return sorted(rng.choice(held, size=count, replace=False).tolist())
+
+    def reachable(self, partitions: Iterable[int]) -> list[int]:
+        """List those of the partitions that a node holds; a run that goes on may have lost some, which are named."""
+        found = []
+        for partition in partitions:
+            if partition in self.node_of:
+                found.append(partition)
+            elif partition not in {failure.partition_id for failure in self.tally.failures}:
+                self._fail(partition, self.absent[partition])  # once, however many exchanges the round has
+        return found
 
     def messages(
         self, arrays: ArrayRecord, order: wire.RoundOrder, *, partitions: Iterable[int], message_type: str
@@ -249,7 +276,7 @@ class AdapterStrategy(Strategy):
         )
         return [
             self._addressed(content, partition, message_type=message_type, group_id=str(order.server_round))
-            for partition in partitions
+            for partition in self.reachable(partitions)
         ]
 
     def _addressed(self, content: RecordDict, partition: int, *, message_type: str, group_id: str) -> Message:
@@ -421,13 +448,17 @@ class AdapterStrategy(Strategy):
                 f"round {server_round} has {num_good} good replies, min-replies is {self.config.min_replies}: {reasons}"
             )
 
+    def testers(self, task_id: int) -> list[int]:
+        """List the partitions that have held out examples of a task or of one before it."""
+        return sorted({p for earlier, held in self.census.tests.items() if earlier <= task_id for p in held})
+
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask those who have held out examples of the tasks so far; nobody, where the server has the test data."""
         order = wire.RoundOrder(server_round, int(str(config["task-id"])), int(str(config["round-in-task"])))
-        asked = {p for task_id, held in self.census.tests.items() if task_id <= order.task_id for p in held}
-        return self.messages(arrays, order, partitions=sorted(asked), message_type=MessageType.EVALUATE)
+        partitions = self.testers(order.task_id)
+        return self.messages(arrays, order, partitions=partitions, message_type=MessageType.EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Leave the hits to `add_hits`, which keeps them by task."""

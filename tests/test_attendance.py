@@ -8,11 +8,12 @@ from typing import Any
 import local_grid
 import pytest
 from flwr.app import Message
+from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_ins_message
 from local_grid import LocalGrid, tiny_run
 
 from client_app.app import app as client_app
 from fedtalora_flwr import checkpoint, wire
-from server_app import attendance
+from server_app import app, attendance
 from server_app.strategy import RunFailed
 
 GONE, NEW = 101, 201  # node ids
@@ -45,6 +46,12 @@ class Absence(LocalGrid):
             if GONE in self.contexts and self.new_id != GONE:
                 self.contexts[self.new_id] = replace(self.contexts.pop(GONE), node_id=self.new_id)
         return list(self.contexts)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _log_is_caught_from_the_first_run_on():
+    """The first run in a process lets the logger propagate no longer; pytest looks at that before a test begins."""
+    app._log_to_stream()
 
 
 @pytest.fixture
@@ -115,4 +122,93 @@ def test_newcomer_with_other_data_is_left_out(absence, tmp_path, monkeypatch, ca
 
     with pytest.raises(RunFailed, match="round 2 has waited"):
         tiny_run(tmp_path / "run", client, **(SETTINGS | {"node_timeout": 0.2}))
-    assert f"node {NEW} cannot take part: it holds other data than partition 1 of this run" in caplog.text
+    assert f"node {NEW} (partition 1) cannot take part: it holds other data than partition 1 of this run" in caplog.text
+
+
+class Late(LocalGrid):
+    """A grid whose node 101 comes late: after some looks, or not before a round."""
+
+    looks, first_round = 3, 0
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        self.looks = 0 if messages[0].metadata.group_id == f"{self.first_round}" else self.looks
+        return super().push_messages(messages)
+
+    def get_node_ids(self):
+        self.looks -= 1
+        return [node for node in self.contexts if node != GONE or self.looks < 0]
+
+    def pull_messages(self, message_ids):
+        """Give also what a node may send that nobody asked for."""
+        return [*super().pull_messages(message_ids), create_message_error_unavailable_ins_message("", run_id=1)]
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> type[Late]:
+    monkeypatch.setattr(local_grid, "LocalGrid", Late)
+    monkeypatch.setattr(attendance, "_LOOK_SECONDS", 0.01)
+    return Late
+
+
+def test_run_begins_when_the_last_node_is_there_and_says_meanwhile_who_is_not(undisturbed, late, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="fedtalora.server"):
+        tiny_run(tmp_path / "run", **SETTINGS)
+    assert caplog.text.count("waiting: 2 of 3 nodes are here, partition 1 is not") == 1
+    assert result(tmp_path / "run") == result(undisturbed)
+
+
+def test_run_that_lacks_a_node_at_its_start_fails_by_the_name_of_the_partition(late, tmp_path, monkeypatch):
+    monkeypatch.setattr(late, "looks", 10**6)
+    message = (
+        r"2 of 3 nodes are here after 0\.\d s, partition 1 is not\. Start every node .* run again; node-timeout, now 0"
+    )
+    with pytest.raises(RunFailed, match=message):
+        tiny_run(tmp_path / "run", **(SETTINGS | {"node_timeout": 0.1}))
+    assert (tmp_path / "run" / "rounds.jsonl").read_text() == ""
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def kill_in_round_2(message: Message, context: Any) -> Message | None:
+    if message.metadata.group_id == "2":
+        raise Killed
+    return client_app(message, context)
+
+
+SLOTS = {"method": "fl-tac", "head": "linear"}
+
+
+@pytest.mark.parametrize("changes", [{}, SLOTS], ids=["tasks in turn", "slots"])
+def test_run_goes_on_without_a_node_and_takes_it_in_when_it_comes(late, tmp_path, monkeypatch, caplog, changes):
+    settings = SETTINGS | {"min_replies": 2, "node_timeout": 0.1, "rounds_per_task": 4, "stop_after_task": 1}
+    settings |= changes
+    with pytest.raises(Killed), monkeypatch.context() as patch:
+        patch.setattr(local_grid, "LocalGrid", LocalGrid)
+        tiny_run(tmp_path / "run", kill_in_round_2, **settings)
+    monkeypatch.setattr(late, "looks", 10**6)
+    monkeypatch.setattr(late, "first_round", 3)
+    with caplog.at_level("INFO", logger="fedtalora.server"):
+        tiny_run(tmp_path / "run", **settings, resume=True)
+    failures = [[(f["partition_id"], f["reason"]) for f in line["failures"]] for line in rounds(tmp_path / "run")]
+    assert failures == [[], [(1, "no node has come for it")], [(1, "no node has come for it")], []]
+    assert [line["participants"] for line in rounds(tmp_path / "run")][1:] == [[0, 2], [0, 2], [0, 1, 2]]
+    assert "but partition 1 is not here" in caplog.text and f"node {GONE} is back with partition 1" in caplog.text
+
+
+def test_run_goes_on_without_a_node_of_another_version_and_names_it(tmp_path, caplog):
+    def other_version(message: Message, context: Any) -> Message:
+        reply = client_app(message, context)
+        if context.node_id == GONE:
+            reply.content[wire.HELLO]["library"] = "9.9"
+        return reply
+
+    settings = SETTINGS | {"min_replies": 2, "stop_after_task": 1}
+    with pytest.raises(Killed):
+        tiny_run(tmp_path / "run", kill_in_round_2, **settings)
+    tiny_run(tmp_path / "run", other_version, **settings, resume=True)
+    assert f"node {GONE} (partition 1) cannot take part: the client runs fedtalora 9.9" in caplog.text
+    (failure,) = rounds(tmp_path / "run")[1]["failures"]
+    assert failure["partition_id"] == 1 and failure["reason"].startswith("the client runs fedtalora 9.9, this side")

@@ -18,17 +18,19 @@ from tensors import opened, tensors_of
 from fedtalora_flwr import wire
 from fedtalora_flwr.aggregation import ClientUpdate, GlobalState, LoraFactors, resolve
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.data import ClassList
+from fedtalora_flwr.data import ClassList, HeldClass
 from fedtalora_flwr.heads import FeatureSums
-from fedtalora_flwr.wire import ARRAYS, METRICS
-from fedtalora_flwr.wire.records import TENSORS
+from fedtalora_flwr.inprocess import LocalGrid
+from fedtalora_flwr.wire import ARRAYS, HELLO, METRICS
+from fedtalora_flwr.wire.records import HELD, TENSORS
+from server_app.attendance import Attendance
 from server_app.census import Census
 from server_app.strategy import AdapterStrategy, RunFailed, Tally
 
 LAYERS = {"blocks.0.attn.qkv": (7, 5), "blocks.1.mlp.fc2": (3, 11)}  # (d_out, d_in)
 RANK, NUM_CLASSES, FEATURE_DIM, SCALING = 2, 4, 6, 2.0
 COUNTS = torch.tensor([4, 0, 2, 1])
-NUM_UPDATES, NUM_SUMS, BATCH = 10_000, 2_000, 250
+NUM_UPDATES, NUM_SUMS, NUM_HELLOS, BATCH = 10_000, 2_000, 600, 250
 MEMORY_LIMIT = 100e6  # bytes beyond what the process held before
 
 Change = Callable[[RecordDict, np.random.Generator], None]
@@ -239,10 +241,64 @@ SUMS: dict[str, Change] = BYTES | {
 }
 
 
+def drop_setting(reply: RecordDict, rng: np.random.Generator) -> None:
+    del reply[HELLO][str(rng.choice(sorted(reply[HELLO])))]
+
+
+def other_setting(reply: RecordDict, rng: np.random.Generator) -> None:
+    wrong: dict[str, list[Any]] = {
+        "partition-id": [-1, 3, 2**62, 0.5, "0", True, b"0", [0], []],
+        "num-partitions": [-3, 3.0, "3", False, [3]],
+        "partition-hash": [3, 1.5, True, b"x", ["x"]],
+        "held": [3, b"x", ["x", "y"], []],
+        "library": ["9.9.9", "", 3, ["0.1.0"], b"0.1.0"],
+    }
+    key = str(rng.choice(sorted(wrong)))
+    reply[HELLO][key] = wrong[key][rng.integers(len(wrong[key]))]
+
+
+def other_classes(reply: RecordDict, rng: np.random.Generator) -> None:
+    wrong: dict[str, list[Any]] = {
+        "task": [["a"], ["a"] * 5, [1, 2], "ab", [], True],
+        "name": [["", "b"], [" \t", "b"], ["a", "a"], [1, 2], ["a"], "ab", [b"a", b"b"]],
+        "num-train": [[-1, 2], [2**40, 1], [1.5, 2.0], ["1", "2"], [1], [True, False], 2],
+        "num-test": [[-1, 2], [2**62, 2**62], [float("nan"), 1.0], [0, 0, 0], 7],
+        "remarks": ["odd", [1, 2], 3, [b"odd"]],
+    }
+    key = str(rng.choice(sorted(wrong)))
+    if rng.integers(6):
+        reply[HELD][key] = wrong[key][rng.integers(len(wrong[key]))]
+    else:
+        del reply[HELD][key]
+
+
+def other_record(reply: RecordDict, rng: np.random.Generator) -> None:
+    key = str(rng.choice(sorted(reply)))
+    del reply[key]
+    reply[key] = [MetricRecord({"a": 1}), ArrayRecord(), ConfigRecord({"a": [1]})][rng.integers(3)]
+
+
+HELLOS: dict[str, Change] = {"setting missing": drop_setting, "of another setting": other_setting}
+HELLOS |= {"of another record": other_record}
+SHARED: dict[str, Change] = (
+    HELLOS
+    | BYTES
+    | {
+        "array missing": drop,
+        "array renamed": rename,
+        "arrays unknown": crowd,
+        "of another type": partial(replace_array, change=retyped),
+        "of another shape": partial(replace_array, change=reshaped),
+        "of counts below 0": partial(replace_array, change=lambda array, rng: -array - 1),
+        "of counts beyond all": partial(replace_array, change=lambda array, rng: array + 2**31),
+    }
+)
+OWN: dict[str, Change] = HELLOS | {"of other classes": other_classes}
+
+
 def copied(reply: RecordDict) -> RecordDict:
     """Copy the records; the arrays in them are replaced and never changed."""
-    records = {ARRAYS: ArrayRecord(dict(reply[ARRAYS]))}
-    return RecordDict(records | ({METRICS: MetricRecord(dict(reply[METRICS]))} if METRICS in reply else {}))
+    return RecordDict({key: type(record)(dict(record)) for key, record in reply.items()})
 
 
 def bad_replies(
@@ -322,3 +378,27 @@ def test_two_thousand_bad_sums_are_refused_with_a_reason_and_none_is_added():
     order = Message(RecordDict(), dst_node_id=1, message_type="train.sums")
     added = strategy.add_sums(1, [(0, Message(wire.sums_reply(sums), reply_to=order))], to=before)
     assert torch.equal(added.gram, sums.gram) and torch.equal(added.moment, sums.moment)
+
+
+@pytest.mark.parametrize(("changes", "num_classes"), [(SHARED, NUM_CLASSES), (OWN, None)], ids=["shared", "own"])
+def test_bad_hellos_are_refused_with_a_reason_and_end_nothing(changes, num_classes):
+    if num_classes:
+        hello = wire.Hello(0, 3, "hash", COUNTS, held=("digest",))
+    else:
+        own = (HeldClass("task-1", "ant", 5, 2), HeldClass("task-2", "bee", 3, 0))
+        hello = wire.Hello(0, 3, "hash", torch.zeros(0, dtype=torch.int64), own=own, remarks=("odd",))
+    good = wire.hello_reply(hello)
+    bad = bad_replies([good], changes, number=NUM_HELLOS, kind="query")
+    config = RunConfig.parse(defaults() | {"num-clients": 3})
+    replies = iter([*(reply for _, reply in bad), Message(copied(good), reply_to=bad[0][1])])
+    grid = LocalGrid(lambda message, context: Message(next(replies).content, reply_to=message), config.flat(), 1)
+    strategy = make_strategy(make_state(torch.Generator().manual_seed(1)))
+    strategy.node_of = {}
+    attendance = Attendance(grid, config, strategy, lambda phase, server_round: None, num_classes=num_classes)
+    (node,) = grid.get_node_ids()
+    for name, _ in bad:
+        hellos, reasons = attendance.hellos([node])
+        assert not hellos and len(reasons[node]) > 10, name
+        assert len(reasons[node]) <= 500, name
+    hellos, reasons = attendance.hellos([node])
+    assert hellos[node].own == hello.own and not reasons

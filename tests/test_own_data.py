@@ -6,15 +6,19 @@ import re
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import local_grid
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from flwr.app import Context, Message, MessageType
-from local_grid import defaults, run_server
+from flwr.app import Context, Error, Message, MessageType
+from flwr.common.constant import ErrorCode
+from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_ins_message
+from local_grid import LocalGrid, defaults, run_server
 from sklearn.datasets import load_digits
 
 from client_app import app as client_module
@@ -23,6 +27,7 @@ from fedtalora_flwr.backbones import vit_mini
 from fedtalora_flwr.data import DataError
 from fedtalora_flwr.predict import predict, read_items
 from fedtalora_flwr.trained import open_trained
+from server_app import app, attendance
 from server_app.strategy import RunFailed
 
 TINY = {
@@ -74,6 +79,12 @@ def paths(tmp_path: Path) -> list[Path]:
             for name, count in classes.items():
                 draw(tmp_path / f"site{node}" / task, name, count, first=10 * node)
     return [tmp_path / f"site{node}" for node in range(len(NODES))]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _log_is_caught_from_the_first_run_on():
+    """The first run in a process lets the logger propagate no longer; pytest looks at that before a test begins."""
+    app._log_to_stream()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -241,6 +252,141 @@ def test_node_that_cannot_say_what_it_holds_sits_the_task_out_and_is_named(paths
     assert "broken.png cannot be decoded" in failure["reason"] and str(tmp_path) not in failure["reason"]
     assert rounds(out)[1]["participants"] == [0]
     assert read(out, "manifest.json")["class_names"] == ["ant", "bee", "cat", "dog"]
+
+
+class Border(LocalGrid):
+    """A grid whose node 102 goes away as the second task begins, as Flower tells it, and is back after some looks."""
+
+    how, new_id, looks = "unlisted", 102, 3
+    left = -1  # looks for which it is still away; -1 before it went and once it is back
+    met = False
+
+    def get_node_ids(self):
+        if self.left > 0:
+            self.left -= 1
+            return [node for node in self.contexts if node != 102]
+        if self.left == 0 and self.new_id != 102:
+            self.contexts[self.new_id] = replace(self.contexts.pop(102), node_id=self.new_id)
+        self.left = -1
+        return list(self.contexts)
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        if self.how == "unlisted" and messages[0].metadata.message_type == MessageType.EVALUATE:
+            self.left = self.looks
+            self.how = ""
+        return super().push_messages(messages)
+
+    def send_and_receive(self, messages, *, timeout=None):
+        messages = list(messages)
+        if not self.met or self.how not in ("dies", "removed"):
+            self.met = True
+            return super().send_and_receive(messages, timeout=timeout)
+        replies = super().send_and_receive([m for m in messages if m.metadata.dst_node_id != 102])
+        lost = next(m for m in messages if m.metadata.dst_node_id == 102)
+        lost.metadata.__dict__["_message_id"] = "lost"  # which Flower's grid gives before it sends
+        if self.how == "dies":
+            error = Error(ErrorCode.NODE_UNAVAILABLE, "the node is unavailable")
+            replies.append(Message(error, reply_to=lost))
+        else:  # its message is not taken: the SuperLink gives it no id, and this for the id that is none
+            replies.append(create_message_error_unavailable_ins_message("", run_id=1))
+        self.left, self.how = self.looks, ""
+        return replies
+
+
+@pytest.fixture
+def border(monkeypatch: pytest.MonkeyPatch) -> type[Border]:
+    monkeypatch.setattr(local_grid, "LocalGrid", Border)
+    monkeypatch.setattr(attendance, "_LOOK_SECONDS", 0.01)
+    return Border
+
+
+@pytest.mark.parametrize(("how", "new_id"), [("unlisted", 102), ("unlisted", 202), ("dies", 102), ("removed", 202)])
+def test_node_that_is_gone_as_a_task_begins_is_waited_for(paths, tmp_path, border, monkeypatch, caplog, how, new_id):
+    monkeypatch.setattr(border, "how", how)
+    monkeypatch.setattr(border, "new_id", new_id)
+    with caplog.at_level("INFO", logger="fedtalora.server"):
+        out = run(tmp_path / "run", paths, min_replies=2, node_timeout=60.0)
+    assert [(line["participants"], line["failures"]) for line in rounds(out)] == [([0, 1, 2], []), ([0, 2], [])]
+    assert "task 2 waits: partition 2 is not here" in caplog.text
+    assert "task 2 goes on with 3 nodes" in caplog.text
+    assert ("node 202 is back with partition 2" in caplog.text) == (new_id == 202)
+
+
+def test_node_that_is_not_back_in_time_sits_the_task_out_or_ends_the_run_by_name(paths, tmp_path, border, monkeypatch):
+    monkeypatch.setattr(border, "looks", 10**6)
+    reason = "sits the task out: its node is not connected"
+    out = run(tmp_path / "run", paths, node_timeout=0.1)
+    assert rounds(out)[1]["participants"] == [0]
+    assert rounds(out)[1]["failures"] == [{"partition_id": 2, "reason": reason}]
+    message = (
+        f"task 1 is held by 1 partitions, min-replies is 2: partition 2 {reason}. Mend that, and go on with resume"
+    )
+    with pytest.raises(RunFailed, match=message):
+        run(tmp_path / "other", paths, min_replies=2, node_timeout=0.1)
+
+
+MALFORMED: dict[str, tuple[str, Any, str]] = {
+    "another version": ("library", "9.9", "the client runs fedtalora 9.9, this side"),
+    "no number of its own": ("partition-id", "2", "the first reply cannot be read: ValueError partition-id must be"),
+    "another's number": ("partition-id", 0, "it is partition 0 now"),
+}
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_node_whose_word_is_of_no_use_as_a_task_begins_sits_it_out_and_is_named(paths, tmp_path, caplog, what):
+    key, value, reason = MALFORMED[what]
+    asked = []
+
+    def client(message: Message, context: Context) -> Message | None:
+        reply = run_client(message, context)
+        if message.metadata.message_type == MessageType.QUERY and context.node_config["partition-id"] == 2:
+            asked.append(message)
+            if len(asked) == 2:
+                reply.content[wire.HELLO][key] = value
+        return reply
+
+    out = run(tmp_path / "run", paths, client)
+    assert [line["participants"] for line in rounds(out)] == [[0, 1, 2], [0]]
+    (failure,) = rounds(out)[1]["failures"]
+    assert failure["partition_id"] == 2 and failure["reason"].startswith(f"sits the task out: {reason}")
+    assert f"node 102 (partition 2) sits the task out: {reason}" in caplog.text
+
+
+def test_class_that_arrives_under_a_name_like_a_known_one_leaves_out_its_node_alone(paths, tmp_path):
+    out = run(tmp_path / "run", paths, before_task(1, lambda: draw(paths[1] / "task-10", "Cat", 3, digit=0)))
+    assert [line["participants"] for line in rounds(out)] == [[0, 1, 2], [0, 2]]
+    (failure,) = rounds(out)[1]["failures"]
+    assert failure["partition_id"] == 1 and "a class 'cat' and a class 'Cat', which differ only by" in failure["reason"]
+    assert read(out, "manifest.json")["class_names"] == ["ant", "bee", "cat", "dog"]
+
+
+class Late(LocalGrid):
+    """A grid whose node 102 is not there from the start."""
+
+    there = False
+
+    def get_node_ids(self):
+        return [node for node in self.contexts if self.there or node != 102]
+
+
+def test_run_that_goes_on_takes_in_at_the_next_task_a_node_that_comes_late(paths, tmp_path, monkeypatch):
+    def client(message: Message, context: Context) -> Message | None:
+        if message.metadata.group_id == "2" and local_grid.LocalGrid is not Late:
+            raise Killed
+        if message.metadata.message_type == MessageType.EVALUATE:
+            monkeypatch.setattr(Late, "there", True)
+        return run_client(message, context)
+
+    settings = {"rounds_per_task": 2, "min_replies": 2, "node_timeout": 0.1}
+    with pytest.raises(Killed):
+        run(tmp_path / "run", paths, client, **settings)
+    monkeypatch.setattr(local_grid, "LocalGrid", Late)
+    monkeypatch.setattr(attendance, "_LOOK_SECONDS", 0.01)
+    out = run(tmp_path / "run", paths, client, **settings, resume=True)
+    assert [line["participants"] for line in rounds(out)] == [[0, 1, 2], [0, 1], [0, 2], [0, 2]]
+    failure = {"partition_id": 2, "reason": "sits the task out: no node has come for it"}
+    assert [line["failures"] for line in rounds(out)] == [[], [failure], [], []]
 
 
 def test_examples_that_come_during_a_task_are_trained_on_at_once(paths, tmp_path):

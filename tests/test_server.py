@@ -437,7 +437,10 @@ def test_node_with_another_version_of_the_library_fails_the_run_before_it_begins
         reply.content[HELLO]["library"] = "9.9"
         return reply
 
-    with pytest.raises(WireError, match=r"the client runs fedtalora 9\.9, this side .*; install the same commit"):
+    with pytest.raises(
+        RunFailed,
+        match=r"node 101 \(partition 1\) cannot take part: the client runs fedtalora 9\.9, this side .*; install",
+    ):
         run(tmp_path, meddle(change, kind="query", server_round=0))
     assert "9.9" in read(tmp_path, "status.json")["message"]
 
@@ -447,13 +450,15 @@ def test_two_nodes_with_one_partition_fail_the_run_before_it_begins(tmp_path):
         reply.content[HELLO]["partition-id"] = 0
         return reply
 
-    with pytest.raises(RunFailed, match=r"partitions \[1\] are held by no node that replied \(held: \[0, 0, 2\]\)"):
+    with pytest.raises(RunFailed, match="partition 0 is held by two nodes, 100 and 101; give every node its own"):
         run(tmp_path, meddle(change, kind="query", server_round=0))
 
 
 def test_node_that_knows_another_number_of_classes_fails_the_run_before_it_begins(tmp_path):
     change = edit("counts/class", lambda counts: counts[:-1])
-    with pytest.raises(RunFailed, match="partition 1 knows 9 classes, the server 10"):
+    with pytest.raises(
+        RunFailed, match=r"node 101 \(partition 1\) cannot take part: it knows 9 classes, the server 10"
+    ):
         run(tmp_path, meddle(change, kind="query", server_round=0))
 
 

@@ -6,10 +6,18 @@ for the i-th step, ``dense/<module>``. Scalars travel in config and metric recor
 """
 
 from fedtalora_flwr.wire.factors import frozen_digest
-from fedtalora_flwr.wire.hello import Hello, hello_reply, partition_of, read_classes, read_hello, tell_classes
+from fedtalora_flwr.wire.hello import (
+    Hello,
+    claimed_partition,
+    hello_reply,
+    partition_of,
+    read_classes,
+    read_hello,
+    tell_classes,
+)
 from fedtalora_flwr.wire.parcel import add_parcel, base_missing_reply, pack_parcel, read_base_missing
 from fedtalora_flwr.wire.records import ARRAYS, HELLO, METRICS, ORDER
-from fedtalora_flwr.wire.refusal import WireError, error_text
+from fedtalora_flwr.wire.refusal import WireError, error_text, node_is_gone
 from fedtalora_flwr.wire.slots import bundle, unbundle
 from fedtalora_flwr.wire.state import RoundOrder, pack_state, read_memory, read_state, state_message
 from fedtalora_flwr.wire.sums import fisher_reply, hits_reply, read_fisher, read_hits, read_sums, sums_reply
@@ -27,12 +35,14 @@ __all__ = [
     "add_parcel",
     "base_missing_reply",
     "bundle",
+    "claimed_partition",
     "error_text",
     "fisher_reply",
     "frozen_digest",
     "hello_reply",
     "hits_reply",
     "message_bytes",
+    "node_is_gone",
     "pack_parcel",
     "pack_state",
     "partition_of",

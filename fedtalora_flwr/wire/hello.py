@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 from torch import Tensor
 
@@ -79,17 +80,17 @@ def read_hello(message: Message) -> Hello:
     """
     try:
         settings = message.content.config_records[HELLO]
-        check_library(str(settings["library"]), whose="client")
-        own: Mapping[str, Any] = message.content.config_records.get(HELD, {})
-        held = [own.get(key, []) for key in ("task", "name", "num-train", "num-test")]
+        check_library(_text(settings["library"]), whose="client")
+        own: Mapping[str, Any] = message.content.config_records[HELD] if HELD in message.content else {}
+        counts = read_arrays(message.content.array_records[ARRAYS], only={"counts/class"})["counts"]["class"]
         return Hello(
-            partition_id=int(cast(int, settings["partition-id"])),
-            num_partitions=int(cast(int, settings["num-partitions"])),
-            partition_hash=str(settings["partition-hash"]),
-            class_counts=whole_numbers(read_arrays(message.content.array_records[ARRAYS])["counts"]["class"]),
-            held=tuple(str(settings["held"]).split()),
-            own=tuple(HeldClass(str(t), str(name), int(n), int(m)) for t, name, n, m in zip(*held, strict=True)),
-            remarks=tuple(own.get("remarks", ())),
+            partition_id=_whole(settings["partition-id"], what="partition-id"),
+            num_partitions=_whole(settings["num-partitions"], what="num-partitions"),
+            partition_hash=_text(settings["partition-hash"]),
+            class_counts=_counts(whole_numbers(counts)),
+            held=tuple(_text(settings["held"]).split()),
+            own=_held_classes(own) if own else (),
+            remarks=tuple(_text(remark) for remark in _list(own["remarks"])) if own else (),
         )
     except KeyError as error:
         raise WireError(f"the first reply lacks {error}") from error
@@ -97,6 +98,52 @@ def read_hello(message: Message) -> Hello:
         raise
     except Exception as error:  # as of an update
         raise WireError(f"the first reply cannot be read: {type(error).__name__} {error}") from error
+
+
+def claimed_partition(message: Message) -> int | None:
+    """Give the partition that a first reply claims, though the rest of it be of no use; None where it claims none."""
+    settings: Mapping[str, Any] = message.content.config_records.get(HELLO, {})
+    claimed = settings.get("partition-id")
+    return claimed if type(claimed) is int else None
+
+
+def _held_classes(own: Mapping[str, Any]) -> tuple[HeldClass, ...]:
+    """Read the classes of a node's own data: each at one place, with a name and possible numbers of examples."""
+    columns = [_list(own[key]) for key in ("task", "name", "num-train", "num-test")]
+    classes = []
+    for task, name, *examples in zip(*columns, strict=True):
+        if not _text(name).strip():
+            raise ValueError("a class has no name")
+        num_train, num_test = _counts(torch.tensor([_whole(count, what=f"examples of {name}") for count in examples]))
+        classes.append(HeldClass(_text(task), name, int(num_train), int(num_test)))
+    if len({(one.task, one.name) for one in classes}) < len(classes):
+        raise ValueError("a class is named twice")
+    return tuple(classes)
+
+
+def _whole(value: Any, *, what: str) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{what} must be a whole number from 0, got {value!r}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError(f"a text was expected, got {value!r}")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if type(value) is not list:
+        raise ValueError(f"a list was expected, got {value!r}")
+    return value
+
+
+def _counts(counts: Tensor) -> Tensor:
+    """Refuse numbers of examples that cannot be: below 0, or more than an update could count."""
+    if len(counts) and not 0 <= counts.min() <= counts.max() <= torch.iinfo(torch.int32).max:
+        raise ValueError(f"{counts.min()} to {counts.max()} examples of a class cannot be")
+    return counts
 
 
 def tell_classes(classes: ClassList | None) -> RecordDict:

@@ -3,6 +3,7 @@
 import re
 
 from flwr.app import Error
+from flwr.common.constant import ErrorCode
 
 import fedtalora_flwr
 
@@ -23,6 +24,11 @@ def check_library(build: str, *, whose: str) -> None:
     """
     if build != (ours := fedtalora_flwr.build()):
         raise WireError(f"the {whose} runs fedtalora {build}, this side {ours}; install the same commit on both")
+
+
+def node_is_gone(error: Error) -> bool:
+    """Tell whether an error comes from the server's own side, for a node that is no longer connected."""
+    return error.code == ErrorCode.NODE_UNAVAILABLE
 
 
 def error_text(error: Error) -> str:
