@@ -260,7 +260,7 @@ def other_setting(reply: RecordDict, rng: np.random.Generator) -> None:
 def other_classes(reply: RecordDict, rng: np.random.Generator) -> None:
     wrong: dict[str, list[Any]] = {
         "task": [["a"], ["a"] * 5, [1, 2], "ab", [], True],
-        "name": [["", "b"], [" \t", "b"], ["a", "a"], [1, 2], ["a"], "ab", [b"a", b"b"]],
+        "name": [["", "b"], [" \t", "b"], [1, 2], ["a"], "ab", [b"a", b"b"]],
         "num-train": [[-1, 2], [2**40, 1], [1.5, 2.0], ["1", "2"], [1], [True, False], 2],
         "num-test": [[-1, 2], [2**62, 2**62], [float("nan"), 1.0], [0, 0, 0], 7],
         "remarks": ["odd", [1, 2], 3, [b"odd"]],
