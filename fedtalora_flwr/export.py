@@ -31,6 +31,7 @@ from fedtalora_flwr import __version__, backbones
 from fedtalora_flwr.backbones import Backbone
 from fedtalora_flwr.change import Change, changes_of
 from fedtalora_flwr.checkpoint import write_text
+from fedtalora_flwr.data.images import CONVERTIBLE
 from fedtalora_flwr.trained import TrainedModel, open_trained
 from fedtalora_flwr.words import human_bytes
 
@@ -137,7 +138,7 @@ def _write_model(folder: Path, trained: TrainedModel, changes: dict[str, Change]
         **backbone.preparation(),
     }
     if backbone.modality == "image":
-        facts["image_side"] = trained.image_side
+        facts |= {"image_side": trained.image_side, "image_modes": sorted(CONVERTIBLE)}
     if to == "merged":
         facts["head_inside"] = _write_merged(folder, untouched, changes, head=head, class_names=trained.class_names)
     else:

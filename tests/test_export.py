@@ -17,6 +17,7 @@ import timm
 import torch
 from local_grid import tiny_run
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from client_app.app import app as run_client
@@ -24,6 +25,7 @@ from fedtalora_flwr import checkpoint, heads
 from fedtalora_flwr.backbones.images import ImageBackbone
 from fedtalora_flwr.change import Change
 from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.data.images import CONVERTIBLE
 from fedtalora_flwr.export import Exported, ExportError, export
 from fedtalora_flwr.resident import data_of, model_of
 from server_app.strategy import RunFailed
@@ -158,6 +160,15 @@ def test_load_py_classifies_texts_without_fedtalora_and_peft(exported):
     printed = run_alone(code, "is the lamp off by now", folder=exported("text_run", "merged").folder)
     label, text = printed.strip().split("\t")
     assert label in ("door", "lamp", "oven", "radio") and text == "is the lamp off by now"
+
+
+def test_load_py_refuses_an_image_that_8_bits_cannot_hold(exported):
+    logits = runpy.run_path(str(exported("digits_run", "merged").folder / "load.py"))["logits"]
+    for mode in ("I;16", "I", "F"):
+        with pytest.raises(ValueError, match=f"8-bit RGB cannot hold an image of mode {mode}; scale its values"):
+            logits([Image.new("L", (8, 8)), Image.new(mode, (8, 8))])
+    for mode in CONVERTIBLE:  # those that fedtalora takes
+        assert logits([Image.new(mode, (8, 8))]).isfinite().all()
 
 
 # runs that are not finished

@@ -3,6 +3,7 @@
 import io
 import struct
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,24 @@ if TYPE_CHECKING:  # torch takes seconds to import, and most users of this packa
     from torch import Tensor
 
 # Modes that 8-bit RGB can stand for; what lies in transparency is not part of the picture.
-_CONVERTIBLE = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"})
+CONVERTIBLE = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"})
+
+# Formats that PIL lists as files it opens, and does not read: it knows their first bytes alone, or asks Ghostscript.
+_NOT_READ = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+_READ_AS_ANOTHER = frozenset({"MPO"})  # which the reader of JPEG takes
 
 # What PIL's decoders raise for a broken file, by format.
 _UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, PIL.Image.DecompressionBombError)
 
 _BLOCK = 256  # images decoded at a time: bounds the memory that originals of any size take
+
+
+@cache
+def image_endings() -> tuple[str, ...]:
+    """List the endings (``.png``, lower case) of files in a format that can be read here, not only written."""
+    endings = PIL.Image.registered_extensions()  # imports PIL's readers, which fills PIL.Image.OPEN
+    read = (PIL.Image.OPEN.keys() | _READ_AS_ANOTHER) - _NOT_READ
+    return tuple(sorted(ending for ending, kind in endings.items() if kind in read))
 
 
 def to_rgb(image: PIL.Image.Image, *, where: str) -> PIL.Image.Image:
@@ -41,7 +54,7 @@ def to_rgb(image: PIL.Image.Image, *, where: str) -> PIL.Image.Image:
     """
     if image.mode == "RGB":
         return image
-    if image.mode not in _CONVERTIBLE:
+    if image.mode not in CONVERTIBLE:
         raise DataError(
             f"{where} has image mode {image.mode}, which 8-bit RGB cannot hold without losing information; "
             "scale its values and save it as 8-bit greyscale or RGB first"

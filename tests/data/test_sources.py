@@ -288,6 +288,15 @@ def test_subfolders_are_classes_at_any_depth(settings, tmp_path, make_image):
     np.testing.assert_array_equal(np.asarray(images[1]), np.asarray(make_image(4, 4, value=9)))
 
 
+def test_files_that_can_be_written_or_named_but_not_read_are_no_pictures(settings, tmp_path, make_image):
+    for name in ("1.png", "2.tiff", "3.jpg", "4.mpo"):
+        save(make_image(4, 4), tmp_path / "ant" / name)
+    for name in ("a.pdf", "b.palm", "c.h5", "d.hdf", "e.mpg", "f.eps", "g.ps", "h.wmf", "i.grib", "j.bufr"):
+        (tmp_path / "ant" / name).write_bytes(b"notes")
+    source = load_source("imagefolder", {**settings, "data_path": str(tmp_path), "test_fraction": 0.0})
+    assert [image.size for image in source.train.read(np.arange(len(source.train)))] == [(4, 4)] * 4
+
+
 @pytest.mark.parametrize("test_name", ["val", "test"])
 def test_train_and_test_folders_are_splits(settings, tmp_path, make_image, test_name):
     for name in ("train/ant/1.png", "train/bee/2.png", f"{test_name}/bee/3.png", f"{test_name}/yak/4.png"):

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 
-from fedtalora_flwr.data.images import decode_image
+from fedtalora_flwr.data.images import decode_image, image_endings
 from fedtalora_flwr.data.locate import existing
 from fedtalora_flwr.data.source import NO_ROWS, DataError, Ints, Source, Split, join_classes
 
@@ -67,8 +66,8 @@ def _list_images(root: Path) -> tuple[Split, tuple[str, ...]]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """List the pictures in a folder and below it, in order of name; hidden ones are left out."""
-    endings = tuple(PIL.Image.registered_extensions())
+    """List the pictures in a folder and below it, by their endings, in order of name; hidden ones are left out."""
+    endings = image_endings()
     found: list[Path] = []
     for parent, subfolders, names in os.walk(folder, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
