@@ -254,6 +254,9 @@ def predict(
 
     Texts: .txt (a text a line), .csv, .tsv, .json, .jsonl (a column text, or the run's input-column), folders of
     these, or lines on standard input: echo "what is my balance" | fedtalora predict RUN -
+
+    An input that cannot be read is named on standard error, or is an entry with "error" in the JSON array; the others
+    are classified all the same, and the exit status is 1.
     """
     import json
 
@@ -272,12 +275,22 @@ def predict(
     )
     predictions = classify(trained, items, top=top)
     if as_json:
-        print(json.dumps([prediction.to_json() for prediction in predictions], indent=1, ensure_ascii=False))
+        found = list(predictions)
+        print(json.dumps([prediction.to_json() for prediction in found], indent=1, ensure_ascii=False))
+        if any(prediction.item.error for prediction in found):
+            raise typer.Exit(1)
         return
+    failed = False
     for prediction in predictions:
+        if prediction.item.error:
+            failed = True
+            errors.print(f"[red]error:[/red] {_escaped(prediction.item.error)}", highlight=False, soft_wrap=True)
+            continue
         ranking = [f"{name} {probability:.3f}" for name, probability in prediction.ranking]
         text = [" ".join(prediction.item.raw.split())] if isinstance(prediction.item.raw, str) else []
         print(prediction.item.name, *ranking, *text, sep="\t")
+    if failed:
+        raise typer.Exit(1)
 
 
 @cli.command()

@@ -2,6 +2,8 @@
 
 Images come as files, folders of them, or one on standard input; texts as files (a text a line, or a table with a
 text column), folders of such, or lines on standard input.
+
+A name that stands for nothing stops the whole; what is there and cannot be read is told in its place among the others.
 """
 
 import csv
@@ -13,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fedtalora_flwr.data import DataError
 from fedtalora_flwr.data.hf_rows import TEXT_COLUMNS
 from fedtalora_flwr.data.images import decode_image
 from fedtalora_flwr.data.sources.imagefolder import image_files
@@ -22,7 +25,10 @@ STDIN = "-"
 
 
 class InputError(ValueError):
-    """An input that cannot be read; the message names it and says what can."""
+    """An input that cannot be; the message names it and says what can."""
+
+
+Ranking = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,14 @@ class Item:
     name
         The file, with the number of the line or row where it holds several.
     raw
-        A PIL image or a text.
+        A PIL image or a text; None where it cannot be read.
+    error
+        Why it cannot be read, empty where it can.
     """
 
     name: str
     raw: Any
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,14 +59,16 @@ class Prediction:
     item
         The input.
     ranking
-        Class names with their probabilities in [0, 1], the likeliest first.
+        Class names with their probabilities in [0, 1], the likeliest first; empty where the item has an error.
     """
 
     item: Item
-    ranking: tuple[tuple[str, float], ...]
+    ranking: Ranking
 
     def to_json(self) -> dict[str, Any]:
-        """Give it as an object; a text is repeated, an image is not."""
+        """Give it as an object; a text is repeated, an image is not. An item that cannot be read gives its error."""
+        if self.item.error:
+            return {"input": self.item.name, "error": self.item.error}
         text = {"text": self.item.raw} if isinstance(self.item.raw, str) else {}
         classes = [{"class": name, "probability": probability} for name, probability in self.ranking]
         return {"input": self.item.name, **text, "predictions": classes}
@@ -76,15 +87,25 @@ def predict(trained: TrainedModel, items: Iterator[Item], *, top: int) -> Iterat
         Classes to name for each, at most.
     """
     while batch := list(islice(items, trained.config.eval_batch_size)):
-        scores = trained.logits(trained.encode([item.raw for item in batch]))
-        best = trained.head.probabilities(scores).topk(min(top, scores.shape[1]))
-        for item, values, columns in zip(batch, best.values.tolist(), best.indices.tolist(), strict=True):
-            names = (trained.class_names[column] for column in columns)
-            yield Prediction(item, tuple(zip(names, values, strict=True)))
+        rankings = _rankings(trained, [item.raw for item in batch if not item.error], top=top)
+        for item in batch:
+            yield Prediction(item, () if item.error else next(rankings))
+
+
+def _rankings(trained: TrainedModel, raw: Sequence[Any], *, top: int) -> Iterator[Ranking]:
+    if not raw:
+        return
+    scores = trained.logits(trained.encode(raw))
+    best = trained.head.probabilities(scores).topk(min(top, scores.shape[1]))
+    for values, columns in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        yield tuple(zip((trained.class_names[column] for column in columns), values, strict=True))
 
 
 def read_items(names: Sequence[str], *, modality: str, stdin: BinaryIO, column: str = "") -> Iterator[Item]:
     """Read inputs one by one, in the order given; those of a folder in the order of their names.
+
+    The names are looked at before the first input is read. An image that cannot be decoded, a text file that cannot be
+    read, a row without a text and an empty standard input are items with an error.
 
     Parameters
     ----------
@@ -100,23 +121,48 @@ def read_items(names: Sequence[str], *, modality: str, stdin: BinaryIO, column: 
     Raises
     ------
     InputError
-        If there is no such file, it cannot be read or is of no known kind, or a folder or standard input is empty.
-    DataError
-        If an image cannot be decoded.
+        If there is no such file, a text file is of no known kind, or a folder has none.
     """
-    for name in names:
-        if name == STDIN:
-            yield from _from_stdin(stdin, modality=modality)
-            continue
-        path = Path(name)
-        if not path.exists():
-            raise InputError(f"{name}: no such file or folder; give {_wanted(modality)}, or - for standard input")
-        files = _files_in(path, modality=modality) if path.is_dir() else [path]
-        for file in files:
-            if modality == "image":
-                yield Item(str(file), decode_image(file, where=f"image {file}"))
-            else:
-                yield from _texts_of(file, column=column)
+    found = [file for name in names for file in _files_of(name, modality=modality)]
+    return _read(found, modality=modality, stdin=stdin, column=column)
+
+
+def _files_of(name: str, *, modality: str) -> list[Path | None]:
+    """List the files that a name stands for; None is standard input."""
+    if name == STDIN:
+        return [None]
+    path = Path(name)
+    if not path.exists():
+        raise InputError(f"{name}: no such file or folder; give {_wanted(modality)}, or - for standard input")
+    if path.is_dir():
+        return [*_files_in(path, modality=modality)]
+    if modality == "text" and path.suffix.lower() not in _READERS:
+        raise InputError(
+            f"{name}: {path.suffix or 'a file without ending'} is no text format known here; convert it to one of "
+            f"{', '.join(_READERS)}, or pipe its lines into standard input (-)"
+        )
+    return [path]
+
+
+def _read(files: Sequence[Path | None], *, modality: str, stdin: BinaryIO, column: str) -> Iterator[Item]:
+    for file in files:
+        if modality == "image":
+            yield _image_of(file, stdin)
+        elif file is None:
+            yield from _lines_of(stdin)
+        else:
+            yield from _texts_of(file, column=column)
+
+
+def _image_of(file: Path | None, stdin: BinaryIO) -> Item:
+    name = STDIN if file is None else str(file)
+    content = stdin.read() if file is None else file
+    if not content:
+        return Item(name, None, "standard input is empty; pipe one image file into it")
+    try:
+        return Item(name, decode_image(content, where=f"image {file}" if file else "the image on standard input"))
+    except DataError as error:
+        return Item(name, None, str(error))
 
 
 def _wanted(modality: str) -> str:
@@ -133,44 +179,41 @@ def _files_in(folder: Path, *, modality: str) -> list[Path]:
     return files
 
 
-def _from_stdin(stdin: BinaryIO, *, modality: str) -> Iterator[Item]:
-    if modality == "image":
-        content = stdin.read()
-        if not content:
-            raise InputError("standard input is empty; pipe one image file into it")
-        yield Item(STDIN, decode_image(content, where="the image on standard input"))
-        return
+def _lines_of(stdin: BinaryIO) -> Iterator[Item]:
     empty = True
     for number, line in enumerate(stdin, start=1):
+        name = f"{STDIN}:{number}"
         try:
-            text = line.decode().strip()
+            item = Item(name, line.decode().strip())
         except UnicodeDecodeError as error:
-            raise InputError(f"line {number} of standard input is not UTF-8 ({error}); convert it first") from error
-        if text:
+            reason = f"line {number} of standard input is not UTF-8 ({error}); convert it first"
+            item = Item(name, None, reason)
+        if item.raw or item.error:
             empty = False
-            yield Item(f"{STDIN}:{number}", text)
+            yield item
     if empty:
-        raise InputError("standard input is empty; pipe texts into it, one a line")
+        yield Item(STDIN, None, "standard input is empty; pipe texts into it, one a line")
 
 
 def _texts_of(file: Path, *, column: str) -> Iterator[Item]:
-    read = _READERS.get(file.suffix.lower())
-    if read is None:
-        raise InputError(
-            f"{file}: {file.suffix or 'a file without ending'} is no text format known here; convert it to one of "
-            f"{', '.join(_READERS)}, or pipe its lines into standard input (-)"
-        )
     try:
-        content = file.read_text(encoding="utf-8-sig")
-        rows = list(read(content))
-    except (UnicodeDecodeError, csv.Error, ValueError) as error:
-        raise InputError(
-            f"{file} cannot be read as {file.suffix}: {error}; save it as UTF-8 and check its end"
-        ) from error
-    for number, row in rows:
-        text = row if isinstance(row, str) else _column_of(row, column=column, where=f"{file}:{number}")
-        if text.strip():
-            yield Item(f"{file}:{number}", text.strip())
+        rows = list(_READERS[file.suffix.lower()](file.read_text(encoding="utf-8-sig")))
+    except (OSError, csv.Error, ValueError) as error:
+        reason = f"{file} cannot be read as {file.suffix}: {error}; save it as UTF-8 and check its end"
+        yield Item(str(file), None, reason)
+        return
+    items = [_text_item(row, column=column, name=f"{file}:{number}") for number, row in rows]
+    items = [item for item in items if item.raw or item.error]
+    # Where no row has a text, the table's columns are at fault, which is said once.
+    yield from items[:1] if all(item.error for item in items) else items
+
+
+def _text_item(row: Any, *, column: str, name: str) -> Item:
+    try:
+        text = row if isinstance(row, str) else _column_of(row, column=column, where=name)
+    except InputError as error:
+        return Item(name, None, str(error))
+    return Item(name, text.strip())
 
 
 def _column_of(row: Any, *, column: str, where: str) -> str:

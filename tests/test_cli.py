@@ -213,6 +213,19 @@ def test_predict_prints_a_line_for_each_input_or_one_json_array(fedtalora, text_
     assert (status, out) == (2, "") and "error: said.docx: no such file or folder" in err
 
 
+def test_predict_names_what_it_cannot_read_classifies_the_rest_and_exits_with_1(fedtalora, text_run, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.json").write_text("[1")
+    (tmp_path / "texts" / "b.txt").write_text("where is the door\n")
+    status, out, err = fedtalora("predict", str(text_run), "texts")
+    assert status == 1 and out.startswith("texts/b.txt:1\t") and out.count("\n") == 1
+    assert "error: texts/a.json cannot be read as .json" in err
+    status, out, _ = fedtalora("predict", str(text_run), "texts", "--json")
+    broken, good = json.loads(out)
+    assert status == 1 and broken["input"] == "texts/a.json" and "cannot be read as .json" in broken["error"]
+    assert good["input"] == "texts/b.txt:1" and len(good["predictions"]) == 3
+
+
 def test_an_error_is_shown_in_full_where_a_traceback_is_asked_for(monkeypatch):
     monkeypatch.setenv("FEDTALORA_TRACEBACK", "1")
     monkeypatch.setattr(sys, "argv", ["fedtalora", "report", "nothing"])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -10,7 +11,6 @@ import torch
 from PIL import Image
 
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.data import DataError
 from fedtalora_flwr.heads import resolve
 from fedtalora_flwr.predict import InputError, predict, read_items
 from fedtalora_flwr.resident import data_of
@@ -115,29 +115,75 @@ def test_standard_input_holds_a_text_a_line_or_one_image():
         ("no", None, "image", r"no: no such file or folder; give image files, or - for"),
         ("a.docx", "x", "text", r"a\.docx: \.docx is no text format known here; convert it to one of \.txt, \.jsonl"),
         ("LICENSE", "x", "text", r"LICENSE: a file without ending is no text format"),
+    ],
+)
+def test_a_name_that_stands_for_nothing_is_refused_before_anything_is_read(tmp_path, name, content, modality, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    (tmp_path / "empty").mkdir()
+    for wrong, reason in ((name, message), ("empty", f"empty holds no {modality} files")):
+        with pytest.raises(InputError, match=reason):
+            read_items(["-", str(tmp_path / wrong)], modality=modality, stdin=io.BytesIO(b"on"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "modality", "message"),
+    [
         ("a.json", "[1", "text", r"a\.json cannot be read as \.json: "),
         ("a.json", '{"a": 1}', "text", r"must hold a list of texts or of objects, got dict"),
-        ("a.csv", "id,wort\n1,an\n", "text", r"a\.csv:1 has no text column \(looked for text, .*only id, wort"),
+        ("a.csv", "id,wort\n1,an\n2,aus\n", "text", r"a\.csv:1 has no text column \(looked for text, .*only id, wort"),
         ("a.txt", b"\xff\xfe\x00", "text", r"a\.txt cannot be read as \.txt: .*UTF-8"),
         ("a.png", "no picture", "image", r"image .*a\.png cannot be decoded as an image"),
     ],
 )
-def test_an_input_that_cannot_be_read_is_named_with_what_to_do(tmp_path, name, content, modality, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises((InputError, DataError), match=message):
-        items(tmp_path / name, modality=modality)
+def test_a_file_that_cannot_be_read_is_one_item_that_says_what_to_do(tmp_path, name, content, modality, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (item,) = items(tmp_path / name, modality=modality)
+    assert item.raw is None and re.search(message, item.error)
 
 
-def test_an_empty_folder_and_an_empty_standard_input_are_told(tmp_path):
-    with pytest.raises(InputError, match="holds no image files; give a folder that does"):
-        items(tmp_path, modality="image")
-    with pytest.raises(InputError, match="standard input is empty; pipe one image file into it"):
-        items("-", modality="image")
-    with pytest.raises(InputError, match="standard input is empty; pipe texts into it, one a line"):
-        items("-", stdin=b"\n \n")
-    with pytest.raises(InputError, match="line 2 of standard input is not UTF-8"):
-        items("-", stdin=b"on\n\xff\n")
+def test_a_row_without_a_text_is_told_among_the_others(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "on"}\n{"label": 3}\n"off"\n')
+    found = items(tmp_path / "a.jsonl")
+    assert [item.raw for item in found] == ["on", None, "off"]
+    assert "a.jsonl:2 has no text column" in found[1].error
+
+
+def test_standard_input_that_is_empty_or_not_utf8_is_told():
+    assert items("-", modality="image")[0].error == "standard input is empty; pipe one image file into it"
+    assert items("-", stdin=b"\n \n")[0].error == "standard input is empty; pipe texts into it, one a line"
+    assert items("-", modality="image", stdin=b"x")[0].error.startswith("the image on standard input cannot be decoded")
+    first, second = items("-", stdin=b"on\n\xff\n")
+    assert first.raw == "on" and "line 2 of standard input is not UTF-8" in second.error
+
+
+def test_a_broken_picture_in_a_folder_is_told_in_its_place_and_the_others_are_classified(
+    digits_run, digits_folder, tmp_path
+):
+    shutil.copytree(digits_folder, tmp_path / "scans")
+    (tmp_path / "scans" / "1.png").write_bytes((digits_folder / "1.png").read_bytes()[:40])
+    Image.new("I;16", (8, 8), 300).save(tmp_path / "scans" / "deep.png")
+    (tmp_path / "scans" / "notes.pdf").write_bytes(b"%PDF-1.4")
+    trained = open_trained(digits_run, device="cpu")
+    found = [
+        prediction.to_json()
+        for prediction in predict(trained, iter(items(tmp_path / "scans", modality="image")), top=1)
+    ]
+    assert [entry["input"].rpartition("/")[2] for entry in found] == [
+        "0.png",
+        "1.png",
+        "2.png",
+        "3.png",
+        "deep.png",
+        "4.png",
+        "5.png",
+    ]
+    broken = {number: entry["error"] for number, entry in enumerate(found) if "error" in entry}
+    assert sorted(broken) == [1, 4] and set(found[1]) == {"input", "error"}
+    assert "1.png cannot be decoded as an image" in broken[1] and "deep.png has image mode I;16" in broken[4]
+    wanted = predict(trained, iter(items(digits_folder, modality="image")), top=1)
+    best = [prediction.ranking[0][0] for prediction in wanted]
+    assert [entry["predictions"][0]["class"] for entry in found if "error" not in entry] == best[:1] + best[2:]
 
 
 def test_a_prediction_as_json_repeats_a_text_and_no_image(text_run, digits_run, digits_folder):
