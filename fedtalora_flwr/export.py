@@ -5,7 +5,8 @@ untouched backbone and writes the change as LoRA factors: the run's own pair, fo
 residual R has, so that the adapter is exact, at the price of its size.
 
 Every folder holds ``load.py``, a program that needs no fedtalora. An export is only put in place after that very
-program has given the run's logits on random inputs.
+program has given the run's logits on random inputs, to 1e-5, or 1e-5 of the largest logit where that is above 1: the
+computing is float32's, whose rounding grows with what is rounded.
 """
 
 import json
@@ -28,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedtalora_flwr import __version__, backbones
+from fedtalora_flwr.aggregation import Place, place_name
 from fedtalora_flwr.backbones import Backbone
 from fedtalora_flwr.change import Change, changes_of
 from fedtalora_flwr.checkpoint import write_text
@@ -37,7 +39,7 @@ from fedtalora_flwr.words import human_bytes
 
 KINDS = ("merged", "peft")
 NUM_PROBES = 200
-_TOLERANCE = 1e-5  # largest difference of a logit, relative where logits are above 1
+_TOLERANCE = 1e-5  # largest difference of a logit, as a share of the largest logit where that is above 1
 _FACTS = "fedtalora.json"
 
 
@@ -57,16 +59,17 @@ class Exported:
         How far the run had come.
     logit_difference
         Largest absolute difference between a logit of the export and of the run, over random inputs.
+    largest_logit
+        Of the run's on those inputs, by size.
     """
 
     folder: Path
     standing: str
     logit_difference: float
+    largest_logit: float
 
 
-def export(
-    run: Path, *, to: str, target: Path | None = None, force: bool = False, cluster: int | None = None
-) -> Exported:
+def export(run: Path, *, to: str, target: Path | None = None, force: bool = False, place: Place = None) -> Exported:
     """Write the model of a run for use without fedtalora.
 
     Parameters
@@ -79,8 +82,8 @@ def export(
         Folder to write, by default ``<run>/export/<to>``. It appears whole or not at all.
     force
         Replace an earlier export.
-    cluster
-        Of a run with clusters, the one whose model is written.
+    place
+        Of a run over slots, the cluster or slot whose model is written.
 
     Raises
     ------
@@ -94,7 +97,7 @@ def export(
         raise ExportError(f"an export is one of {', '.join(KINDS)}, got {to!r}")
     folder = (target or run / "export" / to).absolute()
     _check_target(folder, force=force)
-    trained = open_trained(run, device="cpu", cluster=cluster)
+    trained = open_trained(run, device="cpu", place=place)
     if trained.routes is not None:
         raise ExportError(f"{run} has {len(trained.routes.states)} models, one a cluster; export one by --cluster N")
     changes = changes_of(trained.model, trained.state)
@@ -104,14 +107,15 @@ def export(
         facts = _write_model(part, trained, changes, to=to)
         write_text(part / _FACTS, json.dumps(facts, indent=1) + "\n")
         write_text(part / "load.py", _filled(f"load_{facts['modality']}.py.j2", **facts))
-        difference = _logit_difference(part, trained)
+        difference, largest = _logit_difference(part, trained)
         weights = sum(path.stat().st_size for path in part.rglob("*.safetensors"))
-        card = _filled("export_card.md.j2", **facts, logit_difference=difference, size=human_bytes(weights))
+        measured = {"logit_difference": difference, "largest_logit": largest}
+        card = _filled("export_card.md.j2", **facts, **measured, size=human_bytes(weights))
         write_text(part / "README.md", card)
         for path in part.rglob("*.safetensors"):  # written for their owner alone, whatever the umask
             path.chmod((part / "README.md").stat().st_mode)
-        write_text(part / _FACTS, json.dumps({**facts, "logit_difference": difference}, indent=1) + "\n")
-    return Exported(folder, trained.standing, difference)
+        write_text(part / _FACTS, json.dumps({**facts, **measured}, indent=1) + "\n")
+    return Exported(folder, trained.standing, difference, largest)
 
 
 def _write_model(folder: Path, trained: TrainedModel, changes: dict[str, Change], *, to: str) -> dict[str, Any]:
@@ -127,7 +131,7 @@ def _write_model(folder: Path, trained: TrainedModel, changes: dict[str, Change]
         "server_round": trained.server_round,
         "finished": trained.server_round >= trained.num_rounds,
         "method": config.method,
-        "residual": config.residual,
+        "place": "" if trained.place is None else place_name(trained.place),
         "dataset": config.dataset,
         "backbone": config.backbone,
         "modality": backbone.modality,
@@ -142,7 +146,7 @@ def _write_model(folder: Path, trained: TrainedModel, changes: dict[str, Change]
     if to == "merged":
         facts["head_inside"] = _write_merged(folder, untouched, changes, head=head, class_names=trained.class_names)
     else:
-        facts |= _write_adapter(folder, untouched, changes, rank=config.rank)
+        facts |= _write_adapter(folder, untouched, changes)
         facts["head_inside"] = False
     if not facts["head_inside"]:
         save_file(head, folder / "head.safetensors")
@@ -174,12 +178,12 @@ def _write_merged(
     return backbone.save(folder, class_names=class_names, rows=None if "projection" in head else head)
 
 
-def _write_adapter(folder: Path, backbone: Backbone, changes: dict[str, Change], *, rank: int) -> dict[str, Any]:
+def _write_adapter(folder: Path, backbone: Backbone, changes: dict[str, Change]) -> dict[str, Any]:
     """Write a PEFT adapter, and the untouched backbone beside it where no hub has that."""
     pairs = {name: change.as_factors() for name, change in changes.items()}
     ranks = {name: pair.rank for name, pair in pairs.items()}
     LoraConfig(
-        r=rank,
+        r=min(ranks.values()),  # a default that stands for no layer: the pattern names all
         target_modules=list(pairs),
         rank_pattern=ranks,
         alpha_pattern={name: pair.scaling * pair.rank for name, pair in pairs.items()},
@@ -191,28 +195,29 @@ def _write_adapter(folder: Path, backbone: Backbone, changes: dict[str, Change],
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "adapter_model.safetensors")
     if backbone.hub_name is None:
         backbone.save(folder / "base")
-    trained_rank = {name: change.factors.rank for name, change in changes.items()}
+    trained_ranks = {name: change.factors.rank for name, change in changes.items()}
     return {
         "base": backbone.hub_name,
-        "rank": rank,
         "ranks": ranks,
-        "extra_ranks": [ranks[name] - trained_rank[name] for name in ranks],
+        "trained_ranks": trained_ranks,
+        "extra_ranks": [ranks[name] - trained_ranks[name] for name in ranks],
     }
 
 
-def _logit_difference(folder: Path, trained: TrainedModel) -> float:
-    """Compare the logits of the folder's own ``load.py`` with the run's on random inputs."""
+def _logit_difference(folder: Path, trained: TrainedModel) -> tuple[float, float]:
+    """Compare the logits of the folder's own ``load.py`` with the run's on random inputs; also give their largest."""
     inputs = _probes(trained)
     wanted = trained.logits(trained.encode(inputs))
     found = runpy.run_path(str(folder / "load.py"))["logits"](inputs)
     difference = float((found - wanted).abs().max())
-    allowed = _TOLERANCE * max(1.0, float(wanted.abs().max()))
+    largest = float(wanted.abs().max())
+    allowed = _TOLERANCE * max(1.0, largest)
     if not difference <= allowed:
         raise ExportError(
             f"the exported model's logits differ from the run's by up to {difference:.1e}, allowed is {allowed:.1e}; "
             f"nothing was written. A head whose lift is no projection cannot be exported; please report any other case"
         )
-    return difference
+    return difference, largest
 
 
 def _probes(trained: TrainedModel) -> list[Any]:

@@ -1,6 +1,6 @@
 """The model that a run has come to: read from its folder, finished or not, and ready to score inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedtalora_flwr import checkpoint, heads
-from fedtalora_flwr.aggregation import GlobalState
+from fedtalora_flwr.aggregation import GlobalState, Place, place_name
 from fedtalora_flwr.checkpoint import Checkpoint
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import Source, Split
@@ -64,6 +64,8 @@ class TrainedModel:
         Class ids that the classifier knows so far, sorted; logits have one column each.
     routes
         Of a run with clusters: each input goes to one of them, and is compared with the classes of that one alone.
+    place
+        Whose model it is in a run over slots, where one was asked for.
     """
 
     record: RunRecord
@@ -75,6 +77,7 @@ class TrainedModel:
     classifier: Classifier
     classes: tuple[int, ...]
     routes: Routes | None = None
+    place: Place = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -153,7 +156,7 @@ class TrainedModel:
         return torch.cat(scores)
 
 
-def open_trained(run: Path, *, device: str = "auto", cluster: int | None = None) -> TrainedModel:
+def open_trained(run: Path, *, device: str = "auto", place: Place = None) -> TrainedModel:
     """Read the model of a run folder; the run's data are not needed.
 
     Parameters
@@ -162,8 +165,9 @@ def open_trained(run: Path, *, device: str = "auto", cluster: int | None = None)
         The folder.
     device
         As the setting of that name.
-    cluster
-        Of a run with clusters, the one that is wanted; None: all of them, and a router before them.
+    place
+        Of a run over slots, the cluster, or the slot that goes its own way, whose model is wanted; None: all clusters,
+        and a router before them.
 
     Raises
     ------
@@ -177,8 +181,8 @@ def open_trained(run: Path, *, device: str = "auto", cluster: int | None = None)
         raise TrainedModelError(f"{run} has no manifest.json, the run stopped before its first round; resume it")
     config = replace(RunConfig.parse(record.config), device=device)
     point = checkpoint.load(record.path / "checkpoint")
-    if point.clustered is not None or cluster is not None:
-        return _open_clustered(record, config, point, cluster=cluster)
+    if point.clustered is not None or place is not None:
+        return _open_clustered(record, config, point, place=place)
     head = heads.resolve(config.head, asdict(config))
     classes = _known_classes(record, config, server_round=point.server_round, whole_tasks=head.collects_sums)
     if not classes:
@@ -200,31 +204,34 @@ def open_trained(run: Path, *, device: str = "auto", cluster: int | None = None)
     )
 
 
-def _open_clustered(record: RunRecord, config: RunConfig, point: Checkpoint, *, cluster: int | None) -> TrainedModel:
-    clusters = dict(point.clustered.clusters) if point.clustered is not None else {}
-    if cluster is not None and cluster not in clusters:
-        raise TrainedModelError(f"{record.path} has no cluster {cluster}; it has {sorted(clusters) or 'none'}")
-    if not clusters:
-        raise TrainedModelError(f"{record.path}: every slot has trained for itself, there is no model for all")
-    if cluster is None and point.routes is None:
+def _open_clustered(record: RunRecord, config: RunConfig, point: Checkpoint, *, place: Place) -> TrainedModel:
+    there = point.clustered.states() if point.clustered is not None else {}
+    clusters = point.clustered.clusters if point.clustered is not None else {}
+    if place is not None and place not in there:
+        raise TrainedModelError(f"{record.path} has no {place_name(place)}; it has {_listed(there) or 'one model'}")
+    if place is None and not clusters:
+        raise TrainedModelError(
+            f"{record.path}: every slot has trained for itself, there is no model for all; name one by --slot "
+            f"CLIENT:NUMBER, of {_listed(there)}"
+        )
+    if place is None and point.routes is None:
         raise TrainedModelError(
             f"{record.path} stopped after round {point.server_round}, before its last, at whose end it learns to tell "
-            f"the clusters {sorted(clusters)} apart; name one, or go on with: fedtalora run --resume {record.path}"
+            f"the clusters {sorted(clusters)} apart; name one by --cluster N, or go on with: "
+            f"fedtalora run --resume {record.path}"
         )
-    head, routes = heads.resolve(config.head, asdict(config)), None
-    state = point.state if cluster is None else clusters[cluster]
-    if cluster is None and point.routes is not None:
-        states = tuple(one for _, one in sorted(clusters.items()))
-        routes = Routes(router(config).classifier({}, point.routes), states)
-        classes = sorted({class_id for one in states for class_id in trained_classes(one.head)})
-    else:
-        classes = trained_classes(state.head)
-    asked = clusters if cluster is None else {cluster: state}
-    if blank := [number for number, one in sorted(asked.items()) if not trained_classes(one.head)]:
+    asked: dict[Place, GlobalState] = {place: there[place]} if place is not None else dict(sorted(clusters.items()))
+    if blank := {one: state for one, state in asked.items() if not trained_classes(state.head)}:
         raise TrainedModelError(
-            f"{record.path}: clusters {blank} have not trained the row of any class, so that they cannot classify; "
+            f"{record.path}: {_listed(blank)} have not trained the row of any class, so that they cannot classify; "
             "train on tasks of at least two classes, with head-learning-rate above 0"
         )
+    classes = sorted({class_id for state in asked.values() for class_id in trained_classes(state.head)})
+    head, state, routes = heads.resolve(config.head, asdict(config)), point.state, None
+    if place is not None:
+        state = there[place]
+    elif point.routes is not None:
+        routes = Routes(router(config).classifier({}, point.routes), tuple(asked.values()))
     model = build_model(config)
     model.load(state.adapters, state.residual)
     return TrainedModel(
@@ -237,7 +244,14 @@ def _open_clustered(record: RunRecord, config: RunConfig, point: Checkpoint, *, 
         classifier=Classifier(state.head),
         classes=tuple(classes),
         routes=routes,
+        place=place,
     )
+
+
+def _listed(places: Collection[Place]) -> str:
+    """Name the first of some clusters and slots."""
+    first = [place_name(place) for place in list(places)[:6] if place is not None]
+    return ", ".join(first + ["..."] * (len(places) > len(first)))
 
 
 def _known_classes(record: RunRecord, config: RunConfig, *, server_round: int, whole_tasks: bool) -> tuple[int, ...]:

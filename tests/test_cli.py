@@ -197,6 +197,15 @@ def test_export_prints_what_it_measured_and_refuses_with_status_2(fedtalora, tim
     assert fedtalora("export", str(timm_run))[0] == 2
 
 
+@pytest.mark.parametrize(("command", "rest"), [("export", ["--to", "merged", "--out", "model"]), ("predict", ["-"])])
+def test_the_model_of_a_slot_is_asked_for_by_client_and_number(fedtalora, timm_run, command, rest):
+    for options in (["--slot", "first"], ["--slot", "0:1", "--cluster", "2"]):
+        status, _, err = fedtalora(command, str(timm_run), *rest, *options)
+        assert status == 2 and "--slot takes CLIENT:NUMBER, as 0:1, and no --cluster beside it; got" in err
+    status, _, err = fedtalora(command, str(timm_run), *rest, "--slot", "0:1")
+    assert status == 2 and "has no slot 0:1; it has one model" in err
+
+
 def test_predict_prints_a_line_for_each_input_or_one_json_array(fedtalora, text_run, tmp_path):
     (tmp_path / "said.txt").write_text("switch the lamp on\nwhere is the door\n")
     status, out, _ = fedtalora("predict", str(text_run), "said.txt", "--top", "2")

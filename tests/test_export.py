@@ -15,19 +15,22 @@ import numpy as np
 import pytest
 import timm
 import torch
-from local_grid import tiny_run
+from local_grid import defaults, run_server, tiny_run
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.models import register_model
 
 from client_app.app import app as run_client
-from fedtalora_flwr import checkpoint, heads
+from fedtalora_flwr import aggregation, checkpoint, heads
+from fedtalora_flwr.aggregation import SlotAggregator
 from fedtalora_flwr.backbones.images import ImageBackbone
 from fedtalora_flwr.change import Change
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data.images import CONVERTIBLE
 from fedtalora_flwr.export import Exported, ExportError, export
-from fedtalora_flwr.resident import data_of, model_of
+from fedtalora_flwr.resident import build_model, data_of, model_of
+from fedtalora_flwr.trained import open_trained
 from server_app.strategy import RunFailed
 
 ROOT = Path(__file__).parents[1]
@@ -39,8 +42,7 @@ def exported(request, tmp_path_factory):
 
     @cache
     def once(name: str, to: str) -> Exported:
-        target = tmp_path_factory.mktemp("exports") / "runs" / "digits" / "export" / to
-        return export(request.getfixturevalue(name), to=to, target=target)
+        return export(request.getfixturevalue(name), to=to, target=tmp_path_factory.mktemp("exports") / to)
 
     return once
 
@@ -68,6 +70,64 @@ def test_an_export_gives_the_logits_of_its_run_on_two_hundred_samples(name, to, 
     assert done.logit_difference < 1e-5
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     assert wanted.std() > 1e-3  # a model that says nothing would pass
+
+
+@pytest.fixture
+def few_probes(monkeypatch):
+    """Compare fewer random inputs than an export does, for tests that compare inputs of their own."""
+    monkeypatch.setattr("fedtalora_flwr.export.NUM_PROBES", 10)
+
+
+@pytest.mark.parametrize("method", aggregation.available())
+def test_the_model_of_every_method_is_exported_as_both_kinds(method, timm_run, few_probes, tmp_path):
+    vit = {key: json.loads((timm_run / "config.json").read_text())[key] for key in ("backbone", "backbone-checkpoint")}
+    aggregator = aggregation.resolve(method)
+    tasks = 0 if isinstance(aggregator, SlotAggregator) else 1  # over slots, all of them at once
+    small = {"num_clients": 2, "max_per_class": 4, "stop_after_task": tasks, "rounds_per_task": 2, "head": "linear"}
+    run = tiny_run(tmp_path / "run", method=method, lora_targets="v,fc2", **small, **vit)
+    clustered = checkpoint.load(run / "checkpoint").clustered
+    place = None if clustered is None else next(iter(clustered.states()))
+    trained = open_trained(run, device="cpu", place=place)
+    data, untouched = data_of(trained.config), build_model(trained.config).eval()
+    rows = np.arange(12)
+    inputs = trained.model.backbone.encode(data.source.train, rows, source=data.source)
+    wanted = trained.logits(inputs)
+    with torch.inference_mode():
+        still = trained.classifier.logits(untouched.backbone(inputs), torch.tensor(trained.classes))
+    assert (still - wanted).abs().max() > 1e-3  # what was trained matters for what is compared
+    for to in ("merged", "peft"):
+        folder = export(run, to=to, place=place).folder
+        found = runpy.run_path(str(folder / "load.py"))["logits"](data.source.train.read(rows))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max())))
+    facts, card = json.loads((folder / "fedtalora.json").read_text()), (folder / "README.md").read_text()
+    ranks = (64, 192) if aggregator.dense else (4, 4)  # of `full`: d_in
+    assert facts["trained_ranks"] == {"blocks.5.attn.qkv": ranks[0], "blocks.5.mlp.fc2": ranks[1]}
+    assert f"the first\n{'64 or 192' if aggregator.dense else 4} rows are the run's own" in card
+
+
+def test_a_swin_with_lora_is_exported_as_both_kinds(few_probes, tmp_path):
+    @register_model
+    def small_swin(**arguments):
+        sizes = {"embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2), "img_size": 56}
+        return timm.create_model("swin_tiny_patch4_window7_224", **sizes, **arguments)
+
+    torch.manual_seed(2)
+    save_file(timm.create_model("small_swin", num_classes=0).state_dict(), tmp_path / "weights.safetensors")
+    run = tiny_run(
+        tmp_path / "run",
+        backbone="timm:small_swin",
+        backbone_checkpoint=str(tmp_path / "weights.safetensors"),
+        lora_blocks="all",
+        head="linear",
+        stop_after_task=1,
+    )
+    raw, wanted = logits_of_run(run, 12)
+    for to in ("merged", "peft"):
+        found = runpy.run_path(str(export(run, to=to).folder / "load.py"))["logits"](raw)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max())))
+    assert (
+        len(load_file(run / "export" / "peft" / "adapter_model.safetensors")) == 2 * 2 * 4
+    )  # blocks, qkv proj fc1 fc2
 
 
 def test_lora_and_residual_matter_for_the_logits_that_are_compared(timm_run, exported, tmp_path):
@@ -135,6 +195,9 @@ def test_the_card_tells_the_residual_the_measured_difference_and_the_head(export
     assert facts["finished"] and facts["logit_difference"] == done.logit_difference
     config = json.loads((done.folder / "adapter_config.json").read_text())
     assert config["rank_pattern"] == facts["ranks"] and min(facts["extra_ranks"]) > 0
+    assert (
+        set(facts["trained_ranks"].values()) == {2 * 4} and "the first\n8 rows are the run's own pair" in card
+    )  # q, v
     assert str(ROOT) not in card + json.dumps(config)
 
 
@@ -148,11 +211,55 @@ def run_alone(code: str, *arguments: str, folder: Path) -> str:
     return done.stdout
 
 
-def test_the_snippet_of_the_readme_needs_only_timm_and_classifies(exported):
-    section = (ROOT / "README.md").read_text().split("## Use the model")[1]
-    snippet = textwrap.dedent(re.search(r" *```python\n(.*?)```", section, re.S)[1])
-    printed = run_alone(snippet, folder=exported("timm_run", "merged").folder.parents[3])
+def snippet_of_readme(word: str) -> str:
+    """Give the README's Python example in which a word stands."""
+    section = (ROOT / "README.md").read_text().split("## Use the model")[1].split("\n## ")[0]
+    (found,) = (code for code in re.findall(r" *```python\n(.*?)```", section, re.S) if word in code)
+    return textwrap.dedent(found)
+
+
+def in_place_of(name: str, folder: Path, tmp_path: Path) -> Path:
+    """Put an export where the README's examples look for one, below the folder that is given back."""
+    shutil.copytree(folder, tmp_path / "runs" / name / "export" / "merged")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def default_run(tmp_path_factory):
+    """The demo's run, but for fewer examples and tasks: its model has every default."""
+    out = tmp_path_factory.mktemp("default") / "run"
+    run_server(defaults() | {"out": str(out), "max-per-class": 8, "stop-after-task": 1})
+    return out
+
+
+def test_the_readmes_load_py_snippet_fits_the_export_of_a_run_with_the_default_model(default_run, exported, tmp_path):
+    folder = exported("default_run", "merged").folder
+    assert "label_names" not in json.loads((folder / "config.json").read_text())  # its outputs are no classes
+    (image, *_), wanted = logits_of_run(default_run, 1)
+    image.save(tmp_path / "scan.png")
+    printed = run_alone(snippet_of_readme("runpy"), folder=in_place_of("digits", folder, tmp_path))
+    assert printed.strip() == json.loads((folder / "fedtalora.json").read_text())["class_names"][int(wanted.argmax())]
+
+
+def test_the_readmes_timm_snippet_classifies_by_a_linear_head(timm_run, exported, tmp_path):
+    folder = exported("timm_run", "merged").folder
+    code = snippet_of_readme("label_names") + "assert model(images).shape == (1, 10)"
+    printed = run_alone(code, folder=in_place_of("digits", folder, tmp_path))
     assert printed.strip() in [str(digit) for digit in range(10)]
+
+
+def test_the_readmes_transformers_snippet_gives_the_runs_own_logits(small_bert, text_run, tmp_path):
+    settings = json.loads((text_run / "config.json").read_text())
+    same = {"dataset": "text", "data_path": settings["data-path"], "backbone": f"hf:{small_bert}"}
+    run = tiny_run(tmp_path / "run", **same, head="ridge", stop_after_task=1, rounds_per_task=1)
+    trained = open_trained(run, device="cpu")
+    wanted = trained.logits(trained.encode(["what is my balance"]))
+    folder = export(run, to="merged").folder
+    code = snippet_of_readme("transformers")
+    code += 'print(F.linear(features, head["weight"], head["bias"]).tolist())'
+    name, found = run_alone(code, folder=in_place_of("clinc150", folder, tmp_path)).splitlines()
+    assert name == trained.class_names[int(wanted.argmax())]
+    torch.testing.assert_close(torch.tensor(json.loads(found)), wanted, rtol=0, atol=1e-5)
 
 
 def test_load_py_classifies_texts_without_fedtalora_and_peft(exported):

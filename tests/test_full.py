@@ -2,11 +2,19 @@
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.export import export
+from fedtalora_flwr.resident import data_of
+from fedtalora_flwr.trained import open_trained
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("FEDTALORA_DATA", ROOT.parent / "shared" / "data"))
@@ -30,6 +38,45 @@ def needs(name: str) -> None:
 def test_demo_learns_all_ten_digits(tmp_path):
     metrics = finished(tmp_path / "run")
     assert metrics["faa"] > 0.85
+
+
+def test_the_readmes_snippet_classifies_with_the_export_of_the_demos_run_as_it_is(tmp_path):
+    finished(tmp_path / "runs" / "digits", "--engine", "process")
+    trained = open_trained(export(tmp_path / "runs" / "digits", to="merged").folder.parents[1], device="cpu")
+    snippet = re.search(r"```python\n(import runpy.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    for row, image in enumerate(data_of(trained.config).source.test.read(np.arange(5))):
+        image.save(tmp_path / "scan.png")
+        code = "import sys; sys.modules['fedtalora_flwr'] = None\n" + snippet
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        wanted = trained.class_names[int(trained.logits(trained.encode([image])).argmax())]
+        assert done.stdout.strip() == wanted, (row, done.stderr)
+
+
+@pytest.mark.parametrize("name", ["clinc150", "tiny-imagenet"])
+def test_exports_give_the_logits_of_a_real_run_on_two_hundred_real_test_samples(name, tmp_path, monkeypatch):
+    needs(name)
+    monkeypatch.setenv("FEDTALORA_DATA", str(DATA))
+    short = ["--set", "stop-after-task=2", "--set", "max-per-class=20", "--engine", "process"]
+    finished(tmp_path / "run", "--preset", name, *short)
+    worst = export_differences(tmp_path / "run")
+    print(f"{name}: largest difference of a logit {worst}")  # shown by pytest -s
+    assert max(worst.values()) <= 1e-5
+
+
+def export_differences(run: Path) -> dict[str, float]:
+    """Export a run as both kinds; the largest difference of a logit on test samples of the classes it knows."""
+    trained = open_trained(run, device="cpu")
+    config = RunConfig.parse(json.loads((run / "config.json").read_text()))
+    test = data_of(config).source.test
+    known = np.flatnonzero(np.isin(test.labels, trained.classes))
+    raw = test.read(known[np.linspace(0, len(known) - 1, 200).astype(int)])
+    wanted = trained.logits(trained.encode(raw))
+    assert wanted.abs().max() > 0.1
+    differences = {}
+    for to in ("merged", "peft"):
+        logits = runpy.run_path(str(export(run, to=to).folder / "load.py"))["logits"]
+        differences[to] = float((logits(raw) - wanted).abs().max())
+    return differences
 
 
 def test_clinc150_ends_above_a_frozen_encoder_with_a_plain_ridge_head(tmp_path):

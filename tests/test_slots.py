@@ -356,20 +356,34 @@ def test_run_whose_class_rows_never_move_completes_and_says_why_it_cannot_predic
     assert not line["failures"] and line["accuracy_routed"] == 0
     cluster = min(clustered(tmp_path).clusters)
     for asked in (None, cluster):
-        with pytest.raises(TrainedModelError, match=rf"clusters \[{cluster}.*have not trained the row of any class"):
-            open_trained(tmp_path, device="cpu", cluster=asked)
+        with pytest.raises(TrainedModelError, match=rf"cluster {cluster}.* have not trained the row of any class"):
+            open_trained(tmp_path, device="cpu", place=asked)
 
 
 def test_each_cluster_can_be_exported_and_all_together_cannot(undisturbed, alone, tmp_path):
     cluster = min(clustered(undisturbed).clusters)
-    done = export(undisturbed, to="merged", target=tmp_path / "out", cluster=cluster)
+    done = export(undisturbed, to="merged", target=tmp_path / "out", place=cluster)
     assert done.logit_difference < 1e-5
     with pytest.raises(ExportError, match="models, one a cluster; export one by --cluster N"):
         export(undisturbed, to="merged", target=tmp_path / "all")
-    with pytest.raises(TrainedModelError, match=r"has no cluster 99; it has \["):
-        open_trained(undisturbed, cluster=99)
-    with pytest.raises(TrainedModelError, match="every slot has trained for itself, there is no model for all"):
+    with pytest.raises(TrainedModelError, match=r"has no cluster 99; it has cluster \d"):
+        open_trained(undisturbed, place=99)
+    with pytest.raises(TrainedModelError, match=r"has no slot 9:0; it has slot 0:0, slot 0:1, slot 1:0"):
+        open_trained(alone, place=Slot(9, 0))
+    with pytest.raises(TrainedModelError, match=r"no model for all; name one by --slot CLIENT:NUMBER, of slot 0:0, "):
         open_trained(alone)
+
+
+def test_a_slots_own_model_scores_the_classes_of_its_task(alone):
+    slot, state = min(clustered(alone).own.items())
+    trained, manifest = open_trained(alone, device="cpu", place=slot), read(alone, "manifest.json")
+    assert set(trained.classes) <= set(manifest["tasks"][manifest["slots"][slot.partition_id][slot.number]])
+    config, examples = configured(alone), test_examples(configured(alone), task_id=0)
+    model = model_of(config)
+    model.load(state.adapters, state.residual)
+    with torch.inference_mode():
+        wanted = Classifier(state.head).logits(model.eval().backbone(examples.inputs), torch.tensor(trained.classes))
+    torch.testing.assert_close(trained.logits(examples.inputs), wanted)
 
 
 def test_report_shows_the_clusters_of_every_round(undisturbed, tmp_path):

@@ -5,7 +5,14 @@ from typing import Any
 from fedtalora_flwr import registry
 from fedtalora_flwr.aggregation.base import FACTORS, Aggregator, ClientUpdate, GlobalState, LoraFactors, Method
 from fedtalora_flwr.aggregation.intake import BadUpdate, check_update
-from fedtalora_flwr.aggregation.slots import ClusteredState, Slot, SlotAggregator, slots_exactness_error
+from fedtalora_flwr.aggregation.slots import (
+    ClusteredState,
+    Place,
+    Slot,
+    SlotAggregator,
+    place_name,
+    slots_exactness_error,
+)
 from fedtalora_flwr.aggregation.step import Step, kept_energy
 from fedtalora_flwr.aggregation.verify import exactness_error
 
@@ -18,6 +25,7 @@ __all__ = [
     "GlobalState",
     "LoraFactors",
     "Method",
+    "Place",
     "Slot",
     "SlotAggregator",
     "Step",
@@ -25,6 +33,7 @@ __all__ = [
     "check_update",
     "exactness_error",
     "kept_energy",
+    "place_name",
     "resolve",
     "slots_exactness_error",
 ]

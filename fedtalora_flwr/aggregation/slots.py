@@ -35,6 +35,11 @@ class Slot(NamedTuple):
 Place = int | Slot | None  # a cluster, a slot of its own, or the start
 
 
+def place_name(place: int | Slot) -> str:
+    """Name a place as the commands take it: ``cluster 3``, ``slot 0:1``."""
+    return f"slot {place.partition_id}:{place.number}" if isinstance(place, Slot) else f"cluster {place}"
+
+
 @dataclass(frozen=True)
 class ClusteredState:
     """What the server knows: a state for each cluster, and which slot goes on from which.

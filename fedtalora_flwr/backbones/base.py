@@ -79,7 +79,7 @@ class Backbone(nn.Module):
         folder
             Made if it is not there.
         class_names
-            Name of each class, for the library's configuration file.
+            Name of each class, for the library's configuration file where that has a use for them.
         rows
             ``weight`` (C, d) and ``bias`` (C,) of a classifier on the features.
 

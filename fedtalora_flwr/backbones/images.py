@@ -77,10 +77,11 @@ class ImageBackbone(Backbone):
             else:  # e.g. a distilled DeiT, which has two
                 self.model.reset_classifier(0)  # type: ignore[operator]
                 rows = None
+        names = {} if rows is None else {"label_names": list(class_names)}  # of a classifier's outputs, not of features
         save_for_hf(
             self.model,
             str(folder),
-            model_config={"pretrained_cfg": {"tag": "fedtalora"}, "label_names": list(class_names)},
+            model_config={"pretrained_cfg": {"tag": "fedtalora"}, **names},
             safe_serialization=True,
             data_config={"interpolation": "bicubic", "crop_pct": 1.0, **self._normalisation()},
         )
