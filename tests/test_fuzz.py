@@ -272,6 +272,11 @@ def other_classes(reply: RecordDict, rng: np.random.Generator) -> None:
         del reply[HELD][key]
 
 
+def name_twice(reply: RecordDict, rng: np.random.Generator) -> None:
+    for key in ("task", "name", "num-train", "num-test"):
+        reply[HELD][key] = reply[HELD][key] * 2
+
+
 def other_record(reply: RecordDict, rng: np.random.Generator) -> None:
     key = str(rng.choice(sorted(reply)))
     del reply[key]
@@ -293,7 +298,7 @@ SHARED: dict[str, Change] = (
         "of counts beyond all": partial(replace_array, change=lambda array, rng: array + 2**31),
     }
 )
-OWN: dict[str, Change] = HELLOS | {"of other classes": other_classes}
+OWN: dict[str, Change] = HELLOS | {"of other classes": other_classes, "of a class twice": name_twice}
 
 
 def copied(reply: RecordDict) -> RecordDict:
