@@ -33,7 +33,6 @@ from fedtalora_flwr.aggregation import Place, place_name
 from fedtalora_flwr.backbones import Backbone
 from fedtalora_flwr.change import Change, changes_of
 from fedtalora_flwr.checkpoint import write_text
-from fedtalora_flwr.data.images import CONVERTIBLE
 from fedtalora_flwr.trained import TrainedModel, open_trained
 from fedtalora_flwr.words import human_bytes
 
@@ -142,7 +141,7 @@ def _write_model(folder: Path, trained: TrainedModel, changes: dict[str, Change]
         **backbone.preparation(),
     }
     if backbone.modality == "image":
-        facts |= {"image_side": trained.image_side, "image_modes": sorted(CONVERTIBLE)}
+        facts["image_side"] = trained.image_side
     if to == "merged":
         facts["head_inside"] = _write_merged(folder, untouched, changes, head=head, class_names=trained.class_names)
     else:

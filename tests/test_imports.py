@@ -35,7 +35,10 @@ ALLOWED = {
     "predict.py": {"fedtalora_flwr.data", "fedtalora_flwr.trained"},
     "export.py": {
         *("torch", "numpy", "PIL", "peft", "safetensors", "jinja2", "fedtalora_flwr.__version__"),
-        *(f"fedtalora_flwr.{part}" for part in ("backbones", "change", "checkpoint", "trained", "words")),
+        *(
+            f"fedtalora_flwr.{part}"
+            for part in ("aggregation", "backbones", "change", "checkpoint", "trained", "words")
+        ),
     },
 }
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "managers"}

@@ -90,7 +90,7 @@ class Backbone(nn.Module):
 
     @abstractmethod
     def preparation(self) -> dict[str, Any]:
-        """Give what `forward` and `encode` do to inputs, in numbers for a JSON file."""
+        """Give what `forward` and `encode` take and do to inputs, for a JSON file."""
 
 
 def find_placement(model: nn.Module, *, blocks: re.Pattern[str], roles: Mapping[str, Sequence[str]]) -> Placement:

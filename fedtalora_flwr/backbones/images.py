@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedtalora_flwr.backbones.base import Backbone, BackboneError, Placement, find_placement
 from fedtalora_flwr.data import Source, Split, load_images, stored_side
+from fedtalora_flwr.data.images import CONVERTIBLE
 
 _BLOCKS = re.compile(r"blocks\.\d+|layers\.\d+\.blocks\.\d+")  # ViT; Swin, whose stages nest
 _ROLES = {"qkv": ("attn.qkv",), "proj": ("attn.proj",), "fc1": ("mlp.fc1",), "fc2": ("mlp.fc2",)}
@@ -88,8 +89,8 @@ class ImageBackbone(Backbone):
         return rows is not None
 
     def preparation(self) -> dict[str, Any]:
-        """Give the side of the model's input in pixels, and mean and deviation of the channels of [0, 1] images."""
-        return {"image_size": self.image_size, **self._normalisation()}
+        """Give the model's side in pixels, the modes of images taken, mean and deviation of channels in [0, 1]."""
+        return {"image_size": self.image_size, "image_modes": sorted(CONVERTIBLE), **self._normalisation()}
 
     def _normalisation(self) -> dict[str, list[float]]:
         buffers = dict(self.named_buffers(recurse=False))
