@@ -18,7 +18,20 @@ from pathlib import Path
 
 from fedtalora_flwr.deploy.folder import DeployError, FederationFolder
 from fedtalora_flwr.deploy.probe import explain_end
-from fedtalora_flwr.deploy.processes import MARK, WAITING, claim, descendants, note, pid_of, send, stop, tail, write_pid
+from fedtalora_flwr.deploy.processes import (
+    MARK,
+    RUNNING,
+    WAITING,
+    claim,
+    descendants,
+    note,
+    pid_of,
+    send,
+    state_of,
+    stop,
+    tail,
+    write_pid,
+)
 
 START_SECONDS = 120.0  # on a loaded machine; else a SuperLink takes 2
 _LOOK_SECONDS = 0.2
@@ -85,7 +98,7 @@ def start(
                 start_new_session=True,
                 pass_fds=[lock],
             )
-        write_pid(lock, supervisor.pid)
+        write_pid(lock, supervisor.pid, state=WAITING)
         assert supervisor.stdin is not None
         supervisor.stdin.close()
     finally:
@@ -105,7 +118,7 @@ def keep(folder: FederationFolder, name: str) -> None:
 
 def _await_ready(folder: FederationFolder, name: str, ready: Callable[[], bool], *, seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while not ready():
+    while not (ready() and state_of(folder, name).startswith(RUNNING)):  # it may speak before the lock names it
         if pid_of(folder, name) is None:
             said = tail(folder, name, num_lines=15)
             meaning = explain_end(name, said)
@@ -151,7 +164,9 @@ def supervise(folder: FederationFolder, name: str, command: Sequence[str], *, lo
 
 def _run(folder: FederationFolder, name: str, command: Sequence[str], *, lock: int) -> str:
     """Run the command to its end, and say how it ended and what that means."""
-    already_said = folder.log(name).stat().st_size
+    log = folder.log(name)
+    log.touch()  # somebody may have taken it away
+    already_said = log.stat().st_size
     no_input = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
     try:
         pid = os.posix_spawnp(command[0], [*command], os.environ, file_actions=[no_input])
@@ -162,12 +177,12 @@ def _run(folder: FederationFolder, name: str, command: Sequence[str], *, lock: i
     while ended != pid:  # what an ended process leaves behind is collected too, or it would stay as a zombie
         ended, status = os.wait()
     code = os.waitstatus_to_exitcode(status)
-    with folder.log(name).open("rb") as log:
-        log.seek(max(already_said, log.seek(0, os.SEEK_END) - _LOG_END_BYTES))
-        said = log.read().decode(errors="replace")
-    return (
-        f"it ended with status {code}: {explain_end(name, said)}" if code >= 0 else f"it was killed by signal {-code}"
-    )
+    if code < 0:
+        return f"it was killed by signal {-code}"
+    log.touch()
+    with log.open("rb") as file:
+        file.seek(max(already_said, file.seek(0, os.SEEK_END) - _LOG_END_BYTES))
+        return f"it ended with status {code}: {explain_end(name, file.read().decode(errors='replace'))}"
 
 
 def _end_what_it_left() -> None:

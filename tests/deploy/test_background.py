@@ -65,6 +65,18 @@ def test_an_end_with_status_0_is_no_reason_to_stay_away_and_its_meaning_is_told(
     assert "it ended with status 0: the server does not accept this node's key" in note
 
 
+def test_a_log_that_was_taken_away_is_no_reason_to_stay_away(folder):
+    begin(folder, f"test -e ended && {{ {STAYS}; }}; echo up; until test -e go; do sleep 0.1; done; touch ended")
+    folder.log(NAME).unlink()
+    (folder.working_directory / "go").touch()
+    assert eventually(lambda: (folder.working_directory / "ended").exists() and "starts again" in tail_of(folder))
+    assert eventually(lambda: state_of(folder, NAME).startswith("running"))
+
+
+def tail_of(folder: FederationFolder) -> str:
+    return tail(folder, NAME, num_lines=100)
+
+
 def test_what_is_stopped_stays_away_also_between_an_end_and_the_next_start(folder):
     begin(folder, STAYS)
     assert stop(folder, NAME, seconds=1) and pid_of(folder, NAME) is None
