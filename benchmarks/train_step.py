@@ -15,9 +15,9 @@ that is left out; the figures are medians. The weights of timm's backbones are r
 seconds of CPU beside them are those of the training process, all its threads together but none of the DataLoader's
 worker processes: on a CPU that other programs use too, these are what to compare.
 
-On a CUDA device the share of the card's bf16 matrix rate is given too: the floating-point operations of the epoch
-over its seconds, divided by the rate that `torch.matmul` reaches on two large square bf16 matrices just before. The
-operations of one image are counted so, for a ViT of T tokens, width d and LoRA rank r, a multiply-add being two:
+For a ViT on a CUDA device the share of the card's bf16 matrix rate is given too: the floating-point operations of the
+epoch over its seconds, divided by the rate that `torch.matmul` reaches on two large square bf16 matrices just before.
+The operations of one image are counted so, for T tokens, width d and LoRA rank r, a multiply-add being two:
 
 - forward: 2 T d_in d_out for each linear layer of the blocks and 2 T r (d_in + d_out) for its LoRA pair, 4 T^2 d for
   the attention of a block (scores and weighted sum), and the patch embedding;
@@ -72,7 +72,9 @@ _MATRIX_SIDE = 8192
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="vit_mini", help="vit_mini, or timm:<name> of a ViT, with random weights")
+    parser.add_argument(
+        "--backbone", default="vit_mini", help="vit_mini, or timm:<name> of a ViT or Swin, with random weights"
+    )
     parser.add_argument(
         "--image-size", type=int, help="side of a timm backbone's input in pixels; else the model's own"
     )
@@ -140,7 +142,7 @@ def main() -> None:
             f"{'  '.join(f'{s:.2f}' for s in times.seconds)}"
         )
     print(f"decoding the {len(labels)} images, once in a process of fedtalora's: {decode_seconds:.2f} s")
-    if device.type == "cuda":
+    if device.type == "cuda" and isinstance(ours.backbone.model, timm.models.VisionTransformer):
         figures |= matrix_share(ours, rates, device=device)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
@@ -175,10 +177,7 @@ def build_backbone(config: RunConfig, *, image_size: int | None) -> ImageBackbon
     if kind != "timm" or not name:
         raise SystemExit("--backbone must be timm:<name> or vit_mini, and vit_mini takes no --image-size")
     size = {} if image_size is None else {"img_size": image_size}
-    model = timm.create_model(name, pretrained=False, num_classes=0, **size)
-    if not isinstance(model, timm.models.VisionTransformer):
-        raise SystemExit(f"--backbone {config.backbone} is a {type(model).__name__}; take one of timm's ViTs")
-    return ImageBackbone(model)
+    return ImageBackbone(timm.create_model(name, pretrained=False, num_classes=0, **size))
 
 
 def encoded_images(num_images: int, *, seed: int) -> tuple[list[bytes], Tensor]:
@@ -266,8 +265,9 @@ def plain_epoch(
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
     )
-    for block in backbone.model.blocks:  # type: ignore[union-attr]
-        block.__class__ = timm.models.vision_transformer.Block  # as timm builds it; fedtalora's last one does less
+    for block in backbone.model.modules():
+        if isinstance(block, timm.models.vision_transformer.Block):
+            block.__class__ = timm.models.vision_transformer.Block  # as timm builds it; fedtalora's last one does less
     lora = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(targets))
     model = peft.get_peft_model(backbone.model, lora)
     classifier = nn.Linear(backbone.feature_dim, int(labels.max()) + 1, device=device)
