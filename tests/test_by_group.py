@@ -1,4 +1,4 @@
-"""Runs scored by the groups of their data's classes, as FL-TAC's tasks are."""
+"""Runs scored by the groups of their data's classes, as FL-TAC's tasks are; and what their adapters can be told by."""
 
 import io
 import json
@@ -7,15 +7,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from local_grid import ROOT, tiny_run
 
+from fedtalora_flwr import checkpoint
 from fedtalora_flwr.predict import predict, read_items
 from fedtalora_flwr.trained import open_trained
 
 DOMAINS = {"bank": ["pay", "save"], "home": ["lamp", "door", "oven"], "talk": ["hello", "bye"]}
 PHRASES = ("now {}", "i would like {} if that can be", "what about {} today", "{}", "do {} again please", "why {}")
 SCRIPT = runpy.run_path(str(ROOT / "experiments" / "by_group.py"))
+SIGNATURES = runpy.run_path(str(ROOT / "experiments" / "signatures.py"))
 SLOTS = {"num_tasks": 3, "task_order": "domain", "rank": 1, "clusters": 3}
 
 
@@ -127,3 +131,28 @@ def test_what_cannot_be_scored_by_groups_is_refused_with_the_reason(play, fedit,
     fewer = SCRIPT["Scores"]("fewer", found.groups, [1, 1, 1], found.among_all, found.among_group)
     with pytest.raises(ValueError, match=r"were not tested on the same groups: .* and 3 of 3"):
         SCRIPT["require_same_groups"]([found, fewer])
+
+
+def test_adapters_that_trained_alone_are_clustered_by_each_signature(local_only, fl_tac, monkeypatch, capsys):
+    grams, tasks = SIGNATURES["grams_and_tasks"](local_only)
+    slots = read(local_only, "manifest.json")["slots"]
+    assert tasks == [task for of_client in slots for task in of_client] and len(set(tasks)) == 2
+    own = checkpoint.load(local_only / "checkpoint").clustered.own
+    adapters = [own[slot].adapters for slot in sorted(own)]
+    flat = [torch.cat([pair.delta().flatten() for pair in one.values()]).double() for one in adapters]
+    dense = torch.stack(flat) @ torch.stack(flat).T
+    np.testing.assert_allclose(grams["product"], dense, rtol=1e-4, atol=1e-9)
+    monkeypatch.setattr(sys, "argv", ["signatures.py", str(local_only)])
+    SIGNATURES["main"]()
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("product", "lora_B", "raw", f"{len(tasks)} slots"))
+    with pytest.raises(ValueError, match="no run with method=local-only, but with method=fl-tac"):
+        SIGNATURES["grams_and_tasks"](fl_tac)
+
+
+def test_the_share_of_slots_in_the_group_of_their_task_and_the_cosines_within_and_between_tasks():
+    points, tasks = np.array([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]), [0, 0, 1, 1]
+    assert SIGNATURES["found"](points, tasks) == 1.0
+    assert SIGNATURES["found"](points, [0, 1, 1, 1]) == 0.75
+    unit = np.array([[1.0, 0.6, 0.1, 0.2], [0.6, 1.0, 0.3, 0.4], [0.1, 0.3, 1.0, 0.8], [0.2, 0.4, 0.8, 1.0]])
+    assert SIGNATURES["apart"](unit, tasks) == pytest.approx((0.7, 0.25))
