@@ -238,7 +238,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank": _at_least(1),
     "alpha": _POSITIVE,
     "penalty-weight": _NOT_NEGATIVE,
-    "ridge-lambda": _POSITIVE,
+    "ridge-lambda": _NOT_NEGATIVE,
     "ridge-features": _at_least(0),
     "eval-every": _at_least(0),
     "eval-batch-size": _at_least(1),

@@ -6,6 +6,7 @@ from sklearn.linear_model import Ridge
 
 from fedtalora_flwr import heads
 from fedtalora_flwr.heads import FeatureSums, init_rows
+from fedtalora_flwr.heads.ridge import chosen_lambda
 
 NUM_CLASSES, FEATURE_DIM = 4, 6
 
@@ -97,6 +98,40 @@ def test_ridge_asks_for_sums_and_gives_float32_rows_of_the_classifiers_shape():
     rows = ridge.classifier({}, FeatureSums.of(*pooled(2), num_classes=NUM_CLASSES)).rows
     wanted = init_rows(num_classes=NUM_CLASSES, feature_dim=FEATURE_DIM)
     assert {k: (v.shape, v.dtype) for k, v in rows.items()} == {k: (v.shape, v.dtype) for k, v in wanted.items()}
+
+
+@given(seed=st.integers(0, 2**31), num_examples=st.integers(8, 60), noise=st.floats(0.1, 10.0))
+def test_chosen_lambda_has_the_smallest_error_of_generalised_cross_validation_on_the_pooled_data(
+    seed, num_examples, noise
+):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, NUM_CLASSES, (num_examples,), generator=generator)
+    centres = torch.randn(NUM_CLASSES, FEATURE_DIM, generator=generator)
+    features = 1.0 + centres[labels] + noise * torch.randn(num_examples, FEATURE_DIM, generator=generator)
+    X, Y = features.double(), torch.nn.functional.one_hot(labels, NUM_CLASSES).double()
+    centring = torch.eye(num_examples).double() - 1 / num_examples
+    errors = {}
+    for ridge_lambda in torch.logspace(-3, 2, 21, dtype=torch.float64).tolist():
+        gram = X.T @ centring @ X + ridge_lambda * X.square().sum() / FEATURE_DIM * torch.eye(FEATURE_DIM)
+        hat = 1 / num_examples + centring @ X @ torch.linalg.solve(gram, X.T @ centring)  # (n, n), the bias left free
+        errors[ridge_lambda] = num_examples * (Y - hat @ Y).square().sum() / (num_examples - hat.trace()).square()
+    chosen = chosen_lambda(FeatureSums.of(features, labels, num_classes=NUM_CLASSES))
+    assert errors[chosen] <= min(errors.values()) * (1 + 1e-6)
+
+
+def test_lambda_is_chosen_where_it_is_zero_larger_for_fewer_examples_and_finite_for_one():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(NUM_CLASSES).repeat(500)
+    centres = torch.randn(NUM_CLASSES, FEATURE_DIM, generator=generator)
+    features = centres[labels] + 2 * torch.randn(len(labels), FEATURE_DIM, generator=generator)
+    few, many = (FeatureSums.of(features[:n], labels[:n], num_classes=NUM_CLASSES) for n in (3 * NUM_CLASSES, 2000))
+    assert chosen_lambda(few) > 10 * chosen_lambda(many)
+    rows = heads.resolve("ridge", {"ridge_lambda": 0.0}).classifier({}, few).rows
+    fixed = heads.resolve("ridge", {"ridge_lambda": chosen_lambda(few)}).classifier({}, few).rows
+    assert all(torch.equal(rows[name], fixed[name]) for name in rows)
+    one = FeatureSums.of(features[:1], labels[:1], num_classes=NUM_CLASSES)
+    alone = heads.resolve("ridge", {"ridge_lambda": 0.0}).classifier({}, one).rows
+    assert all(torch.isfinite(value).all() for value in alone.values())
 
 
 def test_class_of_which_nothing_was_summed_scores_zero():
