@@ -197,6 +197,16 @@ def test_gains_are_taken_seed_by_seed_and_only_on_the_same_partitions(made_study
     assert made_study.gains(made_study.cases[1]) == pytest.approx([0.02, 0.06])
 
 
+def test_nothing_is_compared_where_the_first_value_has_no_finished_run(tmp_path):
+    runs = {
+        ("accumulate",): {},
+        ("replace",): {0: made_run(tmp_path / "a", faa=0.5)},
+        ("off",): {0: made_run(tmp_path / "b", faa=0.7)},
+    }
+    found = study("made", about="", axes=["residual"], compare=0, cases=runs, failures={})
+    assert [row["FAA against the first residual"] for row in columns(found)] == ["–", "–"]
+
+
 def test_a_study_is_written_as_markdown_csv_and_a_page_that_needs_no_network(made_study, tmp_path):
     page = write_study(made_study, tmp_path / "out").read_text()
     assert page.count("<svg") == 3 and "no [b]memory[/b]" in page and "http://" not in page.replace("http://www.w3", "")

@@ -145,6 +145,8 @@ class Study:
         Names of the axes.
     compare
         Number of the axis whose values are set against its first one; None for none.
+    first
+        That first one, whether or not a run with it is finished; empty for none.
     cases
         Those of which a run is finished, in the order of the plan, but what is compared stands together.
     notes
@@ -155,6 +157,7 @@ class Study:
     about: str
     axes: tuple[str, ...]
     compare: int | None
+    first: str
     cases: tuple[Case, ...]
     notes: tuple[str, ...]
 
@@ -181,8 +184,8 @@ class Study:
     def _first_of(self, case: Case) -> Case | None:
         if self.compare is None:
             return None
-        others = [c for c in self.cases if _without(c.labels, self.compare) == _without(case.labels, self.compare)]
-        return others[0] if others[0] is not case else None
+        labels = (*case.labels[: self.compare], self.first, *case.labels[self.compare + 1 :])
+        return next((other for other in self.cases if other.labels == labels and other is not case), None)
 
     def header(self) -> list[str]:
         """Give the columns of the table."""
@@ -215,7 +218,7 @@ def study(
     title, about, axes, compare
         As of `Study`.
     cases
-        Labels -> seed -> folder of a finished run.
+        Labels -> seed -> folder of a finished run; a case without one is named too, for it may be the first.
     failures
         Name of a run -> why it failed.
     """
@@ -227,7 +230,9 @@ def study(
     if compare is not None:  # what is compared stands together
         rests = list(dict.fromkeys(_without(case.labels, compare) for case in read))
         read.sort(key=lambda case: rests.index(_without(case.labels, compare)))
-    return Study(title, about, tuple(axes), compare, tuple(case for case in read if case.runs), tuple(notes))
+    first = "" if compare is None else next((labels[compare] for labels in cases), "")
+    there = tuple(case for case in read if case.runs)
+    return Study(title, about, tuple(axes), compare, first, there, tuple(notes))
 
 
 def study_table(found: Study, *, width: int) -> Table:
