@@ -153,34 +153,41 @@ def sweep(
     from fedtalora_flwr.launch import sigterm_as_exit
     from fedtalora_flwr.progress import SweepProgress
     from fedtalora_flwr.settings import app_folder, sweeps
-    from fedtalora_flwr.sweep import finished, narrowed, play_all, read_plan, side_by_side
+    from fedtalora_flwr.sweep import Outcome, narrowed, play_all, read_plan, side_by_side, standing
 
     app = app_folder()
     known = sweeps(app)
     if file not in known and not Path(file).is_file():
         _fail(f"no sweep {file!r}: it is no file, and experiments/sweeps has: {', '.join(known) or 'none'}")
-    plan = narrowed(read_plan(app, known.get(file) or Path(file), assignments=assignments), only)
+    whole = read_plan(app, known.get(file) or Path(file), assignments=assignments)
+    plan = narrowed(whole, only)
     plan = replace(plan, jobs=jobs) if jobs else plan
     folder = (out or Path("runs") / plan.name).resolve()
-    done = {run.name for run in finished(plan, folder)}
+    found = standing(whole, folder)
     if dry_run:
+        words = {"nothing": "", "other": "  other settings, to be set aside"}
         for run in plan.runs:
-            console.print(f"{run.name}{'  finished' if run.name in done else ''}", highlight=False, markup=False)
+            word = words.get(found[run.name], f"  {found[run.name]}")
+            console.print(f"{run.name}{word}", highlight=False, markup=False)
         return
     jobs = side_by_side(plan)
+    done, other = (sum(found[run.name] == state for run in plan.runs) for state in ("finished", "other"))
+    aside = f"{other} of other settings to be set aside, " if other else ""
     console.print(
-        f"{len(plan.runs)} runs, {len(done)} finished before, {jobs} at a time, in {folder}",
+        f"{len(plan.runs)} runs, {done} finished before, {aside}{jobs} at a time, in {folder}",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
-    progress = SweepProgress(console, num_runs=len(plan.runs), num_finished=len(done))
+    progress = SweepProgress(console, num_runs=len(plan.runs), num_finished=done)
     try:
         with sigterm_as_exit(), progress:
             outcomes = play_all(plan, folder, app=app, jobs=jobs, watch=progress)
     except KeyboardInterrupt:
         _fail("stopped; the same command goes on with it", code=130)
-    _show_study(plan, outcomes, folder)
+    played = {run.name for run in plan.runs}
+    before = [run for run in whole.runs if run.name not in played and found[run.name] == "finished"]
+    _show_study(whole, [*outcomes, *(Outcome(run, folder / run.name) for run in before)], folder)
     if failed := [outcome for outcome in outcomes if outcome.failure]:
         lines = [f"{_short(outcome.folder)}: {outcome.failure}" for outcome in failed]
         _fail("\n".join([f"{len(failed)} of {len(outcomes)} runs failed:", *lines]), code=1)
@@ -437,9 +444,9 @@ def _show_study(plan: "Plan", outcomes: "list[Outcome]", folder: Path) -> None:
     """Print what a sweep came to, and write it down."""
     from fedtalora_flwr.report import study, study_table, write_study
 
-    cases: dict[tuple[str, ...], dict[int, Path]] = {}
+    cases: dict[tuple[str, ...], dict[int, Path]] = {run.labels: {} for run in plan.runs}
     for outcome in outcomes:
-        runs = cases.setdefault(outcome.run.labels, {})
+        runs = cases[outcome.run.labels]
         if not outcome.failure:
             runs[outcome.run.config.seed] = outcome.folder
     found = study(

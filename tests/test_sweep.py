@@ -97,6 +97,12 @@ def test_a_sweep_takes_a_file_beside_it(tmp_path):
         ("jobs = -1", (), "jobs must be a whole number"),
         ("[grid.a]\n'x y' = {rank = 1}\nx-y = {rank = 2}", (), "two runs would share the folder x-y"),
         ("[grid", (), "made.toml: "),
+        ("seeds = [[1], [2]]", (), "seeds must be a list of different whole numbers"),
+        ("grid = [1, 2]", (), r"made.toml: grid must be a table, \[grid\] with a line for each entry, got \[1, 2\]"),
+        ("[[settings]]\nrank = 3", (), r"made.toml: settings must be a table"),
+        ("[grid]\nrank = [4, 2, 4]", (), "axis 'rank' has 4 twice"),
+        ("[grid.a]\n'..' = {rank = 1}", (), "a run cannot have the folder .."),
+        ("[grid.a]\nset-aside = {rank = 1}", (), "a run cannot have the folder set-aside"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused_before_its_first_run(tmp_path, text, assignments, error):
@@ -301,8 +307,28 @@ def test_a_failed_run_stops_no_other_and_finished_ones_are_left_alone_until_thei
     assert status == 0, output
     assert "2 runs, 1 finished before" in output
     assert (good / "metrics.json").stat().st_mtime_ns == written
-    assert swept(file, out, "--dry-run")[1].count("finished") == 2
-    assert swept(file, out, "--dry-run", "--set", "rank=3")[1].count("finished") == 0
+    assert swept(file, out, "--dry-run")[1].count("  finished") == 2
+    changed = swept(file, out, "--dry-run", "--set", "rank=3")[1]
+    assert changed.count("  finished") == 0 and changed.count("other settings, to be set aside") == 2
+    table = (out / "results.md").read_text()
+    assert swept(file, out, "--only", "lora-blocks=first:1")[0] == 0
+    assert (out / "results.md").read_text() == table  # of the whole sweep, not of what was played
+    (bad.parent / "lora-blocks-first-1" / "config.json").write_text("{")  # cut off
+    (good / "metrics.json").unlink()
+    assert [line.split("  ")[1] for line in swept(file, out, "--dry-run")[1].splitlines()] == [
+        "stopped",
+        "other settings, to be set aside",
+    ]
+
+
+def test_a_run_whose_folder_cannot_be_made_stops_no_other(tmp_path):
+    file, out = tmp_path / "small.toml", tmp_path / "out"
+    file.write_text(SMALL.replace('"4-9"', '"first:1"').replace("num-tasks = 2", "num-tasks = 2\nstop-after-task = 1"))
+    out.mkdir()
+    (out / "lora-blocks-last-1").write_text("a file where a folder should be")
+    status, output = swept(file, out)
+    assert status == 1 and "1 of 2 runs failed" in output and "lora-blocks-last-1: " in output, output
+    assert (out / "lora-blocks-first-1" / "metrics.json").is_file()
 
 
 def wait_until(condition, seconds: float) -> bool:

@@ -34,6 +34,7 @@ from fedtalora_flwr.engine import ENGINES
 from fedtalora_flwr.settings import gather, preset_file
 
 _KEYS = ("preset", "config", "seeds", "engine", "jobs", "compare", "settings", "grid")
+_TAKEN = ("set-aside", "index.html", "results.md", "results.csv", "runs.csv", "cases.svg")  # of the sweep's folder
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def read_plan(app: Path, file: Path, *, assignments: Sequence[str] = ()) -> Plan
         raise ConfigError(f"{file}: compare = {compared!r} names no axis; there are: {', '.join(axes) or 'none'}")
     base = _base_file(app, file, content)
     common, seeds = content.get("settings", {}), content.get("seeds")
-    if seeds is not None and not (isinstance(seeds, list) and seeds and len(set(seeds)) == len(seeds)):
+    if seeds is not None and not (_are_seeds(seeds) and len(set(seeds)) == len(seeds)):
         raise ConfigError(f"{file}: seeds must be a list of different whole numbers, got {seeds!r}")
     runs = []
     for labels in itertools.product(*axes.values()):
@@ -124,6 +125,8 @@ def read_plan(app: Path, file: Path, *, assignments: Sequence[str] = ()) -> Plan
                 raise ConfigError(f"{file}, run {name}: {error}") from None
             runs.append(PlannedRun(name, labels, config))
     names = [run.name for run in runs]
+    if taken := next((name for name in names if name in _TAKEN or name.startswith(".")), ""):
+        raise ConfigError(f"{file}: a run cannot have the folder {taken}; give the value another name")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{file}: two runs would share the folder {twice[0]}; give the values other names")
     return Plan(
@@ -172,12 +175,21 @@ def _read(file: Path) -> tuple[dict[str, Any], str]:
             raise ConfigError(f"{file}: a sweep knows no {key!r}; it has {', '.join(_KEYS)}; settings go in [settings]")
     if content.get("engine", "process") not in ENGINES:
         raise ConfigError(f"{file}: engine must be one of {', '.join(ENGINES)}, got {content['engine']!r}")
+    for key in ("settings", "grid"):
+        if not isinstance(content.get(key, {}), dict):
+            raise ConfigError(
+                f"{file}: {key} must be a table, [{key}] with a line for each entry, got {content[key]!r}"
+            )
     if type(jobs := content.get("jobs", 0)) is not int or jobs < 0:
         raise ConfigError(f"{file}: jobs must be a whole number, 0 for as many as the machine carries, got {jobs!r}")
     if "preset" in content and "config" in content:
         raise ConfigError(f"{file}: give preset or config, not both")
     head = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
     return content, " ".join(line.lstrip("# ") for line in head).strip()
+
+
+def _are_seeds(seeds: Any) -> bool:
+    return isinstance(seeds, list) and bool(seeds) and all(type(seed) is int for seed in seeds)
 
 
 def _base_file(app: Path, file: Path, content: Mapping[str, Any]) -> Path | None:
@@ -189,7 +201,10 @@ def _base_file(app: Path, file: Path, content: Mapping[str, Any]) -> Path | None
 def _axis(file: Path, name: str, values: Any) -> dict[str, Mapping[str, Scalar]]:
     """Give the settings of each value of an axis by its word."""
     if isinstance(values, list) and values:
-        return {_word(value): {name: value} for value in values}
+        words = [_word(value) for value in values]
+        if twice := next((word for word in words if words.count(word) > 1), ""):
+            raise ConfigError(f"{file}: axis {name!r} has {twice} twice")
+        return {word: {name: value} for word, value in zip(words, values, strict=True)}
     if isinstance(values, dict) and values and all(isinstance(one, dict) for one in values.values()):
         return dict(values)
     raise ConfigError(

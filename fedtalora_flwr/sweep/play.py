@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from fedtalora_flwr.config import MAY_CHANGE_ON_RESUME, ConfigError, RunConfig
 from fedtalora_flwr.engine import Order, Playing, gpu_share, prepare
@@ -17,6 +17,10 @@ from fedtalora_flwr.sweep.plan import Plan, PlannedRun
 
 _TICK_SECONDS = 0.2
 _RUN_BYTES = 2 * 2**30  # memory of one run, generously: libraries, a backbone, its data
+
+
+Standing = Literal["nothing", "other", "stopped", "finished"]
+"""What stands in a run's folder: nothing, a run that is finished or was stopped, or one of other settings."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,9 @@ def side_by_side(plan: Plan) -> int:
     return max(1, min(by_cores, _available_bytes() // _RUN_BYTES, len(plan.runs)))
 
 
-def finished(plan: Plan, folder: Path) -> list[PlannedRun]:
-    """List the runs that are finished in `folder` with the settings of the plan."""
-    return [run for run in plan.runs if _standing(folder / run.name, run.config) == "finished"]
+def standing(plan: Plan, folder: Path) -> dict[str, Standing]:
+    """Tell of each run, by its name, what stands in `folder` for it."""
+    return {run.name: _standing(folder / run.name, run.config) for run in plan.runs}
 
 
 def play_all(plan: Plan, folder: Path, *, app: Path, jobs: int, watch: Watch) -> list[Outcome]:
@@ -93,11 +97,11 @@ def play_all(plan: Plan, folder: Path, *, app: Path, jobs: int, watch: Watch) ->
     playing: dict[str, tuple[Outcome, Playing]] = {}
     with _alone(folder):
         for run in plan.runs:
-            standing = _standing(folder / run.name, run.config)
-            if standing == "finished":
+            found = _standing(folder / run.name, run.config)
+            if found == "finished":
                 outcomes[run.name] = Outcome(run, folder / run.name)
                 continue
-            if standing == "other":
+            if found == "other":
                 _set_aside(folder / run.name)
             waiting.append(run)
         try:
@@ -108,7 +112,11 @@ def play_all(plan: Plan, folder: Path, *, app: Path, jobs: int, watch: Watch) ->
                     resumed = (out / "checkpoint" / "latest.json").is_file()
                     watch.begins(run.name, out, resumed=resumed)
                     config = replace(run.config, out=str(out), resume=resumed)
-                    playing[run.name] = Outcome(run, out), Playing(_order(plan, config, app=app, jobs=jobs))
+                    try:
+                        playing[run.name] = Outcome(run, out), Playing(_order(plan, config, app=app, jobs=jobs))
+                    except OSError as error:  # its folder cannot be written
+                        outcomes[run.name] = Outcome(run, out, failure=str(error))
+                        watch.ends(outcomes[run.name])
                 time.sleep(_TICK_SECONDS)
                 for name, (outcome, process) in list(playing.items()):
                     if process.wait(0):
@@ -138,11 +146,13 @@ def _order(plan: Plan, config: RunConfig, *, app: Path, jobs: int) -> Order:
     )
 
 
-def _standing(folder: Path, config: RunConfig) -> str:
-    """Tell what stands in a run's folder: ``nothing``, ``other`` settings, a ``stopped`` or a ``finished`` run."""
+def _standing(folder: Path, config: RunConfig) -> Standing:
     if not (folder / "config.json").is_file():
         return "nothing"
-    before, wanted = json.loads((folder / "config.json").read_text()), config.flat()
+    try:
+        before, wanted = json.loads((folder / "config.json").read_text()), config.flat()
+    except ValueError:  # cut off
+        return "other"
     if any(before.get(key) != wanted[key] for key in wanted if key not in MAY_CHANGE_ON_RESUME):
         return "other"
     return "finished" if (folder / "metrics.json").is_file() else "stopped"
