@@ -25,7 +25,7 @@ from fedtalora_flwr.lora import count_parameters
 from fedtalora_flwr.metrics import TaskMatrix
 from fedtalora_flwr.penalties import Memory
 from fedtalora_flwr.resident import data_of, model_of, own_reader, test_examples
-from fedtalora_flwr.runlog import Failure, RoundLog, RunFolder, SlotLog
+from fedtalora_flwr.runlog import RoundLog, RunFolder, SlotLog
 from fedtalora_flwr.train import count_correct
 from server_app import census
 from server_app.attendance import Attendance
@@ -335,7 +335,8 @@ class Server:
         if self.point.classes.names:
             hellos, refused = census.compatible(hellos, self.point.classes, next_task=next_task, config=self.config)
             reasons |= refused
-        self.strategy.tally.failures += [Failure(p, f"sits the task out: {why}") for p, why in sorted(reasons.items())]
+        for partition, why in sorted(reasons.items()):
+            self.strategy.tally.fail(partition, f"sits the task out: {why}")
         found = census.of_own(hellos, self.point.classes, next_task=next_task, config=self.config)
         for remark in found.remarks:
             log.info("%s", remark)

@@ -166,16 +166,16 @@ class SlotStrategy(AdapterStrategy):
         try:
             parts = wire.unbundle(reply)
         except wire.WireError as refusal:
-            self._fail(partition, f"refused: {refusal}")
+            self.tally.fail(partition, f"refused: {refusal}")
             return
         if unknown := parts.keys() - {slot.number for slot in slots}:
-            self._fail(partition, f"refused: speaks of slot {min(unknown)}, has {len(slots)}")
+            self.tally.fail(partition, f"refused: speaks of slot {min(unknown)}, has {len(slots)}")
             return
         for slot in slots:
             try:
                 yield slot, *self._checked(slot, parts)
             except BadUpdate as refusal:
-                self._fail(partition, f"slot {slot.number} refused: {refusal}")
+                self.tally.fail(partition, f"slot {slot.number} refused: {refusal}")
 
     def _checked(self, slot: Slot, parts: Mapping[int, Message]) -> tuple[ClientUpdate, float]:
         """Read a slot's update and check it as any other, against the state and the examples of its slot."""
@@ -224,7 +224,7 @@ class SlotStrategy(AdapterStrategy):
                     raise BadUpdate("sums over other examples than the client said it holds in its slots")
                 self._check_sums(sums)
             except BadUpdate as refusal:
-                self._fail(partition, f"refused: {refusal}")
+                self.tally.fail(partition, f"refused: {refusal}")
                 continue
             good[partition] = sums
         self.require(len(good), server_round)

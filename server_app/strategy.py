@@ -71,6 +71,10 @@ class Tally:
     wait_seconds: float = 0.0
     resent: set[int] = field(default_factory=set)
 
+    def fail(self, partition: int, reason: str) -> None:
+        """Note a failure on one line and not for ever long: a client may have written the reason."""
+        self.failures.append(Failure(partition, " ".join(reason[:LONGEST_REASON].split())))
+
 
 class AdapterStrategy(Strategy):
     """Send the shared adapter to a sample of the clients and fold their updates with a method.
@@ -238,11 +242,7 @@ class AdapterStrategy(Strategy):
 
     def _settle(self, settled: dict[int, Message | None], partition: int, reason: str) -> None:
         settled[partition] = None
-        self._fail(partition, reason)
-
-    def _fail(self, partition: int, reason: str) -> None:
-        """Note a failure on one line and not for ever long: a client may have written the reason."""
-        self.tally.failures.append(Failure(partition, " ".join(reason[:LONGEST_REASON].split())))
+        self.tally.fail(partition, reason)
 
     def sample(self, server_round: int, task_id: int) -> list[int]:
         """Draw the partitions of a round, among those that hold data of the task; the rest sit it out."""
@@ -259,7 +259,7 @@ class AdapterStrategy(Strategy):
             if partition in self.node_of:
                 found.append(partition)
             elif partition not in {failure.partition_id for failure in self.tally.failures}:
-                self._fail(partition, self.absent[partition])  # once, however many exchanges the round has
+                self.tally.fail(partition, self.absent[partition])  # once, however many exchanges the round has
         return found
 
     def messages(
@@ -329,7 +329,7 @@ class AdapterStrategy(Strategy):
                 check_update(self.state, update, trainable=self.method.trainable, norm_limit=self.config.norm_limit)
                 self._check_counts(self.task_id, partition, update.class_counts)
             except BadUpdate as refusal:
-                self._fail(partition, f"refused: {refusal}")
+                self.tally.fail(partition, f"refused: {refusal}")
                 continue
             updates.append(update)
             losses.append(mean_loss)
@@ -363,7 +363,7 @@ class AdapterStrategy(Strategy):
                 self._check_counts(self.task_id, partition, sums.moment[:, -1])
                 self._check_sums(sums)
             except BadUpdate as refusal:
-                self._fail(partition, f"refused: {refusal}")
+                self.tally.fail(partition, f"refused: {refusal}")
                 continue
             total, num_good = total + sums, num_good + 1
         self.require(num_good, server_round)
@@ -388,7 +388,7 @@ class AdapterStrategy(Strategy):
                 if not norm <= self.config.norm_limit:
                     raise BadUpdate(f"gradients have a norm of {norm:.3g}, norm-limit is {self.config.norm_limit:g}")
             except BadUpdate as refusal:
-                self._fail(partition, f"refused: {refusal}")
+                self.tally.fail(partition, f"refused: {refusal}")
                 continue
             total = {key: value + total.get(key, 0) for key, value in sums.items()}
             num_good, num_examples = num_good + 1, num_examples + held
@@ -410,7 +410,7 @@ class AdapterStrategy(Strategy):
             try:
                 good.append(wire.read_hits(reply, num_tasks=num_tasks))
             except BadUpdate as refusal:
-                self.tally.failures.append(Failure(partition, f"refused: {refusal}"))
+                self.tally.fail(partition, f"refused: {refusal}")
         if not good:
             self.require(0, server_round)
         correct, total = np.sum(good, axis=0).tolist()

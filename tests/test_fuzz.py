@@ -30,7 +30,7 @@ from server_app.strategy import AdapterStrategy, RunFailed, Tally
 LAYERS = {"blocks.0.attn.qkv": (7, 5), "blocks.1.mlp.fc2": (3, 11)}  # (d_out, d_in)
 RANK, NUM_CLASSES, FEATURE_DIM, SCALING = 2, 4, 6, 2.0
 COUNTS = torch.tensor([4, 0, 2, 1])
-NUM_UPDATES, NUM_SUMS, NUM_HELLOS, BATCH = 10_000, 2_000, 600, 250
+NUM_UPDATES, NUM_SUMS, NUM_HITS, NUM_HELLOS, BATCH = 10_000, 2_000, 600, 600, 250
 MEMORY_LIMIT = 100e6  # bytes beyond what the process held before
 
 Change = Callable[[RecordDict, np.random.Generator], None]
@@ -241,6 +241,42 @@ SUMS: dict[str, Change] = BYTES | {
 }
 
 
+def other_hits(reply: RecordDict, rng: np.random.Generator) -> None:
+    wrong: dict[str, list[Any]] = {
+        "num-correct": [
+            [5, 0],
+            [-1, 2],
+            [3, 3],
+            [2**63 - 1, 2],
+            [3.0, 2.0],
+            [float("nan")] * 2,
+            [3],
+            [1] * 5_000,
+            [],
+            3,
+        ],
+        "num-examples": [
+            [2, 2],
+            [-4, 2],
+            [4, 1],
+            [4, 2**31],
+            [2**63 - 1, 2],
+            [4.0, 2.0],
+            [4, 2, 0],
+            [9] * 5_000,
+            [],
+            4,
+        ],
+    }
+    key = str(rng.choice(sorted(wrong)))
+    reply[METRICS][key] = wrong[key][rng.integers(len(wrong[key]))]
+
+
+def more_tasks(reply: RecordDict, rng: np.random.Generator) -> None:
+    for key in ("num-correct", "num-examples"):
+        reply[METRICS][key] = reply[METRICS][key] * int(rng.integers(2, 5_000))
+
+
 def drop_setting(reply: RecordDict, rng: np.random.Generator) -> None:
     del reply[HELLO][str(rng.choice(sorted(reply[HELLO])))]
 
@@ -283,6 +319,8 @@ def other_record(reply: RecordDict, rng: np.random.Generator) -> None:
     reply[key] = [MetricRecord({"a": 1}), ArrayRecord(), ConfigRecord({"a": [1]})][rng.integers(3)]
 
 
+HITS: dict[str, Change] = {"number missing": drop_number, "of another number": other_hits, "of more tasks": more_tasks}
+HITS |= {"of another record": other_record}
 HELLOS: dict[str, Change] = {"setting missing": drop_setting, "of another setting": other_setting}
 HELLOS |= {"of another record": other_record}
 SHARED: dict[str, Change] = (
@@ -383,6 +421,18 @@ def test_two_thousand_bad_sums_are_refused_with_a_reason_and_none_is_added():
     order = Message(RecordDict(), dst_node_id=1, message_type="train.sums")
     added = strategy.add_sums(1, [(0, Message(wire.sums_reply(sums), reply_to=order))], to=before)
     assert torch.equal(added.gram, sums.gram) and torch.equal(added.moment, sums.moment)
+
+
+def test_bad_hits_are_refused_with_a_reason_and_those_of_the_others_are_counted():
+    good = wire.hits_reply([3, 2], [4, 2])
+    strategy = make_strategy(make_state(torch.Generator().manual_seed(1)))
+    order = Message(RecordDict(), dst_node_id=2, message_type="evaluate")
+    for name, reply in bad_replies([good], HITS, number=NUM_HITS, kind="evaluate"):
+        strategy.tally = Tally()
+        replies = [(0, reply), (1, Message(copied(good), reply_to=order))]
+        assert strategy.add_hits(1, replies, num_tasks=2) == ([3, 2], [4, 2]), name
+        (failure,) = strategy.tally.failures
+        assert re.match("(refused: .{10})", failure.reason) and len(failure.reason) <= 200, name
 
 
 @pytest.mark.parametrize(("changes", "num_classes"), [(SHARED, NUM_CLASSES), (OWN, None)], ids=["shared", "own"])

@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 from client_app import app as client_module
 from fedtalora_flwr import checkpoint, wire
 from fedtalora_flwr.backbones import vit_mini
-from fedtalora_flwr.data import DataError
+from fedtalora_flwr.data import DataError, HeldClass
 from fedtalora_flwr.predict import predict, read_items
 from fedtalora_flwr.trained import open_trained
 from server_app import app, attendance
@@ -359,6 +359,24 @@ def test_class_that_arrives_under_a_name_like_a_known_one_leaves_out_its_node_al
     (failure,) = rounds(out)[1]["failures"]
     assert failure["partition_id"] == 1 and "a class 'cat' and a class 'Cat', which differ only by" in failure["reason"]
     assert read(out, "manifest.json")["class_names"] == ["ant", "bee", "cat", "dog"]
+
+
+def test_reason_that_repeats_a_nodes_own_words_is_cut(paths, tmp_path):
+    long = 300 * "long "
+    asked = []
+
+    def client(message: Message, context: Context) -> Message | None:
+        reply = run_client(message, context)
+        if message.metadata.message_type == MessageType.QUERY and context.node_config["partition-id"] == 1:
+            asked.append(message)
+            if len(asked) == 2:  # as the second task begins
+                own = (HeldClass("task-10", f"{long}cat", 1, 0), HeldClass("task-10", f"{long}Cat", 1, 0))
+                return Message(wire.hello_reply(replace(wire.read_hello(reply), own=own)), reply_to=message)
+        return reply
+
+    (failure,) = rounds(run(tmp_path / "run", paths, client))[1]["failures"]
+    assert failure["reason"].startswith("sits the task out: the nodes name a class 'long ")
+    assert len(failure["reason"]) <= 500
 
 
 class Late(LocalGrid):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 COUNTS = frozenset({"counts/class", "counts/examples"})
+MOST_EXAMPLES = torch.iinfo(torch.int32).max  # that a client can count; sums over clients then stay within int64
 
 
 def pack_counts(class_counts: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 import fedtalora_flwr
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import ClassList, HeldClass
-from fedtalora_flwr.wire.counts import whole_numbers
+from fedtalora_flwr.wire.counts import MOST_EXAMPLES, whole_numbers
 from fedtalora_flwr.wire.records import ARRAYS, CLASSES, HELD, HELLO, array_record, read_arrays
 from fedtalora_flwr.wire.refusal import WireError, check_library
 
@@ -141,7 +141,7 @@ def _list(value: Any) -> list[Any]:
 
 def _counts(counts: Tensor) -> Tensor:
     """Refuse numbers of examples that cannot be: below 0, or more than an update could count."""
-    if len(counts) and not 0 <= counts.min() <= counts.max() <= torch.iinfo(torch.int32).max:
+    if len(counts) and not 0 <= counts.min() <= counts.max() <= MOST_EXAMPLES:
         raise ValueError(f"{counts.min()} to {counts.max()} examples of a class cannot be")
     return counts
 

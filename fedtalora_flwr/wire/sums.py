@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedtalora_flwr.aggregation import BadUpdate, GlobalState
 from fedtalora_flwr.heads import FeatureSums
-from fedtalora_flwr.wire.counts import COUNTS, class_numbers, pack_counts, read_counts
+from fedtalora_flwr.wire.counts import COUNTS, MOST_EXAMPLES, class_numbers, pack_counts, read_counts
 from fedtalora_flwr.wire.factors import pack_factors
 from fedtalora_flwr.wire.records import ARRAYS, METRICS, array_record, read_arrays
 
@@ -96,9 +96,12 @@ def read_hits(message: Message, *, num_tasks: int) -> tuple[list[int], list[int]
     try:
         metrics = message.content.metric_records[METRICS]
         correct, total = (cast(list[int], metrics[key]) for key in ("num-correct", "num-examples"))
-        fits = all(type(c) is type(n) is int and 0 <= c <= n for c, n in zip(correct, total, strict=True))
+        pairs = zip(correct, total, strict=True)
+        fits = all(type(c) is type(n) is int and 0 <= c <= n <= MOST_EXAMPLES for c, n in pairs)
     except (KeyError, ValueError, TypeError) as error:
         raise BadUpdate(f"hits cannot be read: {type(error).__name__} {error}") from error
-    if len(correct) != num_tasks or not fits:
-        raise BadUpdate(f"hits {correct} of {total} are impossible for {num_tasks} tasks")
+    if len(correct) != num_tasks:
+        raise BadUpdate(f"hits are of {len(correct)} tasks, expected {num_tasks}")
+    if not fits:
+        raise BadUpdate(f"hits are not whole numbers with 0 <= num-correct <= num-examples <= {MOST_EXAMPLES}")
     return correct, total
