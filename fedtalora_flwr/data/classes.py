@@ -166,5 +166,6 @@ def require_distinct(names: Iterable[str], *, where: str = "the nodes") -> None:
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    """Sort ``task-2`` before ``task-10``."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    """Sort ``task-2`` before ``task-10``; a number of any length, which a node may name, goes by its digits."""
+    parts = ((part, part.lstrip("0")) for part in re.split(r"(\d+)", name))
+    return [(len(digits), digits) if part.isdecimal() else (-1, part) for part, digits in parts]

@@ -89,6 +89,14 @@ def test_task_folders_are_in_order_of_the_numbers_in_their_names():
     assert classes == ClassList(("ant", "dog", "cat"), ((0, 1), (2,)), ("task-9", "task-10"))
 
 
+@pytest.mark.parametrize(
+    "in_order", [["9", "10", "²"], ["a1²", "a2", "a10"], ["task-0", "task-08", "task-9", "task-" + 9999 * "1"]]
+)
+def test_task_folders_of_any_name_have_an_order(in_order):
+    tasks = [one for name in reversed(in_order) for one in held(f"class {name}", task=name)]
+    assert EMPTY.grown(tasks, next_task=0, num_tasks=4, seed=None).task_names == tuple(in_order)
+
+
 def test_class_that_comes_back_in_a_later_task_keeps_its_row():
     both = held("ant", task="a") + held("ant", "bee", task="b")
     classes = EMPTY.grown(both, next_task=0, num_tasks=2, seed=None)
