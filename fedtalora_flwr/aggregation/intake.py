@@ -50,6 +50,8 @@ def check_update(
             raise BadUpdate(f"{name}: rank {a[0]} is more than the {d_in}->{d_out} layer can have")
         if not 0 < theirs.scaling < float("inf"):
             raise BadUpdate(f"{name}: scaling {theirs.scaling} is not a positive number")
+        if trainable != FACTORS and theirs.scaling != ours.scaling:  # the mean would be another pair altogether
+            raise BadUpdate(f"{name}: scaling {theirs.scaling}, the server's is {ours.scaling}, and a factor is frozen")
         _check_numbers(f"{name}.lora_A", theirs.lora_A)
         _check_numbers(f"{name}.lora_B", theirs.lora_B)
         largest = theirs.scaling * float(theirs.lora_A.double().norm() * theirs.lora_B.double().norm())

@@ -10,6 +10,7 @@ from made_updates import (
     draw,
     effective,
     make_state,
+    make_update,
     make_updates,
     mean_of_clients,
     pristine_weights,
@@ -61,6 +62,18 @@ def test_ffa_lora_refuses_a_client_that_trained_the_frozen_factor():
     check_update(state, update)
     with pytest.raises(BadUpdate, match=r"blocks.0.attn.qkv.lora_A has changed, but the method keeps it frozen"):
         check_update(state, update, trainable=resolve("ffa-lora").trainable)
+
+
+@pytest.mark.parametrize("method", ["ffa-lora", "full"])
+def test_another_scaling_is_refused_where_a_factor_is_frozen(method):
+    trainable = resolve(method).trainable
+    state = make_state(draw(0))
+    update = make_update(state, 0, generator=draw(1), trainable=trainable)
+    check_update(state, update, trainable=trainable)
+    scaled = {name: replace(pair, scaling=2 * pair.scaling) for name, pair in update.adapters.items()}
+    with pytest.raises(BadUpdate, match=r"blocks.0.attn.qkv: scaling 4.0, the server's is 2.0, and a factor is frozen"):
+        check_update(state, replace(update, adapters=scaled), trainable=trainable)
+    check_update(state, replace(update, adapters=scaled))
 
 
 def test_fedex_has_fedtaloras_weights_to_the_bit_and_nothing_but_the_dense_residual_to_send():
