@@ -187,6 +187,7 @@ class AdapterStrategy(Strategy):
             self.tally.participants.update(order)
         began = time.monotonic()
         settled: dict[int, Message | None] = {}
+        resent: set[int] = set()
         for partition in order:
             while partition not in settled:
                 waited = time.monotonic() - began
@@ -195,7 +196,7 @@ class AdapterStrategy(Strategy):
                         late = partition_of[message.metadata.dst_node_id]
                         self._settle(settled, late, f"no reply within {self.config.round_timeout:g} s")
                     break
-                self._pull(grid, asked, partition_of, settled)
+                self._pull(grid, asked, partition_of, settled, resent)
                 if partition not in settled:
                     time.sleep(min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, waited / 20)))
                 self.tally.wait_seconds += time.monotonic() - began - waited
@@ -213,8 +214,9 @@ class AdapterStrategy(Strategy):
         asked: dict[str, Message],
         partition_of: Mapping[int, int],
         settled: dict[int, Message | None],
+        resent: set[int],
     ) -> None:
-        """Take in the replies that are there; `asked` loses those that are answered."""
+        """Take in the replies that are there; `asked` loses those that are answered, `resent` gains whom it is sent."""
         replies = list(grid.pull_messages(list(asked)))
         self.tally.bytes_up += wire.message_bytes(replies)
         for reply in replies:
@@ -227,9 +229,10 @@ class AdapterStrategy(Strategy):
             elif (held := wire.read_base_missing(reply)) is None:
                 self.ledger.acknowledge(partition)
                 settled[partition] = reply
-            elif partition in self.tally.resent:
+            elif partition in resent:
                 self._settle(settled, partition, "cannot be brought to the server's base")
             else:
+                resent.add(partition)
                 self.tally.resent.add(partition)
                 self.ledger.report(partition, held)
                 again = self._addressed(

@@ -26,7 +26,7 @@ from fedtalora_flwr.aggregation import GlobalState, resolve
 from fedtalora_flwr.backbones import vit_mini
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import DataError
-from fedtalora_flwr.resident import base_store
+from fedtalora_flwr.resident import _base_store, base_store
 from fedtalora_flwr.wire import ARRAYS, HELLO, METRICS, WireError
 from server_app.strategy import AdapterStrategy, RunFailed
 
@@ -583,6 +583,23 @@ def test_bad_sums_are_refused_and_fail_the_run_where_too_few_are_left(tmp_path):
     assert line["failures"] == [{"partition_id": 1, "reason": "refused: sums hold a number that is not finite"}]
     with pytest.raises(RunFailed, match="round 1 has 2 good replies, min-replies is 3: partition 1: refused: sums"):
         run(tmp_path / "three", client, **settings, min_replies=3)
+
+
+def test_client_that_can_keep_no_base_is_sent_it_once_more_in_every_exchange(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+
+    def forgetful(message, context):
+        if partition_of(context) != 2:
+            return run_client(message, context)
+        _base_store.cache_clear()  # as in a new process
+        with monkeypatch.context() as patch:
+            patch.setenv("FEDTALORA_CACHE", str(tmp_path / "file"))
+            return run_client(message, context)
+
+    run(tmp_path / "run", forgetful, **SHORT | {"head": "ridge", "rounds_per_task": 3})
+    lines = rounds(tmp_path / "run")
+    assert [line["failures"] for line in lines] == [[], [], []]
+    assert [line.get("resent", []) for line in lines] == [[], [], [2]]  # to train and to sum
 
 
 def test_a_client_cannot_claim_more_examples_than_it_said_it_holds(tmp_path):
