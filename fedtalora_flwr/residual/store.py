@@ -46,7 +46,7 @@ class BaseStore:
     ----------
     folder
         Made when the first base is written. A folder that cannot be written is told in the log, and the client
-        goes on without one.
+        goes on with what can be read there, or without one.
     limit_bytes
         Files above it are removed, the longest unused first, down to two.
     """
@@ -109,14 +109,15 @@ class BaseStore:
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError) as error:
-            log.warning("%s cannot be read and is removed: %s", path, error)
-            path.unlink(missing_ok=True)
+            log.warning("%s cannot be read: %s", path, error)
+            _discard(path)
             return None
         if base.digest != digest:
-            log.warning("%s is damaged and is removed", path)
-            path.unlink(missing_ok=True)
+            log.warning("%s is damaged", path)
+            _discard(path)
             return None
-        os.utime(path)
+        with suppress(OSError):  # another client may have removed it meanwhile, or it is not ours to write
+            os.utime(path)
         return base
 
     def _write(self, base: Base) -> None:
@@ -147,7 +148,7 @@ class BaseStore:
 
     def _forget(self, base: Base) -> None:
         self._last = ZERO
-        self._path(base.digest).unlink(missing_ok=True)
+        _discard(self._path(base.digest))
 
     def _files(self) -> list[tuple[Path, int]]:
         """List the files and their sizes, the last used first; another client may remove one meanwhile."""
@@ -160,3 +161,9 @@ class BaseStore:
 
     def _path(self, digest: str) -> Path:
         return self.folder / f"{digest}.safetensors"
+
+
+def _discard(path: Path) -> None:
+    """Remove a file that is of no use, where that can be."""
+    with suppress(OSError):
+        path.unlink()

@@ -1,8 +1,9 @@
 """Every client reaches the server's base bit for bit, whatever it missed, lost or damaged."""
 
 import os
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -227,3 +228,58 @@ def test_folder_that_cannot_be_written_costs_the_cache_and_not_the_round(tmp_pat
         base, attempts = server.bring(0, store)
         assert (base.digest, attempts) == (server.ledger.base.digest, 1)
     assert "the base is not kept on disk" in caplog.text
+
+
+@pytest.fixture
+def cache() -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A folder, and what makes it one that this process can read and not write; root becomes another user for it."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+
+        def close() -> None:
+            for path in folder.iterdir():
+                path.chmod(0o444)
+            folder.chmod(0o555)
+            os.seteuid(user or 65534)
+
+        yield folder, close
+        os.seteuid(user)
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("harm", "wanted", "told"),
+    [
+        pytest.param(lambda data: data, 1, "", id="whole"),
+        pytest.param(lambda data: data[:-3], 2, "cannot be read", id="cut short"),
+        pytest.param(lambda data: data[:-1] + b"\x00", 2, "is damaged", id="one byte changed"),
+    ],
+)
+def test_folder_that_can_only_be_read_is_read_and_costs_no_round(cache, caplog, harm, wanted, told):
+    folder, close = cache
+    server = Server(3)
+    server.aggregate(inner=2)
+    server.aggregate(inner=11)  # steps from nothing are not worth sending any more
+    server.bring(0, BaseStore(folder, limit_bytes=10**6))
+    server.aggregate(inner=2)
+    (file,) = folder.glob("*.safetensors")
+    file.write_bytes(harm(file.read_bytes()))
+    close()
+    base, attempts = server.bring(0, BaseStore(folder, limit_bytes=10**6))
+    assert (base.digest, attempts) == (server.ledger.base.digest, wanted)
+    assert told in caplog.text and "the base is not kept on disk" in caplog.text
+    assert list(folder.iterdir()) == [file]
+
+
+def test_base_that_leads_elsewhere_is_given_up_though_its_file_cannot_be_removed(cache):
+    folder, close = cache
+    server = Server(6)
+    server.aggregate(inner=2)
+    server.bring(0, BaseStore(folder, limit_bytes=10**6))
+    server.aggregate(inner=2)
+    parcel = server.ledger.parcel(0)
+    wrong = {name: Step(step.left * 2, step.right) for name, step in parcel.steps[0].items()}
+    close()
+    with pytest.raises(BaseMissing, match="came to base"):
+        BaseStore(folder, limit_bytes=10**6).reach(Parcel(parcel.chain, (wrong,)))
