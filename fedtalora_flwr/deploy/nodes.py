@@ -198,14 +198,20 @@ def _flwr(folder: FederationFolder, *words: str) -> dict[str, Any]:
             "give that by --dir or FEDTALORA_DIR"
         )
     env = environment(folder)
-    done = subprocess.run(
-        ["flwr", "supernode", *words, "--format", "json"],
-        env=env,
-        cwd=folder.working_directory,
-        capture_output=True,
-        text=True,
-        timeout=_CALL_SECONDS,
-    )
+    try:
+        done = subprocess.run(
+            ["flwr", "supernode", *words, "--format", "json"],
+            env=env,
+            cwd=folder.working_directory,
+            capture_output=True,
+            text=True,
+            timeout=_CALL_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return {
+            "success": False,
+            "error-message": f"no answer within {_CALL_SECONDS:g} s; see {folder.log('superlink')}",
+        }
     start = done.stdout.find("{")
     try:
         return dict(json.loads(done.stdout[start:]))

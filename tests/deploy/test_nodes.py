@@ -1,5 +1,6 @@
 """Node keys and the authority's certificate on a node, before any server is called."""
 
+import socket
 import stat
 
 import pytest
@@ -7,7 +8,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from flwr.cli.supernode.register import try_load_public_key
 
+from fedtalora_flwr.deploy import nodes
 from fedtalora_flwr.deploy.certs import make_certificates
+from fedtalora_flwr.deploy.commands import write_connection
 from fedtalora_flwr.deploy.folder import DeployError, FederationFolder
 from fedtalora_flwr.deploy.nodes import list_nodes, make_node_key, register, trust
 
@@ -97,3 +100,12 @@ def test_a_folder_that_cannot_be_made_is_told_with_the_command_that_makes_it(tmp
 def test_nodes_of_a_folder_without_a_server_are_not_listed_and_the_way_out_is_told(folder):
     with pytest.raises(DeployError, match=r"no server was ever started from .*FEDTALORA_DIR"):
         list_nodes(folder)
+
+
+def test_a_server_that_accepts_a_call_and_never_answers_is_an_error_that_says_so(folder, monkeypatch):
+    make_node_key(folder, "site0")
+    monkeypatch.setattr(nodes, "_CALL_SECONDS", 3.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        write_connection(folder, control_port=server.getsockname()[1], insecure=True)
+        with pytest.raises(DeployError, match=r"did not register site0: no answer within 3 s; see .*superlink.log"):
+            register(folder, "site0")
