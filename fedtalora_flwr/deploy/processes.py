@@ -1,7 +1,8 @@
 """The long-lived processes of a folder: start in the foreground, find, stop. In the background: see `background`.
 
 A process holds a lock on its ``<name>.pid`` for as long as it lives: the kernel drops the lock however it ends. So
-nothing is ever started twice, and no number of an ended process is taken for a living one.
+nothing is ever started twice, and no number of an ended process is taken for a living one. Who looks takes the lock for
+a moment, and shares it with others who look.
 What Flower starts for it has sessions of its own, but is below it, or inherits the variable `MARK`: so it is found.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from fedtalora_flwr.deploy.folder import DeployError, FederationFolder
 
 STOP_SECONDS = 20.0
+_MOMENT = 0.01  # seconds
 MARK = "FEDTALORA_PROCESS"
 RUNNING, WAITING = "running", "waiting"
 
@@ -88,11 +90,11 @@ def claim(folder: FederationFolder, name: str, pid: int) -> int:
         If the process runs already.
     """
     handle = os.open(folder.lock(name), os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise DeployError(f"{name} runs already, as process {pid_of(folder, name)}") from None
+    while not _locked(handle, fcntl.LOCK_EX):
+        if holder := pid_of(folder, name):
+            os.close(handle)
+            raise DeployError(f"{name} runs already, as process {holder}")
+        time.sleep(_MOMENT)  # somebody looks
     write_pid(handle, pid)
     return handle
 
@@ -121,15 +123,22 @@ def _holder(folder: FederationFolder, name: str) -> tuple[int | None, str]:
     path = folder.lock(name)
     if not path.exists():
         return None, ""
-    with path.open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            while not (words := file.read().split()):  # the file was made this moment
-                time.sleep(0.01)
-                file.seek(0)
-            return int(words[0]), words[1]
-        return None, ""
+    with path.open() as file:
+        while not _locked(file.fileno(), fcntl.LOCK_SH):
+            file.seek(0)
+            if words := file.read().split():
+                return int(words[0]), words[1]
+            time.sleep(_MOMENT)  # the file was made just now
+    return None, ""
+
+
+def _locked(handle: int, how: int) -> bool:
+    """Take a lock on a file if that can be done at once."""
+    try:
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _left(born: Mapping[int, str], folder: FederationFolder, name: str) -> set[int]:

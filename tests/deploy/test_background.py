@@ -1,18 +1,21 @@
 """What runs in the background is started again when it ends, until it is stopped or does not stay up."""
 
+import fcntl
 import os
 import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 
 import psutil
 import pytest
 
 from fedtalora_flwr.deploy.background import Patience, keep, start
 from fedtalora_flwr.deploy.folder import DeployError, FederationFolder
-from fedtalora_flwr.deploy.processes import pid_of, state_of, stop, tail
+from fedtalora_flwr.deploy.processes import claim, pid_of, state_of, stop, tail
 
 NAME = "site0"
 QUICK = Patience(pause=0.3, longest=0.3)
@@ -137,6 +140,26 @@ def test_what_is_not_ready_in_time_is_stopped(folder):
     with pytest.raises(DeployError, match="not up within 1 s and was stopped; its log ends:\nslow"):
         start(folder, NAME, ["sh", "-c", "echo slow; exec sleep 600"], dict(os.environ), ready=lambda: False, seconds=1)
     assert pid_of(folder, NAME) is None
+
+
+def test_who_looks_hinders_neither_others_who_look_nor_a_start(folder):
+    os.close(claim(folder, NAME, 1234))  # it has ended, and its number is still in the file
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(lambda _: pid_of(folder, NAME), range(4000))) == {None}
+        looking = pool.submit(lambda: [pid_of(folder, NAME) for _ in range(4000)])
+        while not looking.done():
+            os.close(claim(folder, NAME, 1234))
+
+
+def test_what_ends_before_its_lock_names_it_is_not_waited_for(folder):
+    handle = os.open(folder.lock(NAME), os.O_RDWR | os.O_CREAT)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    looking = Thread(target=pid_of, args=(folder, NAME), daemon=True)
+    looking.start()
+    time.sleep(0.1)
+    os.close(handle)
+    looking.join(10)
+    assert not looking.is_alive()
 
 
 def test_a_process_whose_supervisor_was_killed_runs_on_and_can_be_stopped(folder):
