@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -396,7 +397,7 @@ def main() -> None:
     """Run the command line; an error of the user's ends in one line and status 2."""
     try:
         cli()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("FEDTALORA_TRACEBACK"):
             raise
         errors.print(f"[red]error:[/red] {_escaped(str(error))}", highlight=False, soft_wrap=True)
@@ -473,7 +474,8 @@ def _explain_failure(folder: Path, details: str) -> None:
     status = json.loads(path.read_text()) if path.exists() else {}
     message = status.get("message") if status.get("phase") == "failed" else ""
     if (folder / "config.json").exists():
-        write_report(folder)
+        with suppress(OSError, ValueError):  # a full disk fails the run and its report alike
+            write_report(folder)
     _fail(f"the run failed: {message or details}\nlogs are in {_short(folder / 'logs')}", code=1)
 
 

@@ -264,6 +264,10 @@ def _replacing(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rename(old)
         part.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():  # between the two renames
+            old.rename(folder)
+        raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -26,7 +26,7 @@ class RunProgress:
     def __init__(self, folder: Path, console: Console) -> None:
         self._folder = folder
         self._console = console
-        self._seen = _num_lines(folder / "rounds.jsonl")
+        self._seen = len(_whole_lines(folder / "rounds.jsonl"))
         self._stamp: int | None = None
         self._introduced = False
         self._bar = Progress(
@@ -81,8 +81,7 @@ class RunProgress:
         )
 
     def _show_rounds(self, num_rounds: int) -> None:
-        path = self._folder / "rounds.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = _whole_lines(self._folder / "rounds.jsonl")
         for text in lines[self._seen :]:
             line = json.loads(text)
             self._console.print(_round_line(line, num_rounds), highlight=False, soft_wrap=True)
@@ -194,5 +193,7 @@ def _plain(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def _num_lines(path: Path) -> int:
-    return len(path.read_text().splitlines()) if path.exists() else 0
+def _whole_lines(path: Path) -> list[str]:
+    """Read the lines that are there to their end: a round may be looked at while it is written, or cut by a full disk."""
+    text = path.read_text() if path.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()

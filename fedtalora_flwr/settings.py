@@ -128,9 +128,7 @@ def gather(
     settings |= dict(parse_assignment(text, known) for text in assignments)
     if not settings["data-root"]:
         settings["data-root"] = os.environ.get("FEDTALORA_DATA", "")
-    for key in _PATHS:
-        if settings[key]:
-            settings[key] = _absolute(str(settings[key]))
+    settings = _with_absolute_paths(settings)
     for key in ("dataset", "backbone"):  # hub:<name> and hf:<name> may name a local folder
         choice, _, argument = str(settings[key]).partition(":")
         if argument and Path(argument).expanduser().exists():
@@ -157,7 +155,12 @@ def resumed(app: Path, folder: Path, *, assignments: Iterable[str]) -> dict[str,
         raise ConfigError(f"{folder} is finished: it has metrics.json; fedtalora report {folder} shows it")
     # A run that was stopped before its first checkpoint begins anew.
     started = (folder / "checkpoint" / "latest.json").is_file()
-    return {**read_file(folder / "config.json", known), "resume": started, **changes}
+    return {**read_file(folder / "config.json", known), "resume": started, **_with_absolute_paths(changes)}
+
+
+def _with_absolute_paths(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    paths = {key: _absolute(str(settings[key])) for key in _PATHS if settings.get(key)}
+    return {**settings, **paths}
 
 
 def _absolute(path: str) -> str:

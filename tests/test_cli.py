@@ -8,6 +8,7 @@ import tomllib
 from importlib.metadata import version
 
 import pytest
+import typer
 
 from fedtalora_flwr import cli
 from fedtalora_flwr.config import RunConfig
@@ -132,6 +133,21 @@ def test_resume_refuses_what_is_no_run_what_is_finished_and_other_settings(fedta
         and "--resume goes on with the run's own settings; --set may change only base-cache-gb, cache-gb, check-data, "
         in err
     )
+
+
+def test_an_out_that_cannot_be_made_is_an_error_in_one_line(fedtalora, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, _, err = fedtalora("run", "--out", "file/run")
+    assert status == 2 and err == f"error: [Errno 20] Not a directory: '{tmp_path}/file/run'\n"
+
+
+def test_why_a_run_failed_is_told_where_its_report_cannot_be_written(capsys, tmp_path):
+    folder = tmp_path / "run"
+    make_run(folder, config={}, status={"phase": "failed", "message": "no [space] left"})
+    (folder / "report.html").mkdir()
+    with pytest.raises(typer.Exit):
+        cli._explain_failure(folder, "details")
+    assert "error: the run failed: no [space] left\n" in capsys.readouterr().err
 
 
 def test_presets_lists_each_with_its_first_line(fedtalora):

@@ -333,6 +333,22 @@ def test_an_existing_target_is_refused_and_force_replaces_an_export_only(timm_ru
     assert {path.name for path in tmp_path.iterdir()} == {"model", "mine"}
 
 
+def test_an_earlier_export_is_put_back_where_the_new_one_cannot_take_its_place(timm_run, tmp_path, monkeypatch):
+    target, rename = tmp_path / "model", Path.rename
+    export(timm_run, to="merged", target=target)
+
+    def interrupted(self: Path, to: Path) -> Path:
+        if self.suffix == ".part" and self.is_dir():
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(timm_run, to="peft", target=target, force=True)
+    assert (target / "model.safetensors").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
 def test_an_export_that_does_not_give_the_runs_logits_is_not_put_in_place(timm_run, tmp_path, monkeypatch):
     monkeypatch.setattr(Change, "dense", lambda self: self.factors.delta().double().mul(0.5))
     with pytest.raises(ExportError, match=r"logits differ from the run's by up to .*, allowed is .*; nothing was"):

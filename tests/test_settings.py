@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fedtalora_flwr.config import ConfigError
-from fedtalora_flwr.settings import app_folder, defaults, gather, preset_file, presets, read_file
+from fedtalora_flwr.settings import app_folder, defaults, gather, preset_file, presets, read_file, resumed
 
 APP = app_folder()
 KNOWN = defaults(APP)
@@ -104,3 +104,13 @@ def test_the_data_root_comes_from_the_environment_unless_it_is_set(tmp_path, mon
     assert gather(APP, file=None, assignments=[])["data-root"] == str(tmp_path / "env")
     chosen = gather(APP, file=None, assignments=[f"data-root={tmp_path}"])
     assert chosen["data-root"] == str(tmp_path)
+
+
+def test_a_path_that_is_changed_on_resume_becomes_absolute_as_in_a_fresh_run(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(KNOWN))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    settings = resumed(APP, tmp_path / "run", assignments=["data-root=../data"])
+    assert settings["data-root"] == gather(APP, file=None, assignments=["data-root=../data"])["data-root"]
+    assert settings["data-root"] == str(tmp_path / "data")

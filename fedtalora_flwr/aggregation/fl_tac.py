@@ -166,7 +166,8 @@ class FLTAC(SlotAggregator):
     def picture(self, updates: Mapping[Slot, ClientUpdate]) -> dict[Slot, tuple[float, float]]:
         """Lay the slots out on a plane by their signatures."""
         slots = sorted(updates)
-        places = on_a_plane(self._points(self._gram([updates[slot].adapters for slot in slots])), seed=self.seed)
+        points = self._points(self._gram([updates[slot].adapters for slot in slots]))
+        places = on_a_plane(points, seed=self.seed % 2**32)  # scikit-learn's seeds are below 2^32
         return {slot: (float(x), float(y)) for slot, (x, y) in zip(slots, places, strict=True)}
 
     def _gram(self, adapters: Sequence[Adapters]) -> Matrix:

@@ -334,3 +334,12 @@ def test_settings_that_cannot_be_are_refused(settings, text):
 def test_truncated_residuals_are_refused_as_their_debt_would_stay_with_a_cluster_that_is_left():
     with pytest.raises(ValueError, match=r"residual-energy is 0\.5; with method fl-tac it must be 1"):
         resolve("fl-tac", residual_energy=0.5)
+
+
+@pytest.mark.parametrize("seed", [2**32, 2**63 - 1])
+def test_slots_are_clustered_and_drawn_with_any_seed_that_a_run_may_have(seed):
+    generator, state, tasks = begin(7, 3)
+    fl_tac = FLTAC(EXACT, num_clusters=2, seed=seed)
+    updates = train_all(state, tasks, TWO_TASKS, generator=generator)
+    assert same_groups(fl_tac.aggregate(state, updates).assigned, TWO_TASKS)
+    assert fl_tac.picture(updates).keys() == TWO_TASKS.keys()
