@@ -313,7 +313,9 @@ class AdapterStrategy(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Fold the replies into the next state; a bad one is refused with its reason in the tally.
+        """Fold the replies into the next state, `state`; a bad one is refused with its reason in the tally.
+
+        Nothing is packed for the caller: what the next round sends depends on its task.
 
         Raises
         ------
@@ -349,7 +351,7 @@ class AdapterStrategy(Strategy):
         self.state = new_state
         self.ledger.advance(new_state.residual, new_state.step)
         self._records.clear()
-        return wire.pack_state(new_state, trainable=self.method.trainable), MetricRecord(metrics)
+        return None, MetricRecord(metrics)
 
     def add_sums(self, server_round: int, replies: Iterable[tuple[int, Message]], *, to: FeatureSums) -> FeatureSums:
         """Add the clients' feature sums up as they come, in order of partition id; a bad one is refused.
