@@ -46,7 +46,7 @@ SUPERLINK_START_SECONDS = 60.0
 STATUS_POLL_SECONDS = 5.0  # a flwr call costs about one second of CPU
 RAY_CONNECT_SECONDS = 3.0
 ROOT_FILES = ("pyproject.toml", "LICENSE", ".gitignore")  # of an app, beside its folders
-RAY_PROBE_SECONDS = 40.0  # longer than `cluster.probe` waits for CPUs that another run is just giving back
+RAY_PROBE_SECONDS = 40.0  # longer than cluster.py waits (FREE_SECONDS) for CPUs that another run is giving back
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 logger = logging.getLogger("keeper")
@@ -121,7 +121,6 @@ def launch(
     client_cpus: int = 1,
     client_gpus: float = 0.0,
     ray_cpus: int | None = None,
-    ray_gpus: int | None = None,
     ray_address: str | None = None,
     tick_seconds: float = 0.2,
 ) -> LaunchResult:
@@ -148,11 +147,9 @@ def launch(
         GPUs that Ray reserves for each client; fractions share one.
     ray_cpus
         CPUs that Ray may hand out; None: all it finds.
-    ray_gpus
-        GPUs that Ray may hand out; None: all it finds.
     ray_address
         HOST:PORT of a running Ray cluster of which this machine is a node; its clients take all its nodes' CPUs,
-        so `ray_cpus` and `ray_gpus` must be None. None: start a Ray for this run.
+        so `ray_cpus` must be None. None: start a Ray for this run.
     tick_seconds
         Pause between two calls of `on_tick`.
 
@@ -163,20 +160,20 @@ def launch(
         refuses the app or its configuration, or the SuperLink dies. A run that fails is no error: see
         `LaunchResult.ok`.
     ValueError
-        If `ray_address` is not HOST:PORT, or comes with `ray_cpus` or `ray_gpus`.
+        If `ray_address` is not HOST:PORT, or comes with `ray_cpus`.
     SystemExit
         With code 143, on SIGTERM (in the main thread only).
     """
     _check(run_config)
     if ray_address is not None:
-        if ray_cpus is not None or ray_gpus is not None:
-            raise ValueError("ray_cpus and ray_gpus size a Ray of the run's own; a cluster's are set by its ray start")
+        if ray_cpus is not None:
+            raise ValueError("ray_cpus sizes a Ray of the run's own; a cluster's CPUs are set by its ray start")
         check_ray_address(ray_address)
     work_dir.mkdir(parents=True, exist_ok=True)
     job = _Job(
         app_dir=str(app_dir.resolve()),
         run_config=str(run_config.resolve()),
-        federation_config=_federation_config(num_supernodes, client_cpus, client_gpus, ray_cpus, ray_gpus),
+        federation_config=_federation_config(num_supernodes, client_cpus, client_gpus, ray_cpus),
         work_dir=str(work_dir.resolve()),
         ray_address=ray_address,
         client_cpus=client_cpus,
@@ -226,15 +223,12 @@ def check_ray_address(ray_address: str) -> None:
         ) from None
 
 
-def _federation_config(
-    num_supernodes: int, client_cpus: int, client_gpus: float, ray_cpus: int | None, ray_gpus: int | None
-) -> str:
+def _federation_config(num_supernodes: int, client_cpus: int, client_gpus: float, ray_cpus: int | None) -> str:
     keys = {
         "num-supernodes": num_supernodes,
         "client-resources-num-cpus": client_cpus,
         "client-resources-num-gpus": float(client_gpus),  # fractions share a GPU; the CPUs are whole
         "init-args-num-cpus": ray_cpus,
-        "init-args-num-gpus": ray_gpus,
     }
     return " ".join(f"{key}={value}" for key, value in keys.items() if value is not None)
 

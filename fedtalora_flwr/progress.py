@@ -194,6 +194,6 @@ def _plain(text: str) -> str:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """Read the lines that are there to their end: a round may be looked at while it is written, or cut by a full disk."""
+    """Read the lines that are whole: a round may be looked at while it is written, or a full disk have cut it."""
     text = path.read_text() if path.exists() else ""
     return text[: text.rfind("\n") + 1].splitlines()

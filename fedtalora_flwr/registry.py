@@ -68,6 +68,17 @@ def require(package: str, name: str) -> None:
         resolve(package, name)
 
 
+def parameters(package: str, name: str) -> frozenset[str]:
+    """Name the settings, in snake_case, that ``create`` of the file that `name` selects takes.
+
+    Raises
+    ------
+    ValueError
+        As in `resolve`.
+    """
+    return frozenset(inspect.signature(resolve(package, name).create).parameters)
+
+
 def build(package: str, name: str, settings: Mapping[str, Any]) -> Any:
     """Call ``create`` of the file that `name` selects with the settings its parameters name.
 
@@ -85,7 +96,7 @@ def build(package: str, name: str, settings: Mapping[str, Any]) -> Any:
         If the choice is unknown, needs an argument and got none, or takes none and got one.
     """
     create = resolve(package, name).create
-    wanted = inspect.signature(create).parameters
+    wanted = parameters(package, name)
     choice, colon, argument = name.partition(":")
     if ("argument" in wanted) != bool(argument):
         raise ValueError(

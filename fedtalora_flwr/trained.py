@@ -87,7 +87,7 @@ class TrainedModel:
     @property
     def num_rounds(self) -> int:
         """Rounds of the whole run."""
-        return (1 if self.record.manifest.get("slots") else self.config.last_task) * max(1, self.config.rounds_per_task)
+        return self.record.num_rounds
 
     @property
     def standing(self) -> str:

@@ -394,6 +394,7 @@ class Server:
             "image_side": self._image_side(),
             "class_order": [row for task in classes.tasks for row in task],
             "tasks": [list(task) for task in classes.tasks],
+            "num_rounds": self.num_rounds,
             "partition_hashes": list(hashes),
             "partition_hash": hashlib.sha256("".join(hashes).encode()).hexdigest(),
             "class_counts": [found.of_partition(partition) for partition in range(self.config.num_clients)],

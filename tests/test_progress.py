@@ -11,7 +11,13 @@ from fedtalora_flwr.progress import RunProgress
 
 def line_of(server_round: int) -> str:
     """A round as the run folder has it."""
-    values = {"server_round": server_round, "task_id": 0, "participants": [0, 1], "failures": [], "seconds": {"total": 1}}
+    values = {
+        "server_round": server_round,
+        "task_id": 0,
+        "participants": [0, 1],
+        "failures": [],
+        "seconds": {"total": 1},
+    }
     return json.dumps({**values, "bytes_up": 10, "bytes_down": 20, "mean_loss": 0.5, "accuracy_seen": None}) + "\n"
 
 

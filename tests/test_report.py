@@ -224,6 +224,26 @@ def test_an_unfinished_run_says_so_and_shows_what_its_rounds_hold(tmp_path):
     assert "Training loss" in page.text
 
 
+@pytest.mark.parametrize(
+    ("manifest", "config", "planned"),
+    [
+        ({"num_rounds": 6}, {}, 6),
+        ({}, {"stop-after-task": 2}, 6),
+        ({}, {"rounds-per-task": 0}, 3),
+        ({"slots": [[0, 1, 2]] * 4}, {}, 3),
+    ],
+)
+def test_a_stopped_run_says_how_many_rounds_it_was_to_have_also_one_of_an_earlier_version(
+    tmp_path, manifest, config, planned
+):
+    folder = synthetic_run(tmp_path / "stopped", stop_at_round=2, **config)
+    file = folder / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | manifest))
+    record = read_run(folder)
+    assert record.num_rounds == planned
+    assert f"the run stopped after round 2 of {planned}," in record.notes[0]
+
+
 def test_accuracy_in_the_middle_of_a_task_is_not_yet_that_tasks(tmp_path):
     folder = synthetic_run(tmp_path / "stopped", stop_at_round=5)
     rewrite_last_round(folder, accuracy_seen=0.123)

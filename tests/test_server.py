@@ -199,7 +199,7 @@ def test_manifest_says_what_ran_on_which_data(undisturbed):
     assert manifest["fedtalora_version"] == fedtalora_flwr.__version__
     assert {"python", "torch", "flwr"} <= set(manifest["versions"])
     assert sorted(manifest["class_order"]) == list(range(10))
-    assert manifest["image_side"] == 8
+    assert (manifest["image_side"], manifest["num_rounds"]) == (8, 4)
     assert [c for task in manifest["tasks"] for c in task] == manifest["class_order"]
     assert len(set(manifest["partition_hashes"])) == 3
     assert np.sum(manifest["class_counts"], axis=0).tolist() == [6] * 10

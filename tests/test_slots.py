@@ -122,6 +122,7 @@ def test_every_client_trains_all_its_tasks_in_every_round(undisturbed):
     lines, manifest = rounds(undisturbed), read(undisturbed, "manifest.json")
     assert [line["server_round"] for line in lines] == [1, 2]  # rounds-per-task, for all tasks at once
     assert [sorted(tasks) for tasks in manifest["slots"]] == [[0, 1]] * CLIENTS
+    assert manifest["num_rounds"] == len(lines)
     for line in lines:
         assert [(slot["partition_id"], slot["number"]) for slot in line["slots"]] == [
             (partition, number) for partition in range(CLIENTS) for number in range(TASKS)

@@ -88,9 +88,10 @@ class FedTaLoRA(Aggregator):
         owed: dict[str, Step] = {}
         for name, broadcast in state.adapters.items():
             factors = [update.adapters[name] for update in updates]
-            adapters[name], lost = average_factors(factors, weights, like=broadcast)
             if self.residual == "off":
+                adapters[name] = mean_factors(factors, weights, like=broadcast)
                 continue
+            adapters[name], lost = average_factors(factors, weights, like=broadcast)
             if self.residual_energy < 1:
                 lost, owed[name] = strongest(lost, owed=state.owed.get(name), energy=self.residual_energy)
             if self.residual == "replace":
@@ -128,13 +129,24 @@ def average_factors(
     The averaged pair, and what it loses against the mean of the products,
     ``sum_k p_k delta_k - average.delta()``: a `Step` where factors hold fewer numbers, else (d_out, d_in) float32.
     """
-    if not all(f.rank == like.rank and f.scaling == like.scaling for f in factors):
+    if not _are_alike(factors, like=like):
         return _best_of_rank(factors, weights, like=like)
     p = torch.tensor(weights, dtype=torch.float64)
     mean = _mean(factors, p.float(), origin=like)
     if pays((len(factors) - 1) * like.rank, (like.lora_B.shape[0], like.lora_A.shape[1])):
         return mean, _lost_in_factors(factors, p, mean=mean)
     return mean, _lost_dense(factors, p.float(), mean=mean)
+
+
+def mean_factors(factors: Sequence[LoraFactors], weights: Sequence[float], *, like: LoraFactors) -> LoraFactors:
+    """Give the averaged pair of `average_factors` without working out what it loses."""
+    if not _are_alike(factors, like=like):
+        return _best_of_rank(factors, weights, like=like)[0]
+    return _mean(factors, torch.tensor(weights), origin=like)
+
+
+def _are_alike(factors: Sequence[LoraFactors], *, like: LoraFactors) -> bool:
+    return all(f.rank == like.rank and f.scaling == like.scaling for f in factors)
 
 
 def stacked(factors: Sequence[LoraFactors], weights: Sequence[float]) -> tuple[Tensor, Tensor]:

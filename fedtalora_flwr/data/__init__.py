@@ -60,6 +60,7 @@ def load_source(dataset: str, settings: Mapping[str, Any]) -> Source:
 
 def open_data(dataset: str, settings: Mapping[str, Any]) -> Source | OwnReader:
     """Read a data set as `load_source` does, or give what reads a node's own where nodes bring theirs."""
+    _refuse_paths_not_read(dataset, settings)
     found: Source | OwnReader = registry.build(SOURCES, dataset, settings)
     if isinstance(found, OwnReader):
         return found
@@ -70,3 +71,14 @@ def open_data(dataset: str, settings: Mapping[str, Any]) -> Source | OwnReader:
         max_test_per_class=settings.get("max_test_per_class", 0),
         seed=settings["seed"],
     )
+
+
+def _refuse_paths_not_read(dataset: str, settings: Mapping[str, Any]) -> None:
+    """Refuse a path beside a data set that has its own place: the run would be on other data than its user thinks."""
+    for key in ("data_path", "test_path"):
+        if settings.get(key) and key not in registry.parameters(SOURCES, dataset):
+            readers = [name for name in registry.available(SOURCES) if key in registry.parameters(SOURCES, name)]
+            raise DataError(
+                f"dataset {dataset} reads no {key.replace('_', '-')}, got {settings[key]!r}; leave it out, or set "
+                f"dataset to one that does: {', '.join(readers)}"
+            )

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 
-# Purposes of a seed, so that no two draws share a stream; far above any task or partition id.
+# Purposes of a seed, far above any task or partition id. NumPy pads a seed with zeros, so the test rows of class 0 are
+# drawn from the stream of the class order (stream._CLASS_ORDER): harmless, for one is of rows, the other of classes.
 _HOLD_OUT, _SUBSET, _TEST_SUBSET = 1_000_001, 1_000_002, 1_000_003
 
 

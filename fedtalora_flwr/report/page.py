@@ -165,8 +165,8 @@ def _training_pictures(run: RunRecord) -> list[Picture]:
             "mean_loss",
             figures.loss,
             "Training loss",
-            "Mean cross-entropy (nats) of the participants' training steps in each round. Shaded bands are "
-            "tasks; it jumps where new classes arrive.",
+            "Mean loss of the participants' training steps in each round: the cross-entropy (nats), and the "
+            "penalty where there is one. Shaded bands are tasks; it jumps where new classes arrive.",
         ),
         (
             "residual_norm",

@@ -56,6 +56,11 @@ class RunRecord:
         """Return T, the length of the stream, trained or not."""
         return len(self.manifest.get("tasks") or ()) or int(self.config.get("num-tasks") or 1)
 
+    @property
+    def num_rounds(self) -> int:
+        """Return the rounds of the whole run, played or not."""
+        return _planned_rounds(self.config, self.manifest)
+
     def accuracy(self) -> NDArray[np.float64]:
         """Return a_ij in [0, 1], shape (T, T), NaN where not measured; (0, 0) without metrics.json."""
         rows = (self.metrics or {}).get("accuracy_matrix") or []
@@ -135,7 +140,7 @@ def read_run(path: Path | str) -> RunRecord:
         notes.append("The last line of rounds.jsonl is cut off, as if the run was stopped while it wrote.")
     metrics = _read_object(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
     status = _read_object(folder / "status.json") if (folder / "status.json").is_file() else {}
-    state, why = _diagnose(config, rounds, status, finished=metrics is not None)
+    state, why = _diagnose(config, manifest, rounds, status, finished=metrics is not None)
     notes += [f"About the data: {remark}." for remark in manifest.get("remarks") or ()]
     return RunRecord(folder, config, manifest, rounds, metrics, state, (*why, *notes))
 
@@ -179,6 +184,7 @@ def _in_order(by_round: Mapping[int, Mapping[str, Any]]) -> tuple[Mapping[str, A
 
 def _diagnose(
     config: Mapping[str, Any],
+    manifest: Mapping[str, Any],
     rounds: Sequence[Mapping[str, Any]],
     status: Mapping[str, Any],
     *,
@@ -200,10 +206,17 @@ def _diagnose(
             f"Round {last['server_round']} got {good} good update{'' if good == 1 else 's'}, "
             f"fewer than min-replies = {needed}; the reasons are under Failures."
         ]
-    tasks = int(config.get("stop-after-task") or config.get("num-tasks") or 0)
-    planned = tasks * int(config.get("rounds-per-task") or 0)
+    planned = _planned_rounds(config, manifest)
     reached = f"round {last['server_round']}" + (f" of {planned}" if planned else "")
     return "unfinished", [f"metrics.json is missing: the run stopped after {reached}, or is still running."]
+
+
+def _planned_rounds(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> int:
+    if "num_rounds" in manifest:
+        return int(manifest["num_rounds"])
+    # An earlier version did not write it down; over slots all tasks are trained at once.
+    tasks = 1 if "slots" in manifest else int(config.get("stop-after-task") or config.get("num-tasks") or 0)
+    return tasks * max(1, int(config.get("rounds-per-task") or 0))
 
 
 def number(value: Any) -> float:

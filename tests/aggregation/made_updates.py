@@ -1,7 +1,7 @@
 """States and updates from a seed, and the oracle: effective weights in float64, written without the library."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -26,14 +26,21 @@ def draw(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def make_state(generator: torch.Generator, *, rank: int = 2, scaling: float = 2.0, version: int = 0) -> GlobalState:
+def make_state(
+    generator: torch.Generator, *, rank: int = 2, scaling: float = 2.0, dense: bool = False, version: int = 0
+) -> GlobalState:
+    """A state in the midst of a run; `dense` pairs have their own rank and scaling."""
+
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
+    def pair(d_out: int, d_in: int) -> LoraFactors:
+        if dense:
+            return replace(LoraFactors.dense(d_in=d_in, d_out=d_out), lora_B=randn(d_out, d_in))
+        return LoraFactors(randn(rank, d_in), randn(d_out, rank), scaling)
+
     return GlobalState(
-        adapters={
-            name: LoraFactors(randn(rank, d_in), randn(d_out, rank), scaling) for name, (d_out, d_in) in LAYERS.items()
-        },
+        adapters={name: pair(*shape) for name, shape in LAYERS.items()},
         head={"weight": randn(NUM_CLASSES, FEATURE_DIM), "bias": randn(NUM_CLASSES)},
         version=version,
     )

@@ -17,8 +17,9 @@ from made_updates import (
     relative_error,
     tensors_of,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
-from fedtalora_flwr.aggregation import BadUpdate, LoraFactors, check_update, resolve
+from fedtalora_flwr.aggregation import BadUpdate, GlobalState, LoraFactors, check_update, resolve
 
 
 def start(**settings):
@@ -30,6 +31,15 @@ def start(**settings):
 @pytest.mark.parametrize("name", ["fedtalora", "fedit", "fedex", "flora"])
 def test_methods_that_train_both_factors_say_so(name):
     assert resolve(name).trainable == BOTH
+
+
+def test_what_averaging_loses_is_not_worked_out_where_nobody_uses_it():
+    size, num_clients = 64, 5
+    method, state = resolve("full"), GlobalState({"fc": LoraFactors.dense(d_in=size, d_out=size)})
+    updates = make_updates(state, range(num_clients), generator=draw(0), trainable=method.trainable)
+    with FlopCounterMode(display=False) as counter:
+        method.aggregate(state, updates)
+    assert 0 < counter.get_total_flops() < num_clients * size**3  # one product of the pairs is more
 
 
 def test_fedit_is_fedtalora_without_its_residual():

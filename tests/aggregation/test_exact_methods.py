@@ -36,7 +36,7 @@ def test_aggregate_equals_the_weighted_mean_of_client_weights_over_rounds_of_ran
 ):
     generator, method = draw(seed), build(name)
     pristine = pristine_weights(generator)
-    state = make_state(generator, rank=rank, scaling=scaling)
+    state = make_state(generator, rank=rank, scaling=scaling, dense=method.dense)
     for _ in range(num_rounds):
         present = torch.randperm(10, generator=generator)[:num_clients].tolist()
         updates = make_updates(state, present, generator=generator, spread=0.5, trainable=method.trainable)
@@ -49,7 +49,7 @@ def test_aggregate_equals_the_weighted_mean_of_client_weights_over_rounds_of_ran
 @given(seed=st.integers(0, 2**31))
 def test_exactness_error_agrees_that_an_exact_method_is_exact(name, seed):
     generator, method = draw(seed), build(name)
-    state = make_state(generator)
+    state = make_state(generator, dense=method.dense)
     for _ in range(3):
         updates = make_updates(state, [0, 4, 2], generator=generator, trainable=method.trainable)
         new_state = method.aggregate(state, updates)
@@ -60,7 +60,7 @@ def test_exactness_error_agrees_that_an_exact_method_is_exact(name, seed):
 @pytest.mark.parametrize("name", METHODS)
 def test_order_of_replies_does_not_change_a_bit_of_the_aggregate(name):
     generator, method = draw(3), build(name)
-    state = make_state(generator, rank=3)
+    state = make_state(generator, rank=3, dense=method.dense)
     updates = make_updates(state, range(9), generator=generator, trainable=method.trainable)
     wanted = tensors_of(method.aggregate(state, updates))
     for _ in range(10):
@@ -73,7 +73,7 @@ def test_order_of_replies_does_not_change_a_bit_of_the_aggregate(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_aggregate_changes_neither_the_state_nor_the_updates(name):
     generator, method = draw(4), build(name)
-    state = make_state(generator)
+    state = make_state(generator, dense=method.dense)
     state = method.aggregate(state, make_updates(state, [0, 1], generator=generator, trainable=method.trainable))
     updates = make_updates(state, [5, 1, 3], generator=generator, trainable=method.trainable)
     given = [tensors_of(state), *(tensors_of(update) | {"counts": update.class_counts} for update in updates)]
@@ -88,7 +88,7 @@ def test_aggregate_changes_neither_the_state_nor_the_updates(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_each_aggregation_is_one_version_on(name):
     generator, method = draw(5), build(name)
-    state = make_state(generator, version=6)
+    state = make_state(generator, dense=method.dense, version=6)
     updates = make_updates(state, [0], generator=generator, trainable=method.trainable)
     assert method.aggregate(state, updates).version == 7
 

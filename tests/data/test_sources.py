@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 
 from fedtalora_flwr import registry
-from fedtalora_flwr.data import SOURCES, DataError, load_source, stored_side
+from fedtalora_flwr.data import SOURCES, DataError, load_source, open_data, stored_side
 
 TRAIN_LABELS, TEST_LABELS = [2, 0, 2, 0, 2, 0, 2], [0, 1, 2]  # of three classes, one never trained
 
@@ -184,6 +184,14 @@ def test_a_label_beyond_its_class_label_is_an_error(settings, tmp_path):
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"must be in \[0, 1\] .*got 2 in row 1|cannot be read"):
         load_source("parquet", {**settings, "data_path": str(tmp_path / "a.parquet")})
+
+
+@pytest.mark.parametrize("key", ["data_path", "test_path"])
+def test_a_path_that_the_data_set_does_not_read_is_an_error_that_names_those_that_do(settings, tmp_path, key):
+    readers = "imagefolder, nodes, parquet, text" if key == "data_path" else "imagefolder, parquet, text"
+    name = key.replace("_", "-")
+    with pytest.raises(DataError, match=f"dataset digits reads no {name}, got '{tmp_path}'; .* does: {readers}$"):
+        open_data("digits", {**settings, key: str(tmp_path)})
 
 
 @pytest.mark.parametrize("dataset", ["parquet", "text", "imagefolder"])
