@@ -274,6 +274,8 @@ def predict(
     from fedtalora_flwr.predict import read_items
     from fedtalora_flwr.trained import open_trained
 
+    # The name of a file may be no Unicode; a question mark stands for what cannot be printed.
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     trained = open_trained(run_folder, device=device, place=_place(cluster, slot))
     if trained.server_round < trained.num_rounds:
         errors.print(f"[yellow]note:[/yellow] the run is {trained.standing}", highlight=False, soft_wrap=True)

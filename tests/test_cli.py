@@ -1,6 +1,7 @@
 """What the command line does before and without a run: help, settings, errors and their exit status."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -233,6 +234,19 @@ def test_predict_names_what_it_cannot_read_classifies_the_rest_and_exits_with_1(
     broken, good = json.loads(out)
     assert status == 1 and broken["input"] == "texts/a.json" and "cannot be read as .json" in broken["error"]
     assert good["input"] == "texts/b.txt:1" and len(good["predictions"]) == 3
+
+
+def test_predict_goes_on_after_a_file_whose_name_is_not_utf8(fedtalora, text_run, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / os.fsdecode(b"a\xff.txt")).write_text("where is the door\n")
+    (tmp_path / "texts" / "b.txt").write_text("switch the lamp on\n")
+    status, out, _ = fedtalora("predict", str(text_run), "texts")
+    assert status == 0
+    assert [line.split("\t")[0] for line in out.splitlines()] == ["texts/a?.txt:1", "texts/b.txt:1"]
+    (tmp_path / "texts" / os.fsdecode(b"c\xff.json")).write_text("[1")
+    status, out, _ = fedtalora("predict", str(text_run), "texts", "--json")
+    _, _, broken = json.loads(out)
+    assert status == 1 and broken["input"] == "texts/c?.json" and "c?.json cannot be read" in broken["error"]
 
 
 def test_an_error_is_shown_in_full_where_a_traceback_is_asked_for(monkeypatch):
