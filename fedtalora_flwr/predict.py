@@ -211,8 +211,11 @@ def _texts_of(file: Path, *, column: str) -> Iterator[Item]:
 def _text_item(row: Any, *, column: str, name: str) -> Item:
     try:
         text = row if isinstance(row, str) else _column_of(row, column=column, where=name)
+        text.encode()
     except InputError as error:
         return Item(name, None, str(error))
+    except UnicodeEncodeError as error:  # JSON can hold half a character: "\ud83d"
+        return Item(name, None, f"{name} is no valid Unicode text ({error}); replace it")
     return Item(name, text.strip())
 
 

@@ -149,6 +149,13 @@ def test_a_row_without_a_text_is_told_among_the_others(tmp_path):
     assert "a.jsonl:2 has no text column" in found[1].error
 
 
+def test_half_a_character_in_json_is_told_among_the_others(text_run, tmp_path):
+    (tmp_path / "a.json").write_text(r'["lamp on", "\ud83d cut", "door", {"text": "\ude00"}, "\ud83d\ude00"]')
+    found = list(predict(open_trained(text_run, device="cpu"), iter(items(tmp_path / "a.json")), top=1))
+    assert [prediction.item.raw for prediction in found] == ["lamp on", None, "door", None, "\N{GRINNING FACE}"]
+    assert re.search(r"a\.json:2 is no valid Unicode text \(.*'\\ud83d' in position 0", found[1].item.error)
+
+
 def test_standard_input_that_is_empty_or_not_utf8_is_told():
     assert items("-", modality="image")[0].error == "standard input is empty; pipe one image file into it"
     assert items("-", stdin=b"\n \n")[0].error == "standard input is empty; pipe texts into it, one a line"
