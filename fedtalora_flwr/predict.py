@@ -232,11 +232,11 @@ def _column_of(row: Any, *, column: str, where: str) -> str:
 
 
 def _lines(content: str) -> Iterator[tuple[int, Any]]:
-    yield from enumerate(content.splitlines(), start=1)
+    yield from enumerate(content.split("\n"), start=1)  # splitlines() would end a line at U+2028 too
 
 
 def _json_lines(content: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
             yield number, json.loads(line)
 

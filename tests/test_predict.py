@@ -101,6 +101,14 @@ def test_texts_are_read_from_every_kind_of_file(tmp_path):
     assert texts(tmp_path / "c.tsv", column="label") == [("c.tsv:1", "x")]
 
 
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x0c"])
+def test_a_text_goes_on_after_a_separator_that_ends_no_line_of_a_file(tmp_path, inside):
+    said = f"switch the{inside}lamp on"
+    (tmp_path / "a.txt").write_bytes(f"{said}\r\n\r\noff\n".encode())
+    (tmp_path / "b.jsonl").write_bytes(f'{json.dumps({"text": said}, ensure_ascii=False)}\r\n"off"\n'.encode())
+    assert texts(tmp_path) == [("a.txt:1", said), ("a.txt:3", "off"), ("b.jsonl:1", said), ("b.jsonl:2", "off")]
+
+
 def test_standard_input_holds_a_text_a_line_or_one_image():
     assert texts("-", stdin=f"{LAMP}\n\nß\n".encode()) == [("-:1", LAMP), ("-:3", "ß")]
     content = io.BytesIO()
