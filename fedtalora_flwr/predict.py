@@ -105,7 +105,7 @@ def read_items(names: Sequence[str], *, modality: str, stdin: BinaryIO, column: 
     """Read inputs one by one, in the order given; those of a folder in the order of their names.
 
     The names are looked at before the first input is read. An image that cannot be decoded, a text file that cannot be
-    read, a row without a text and an empty standard input are items with an error.
+    read or holds no text, a row without a text and an empty standard input are items with an error.
 
     Parameters
     ----------
@@ -204,7 +204,8 @@ def _texts_of(file: Path, *, column: str) -> Iterator[Item]:
         return
     items = [_text_item(row, column=column, name=f"{file}:{number}") for number, row in rows]
     items = [item for item in items if item.raw or item.error]
-    # Where no row has a text, the table's columns are at fault, which is said once.
+    items = items or [Item(str(file), None, f"{file} holds no text; give one that does, or leave it out")]
+    # Where no row has a text, the file as a whole is at fault, which is said once.
     yield from items[:1] if all(item.error for item in items) else items
 
 
@@ -222,13 +223,17 @@ def _text_item(row: Any, *, column: str, name: str) -> Item:
 def _column_of(row: Any, *, column: str, where: str) -> str:
     """Take the text out of a table's row."""
     fields = row if isinstance(row, dict) else {}
-    found = next((name for name in ([column] if column else TEXT_COLUMNS) if isinstance(fields.get(name), str)), None)
-    if found is None:
-        wanted = f"text column {column!r}" if column else f"text column (looked for {', '.join(TEXT_COLUMNS)})"
+    present = [name for name in ([column] if column else TEXT_COLUMNS) if name in fields]
+    found = next((name for name in present if isinstance(fields[name], str)), None)
+    if found is not None:
+        return str(fields[found])
+    if present:
         raise InputError(
-            f"{where} has no {wanted}, only {', '.join(map(str, fields)) or type(row).__name__}; rename one"
+            f"{where} must hold a string in its column {present[0]}, got {json.dumps(fields[present[0]])[:40]}; "
+            "put it in quotes, or remove the row"
         )
-    return str(fields[found])
+    wanted = f"text column {column!r}" if column else f"text column (looked for {', '.join(TEXT_COLUMNS)})"
+    raise InputError(f"{where} has no {wanted}, only {', '.join(map(str, fields)) or type(row).__name__}; rename one")
 
 
 def _lines(content: str) -> Iterator[tuple[int, Any]]:

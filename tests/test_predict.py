@@ -140,6 +140,10 @@ def test_a_name_that_stands_for_nothing_is_refused_before_anything_is_read(tmp_p
         ("a.json", "[1", "text", r"a\.json cannot be read as \.json: "),
         ("a.json", '{"a": 1}', "text", r"must hold a list of texts or of objects, got dict"),
         ("a.csv", "id,wort\n1,an\n2,aus\n", "text", r"a\.csv:1 has no text column \(looked for text, .*only id, wort"),
+        ("a.txt", "\n \n", "text", r"a\.txt holds no text; give one that does"),
+        ("a.jsonl", "", "text", r"a\.jsonl holds no text"),
+        ("a.json", "[]", "text", r"a\.json holds no text"),
+        ("a.csv", "text\n", "text", r"a\.csv holds no text"),
         ("a.txt", b"\xff\xfe\x00", "text", r"a\.txt cannot be read as \.txt: .*UTF-8"),
         ("a.png", "no picture", "image", r"image .*a\.png cannot be decoded as an image"),
     ],
@@ -151,10 +155,11 @@ def test_a_file_that_cannot_be_read_is_one_item_that_says_what_to_do(tmp_path, n
 
 
 def test_a_row_without_a_text_is_told_among_the_others(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "on"}\n{"label": 3}\n"off"\n')
+    (tmp_path / "a.jsonl").write_text('{"text": "on"}\n{"label": 3}\n"off"\n{"text": 5}\n')
     found = items(tmp_path / "a.jsonl")
-    assert [item.raw for item in found] == ["on", None, "off"]
+    assert [item.raw for item in found] == ["on", None, "off", None]
     assert "a.jsonl:2 has no text column" in found[1].error
+    assert "a.jsonl:4 must hold a string in its column text, got 5; put it in quotes" in found[3].error
 
 
 def test_half_a_character_in_json_is_told_among_the_others(text_run, tmp_path):
