@@ -287,9 +287,9 @@ def predict(
     )
     predictions = classify(trained, items, top=top)
     if as_json:
-        found = list(predictions)
-        print(json.dumps([prediction.to_json() for prediction in found], indent=1, ensure_ascii=False))
-        if any(prediction.item.error for prediction in found):
+        found = [prediction.to_json() for prediction in predictions]
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+        if any("error" in entry for entry in found):
             raise typer.Exit(1)
         return
     failed = False

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,7 +57,7 @@ class Prediction:
     Parameters
     ----------
     item
-        The input.
+        The input; an image is cut to the square that the model takes of it.
     ranking
         Class names with their probabilities in [0, 1], the likeliest first; empty where the item has an error.
     """
@@ -86,7 +86,9 @@ def predict(trained: TrainedModel, items: Iterator[Item], *, top: int) -> Iterat
     top
         Classes to name for each, at most.
     """
-    while batch := list(islice(items, trained.config.eval_batch_size)):
+    # One original at a time: a batch of photographs as they come from a camera would take gigabytes.
+    stored = (item if item.error else replace(item, raw=trained.stored(item.raw)) for item in items)
+    while batch := list(islice(stored, trained.config.eval_batch_size)):
         rankings = _rankings(trained, [item.raw for item in batch if not item.error], top=top)
         for item in batch:
             yield Prediction(item, () if item.error else next(rankings))

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.heads import resolve
-from fedtalora_flwr.predict import InputError, predict, read_items
+from fedtalora_flwr.predict import InputError, Item, predict, read_items
 from fedtalora_flwr.resident import data_of
 from fedtalora_flwr.trained import open_trained
 
@@ -69,6 +70,26 @@ def test_an_image_of_any_size_is_brought_to_the_side_of_the_training_images(digi
     wide = Image.fromarray(np.random.default_rng(0).integers(256, size=(20, 31, 3), dtype="u1"))
     assert trained.image_side == 8
     assert trained.encode([wide]).shape == (1, 3, 8, 8)
+
+
+def test_originals_are_in_memory_one_at_a_time_and_score_as_they_do_together(digits_run):
+    trained = open_trained(digits_run, device="cpu")
+    noise = np.random.default_rng(0).integers(256, size=(9, 20, 31, 3), dtype="u1")
+    alive, most = [], 0
+
+    def originals():
+        nonlocal most
+        for number, pixels in enumerate(noise):
+            image = Image.fromarray(pixels)
+            alive.append(weakref.ref(image))
+            most = max(most, sum(ref() is not None for ref in alive))
+            yield Item(f"{number}.png", image)
+
+    found = list(predict(trained, originals(), top=1))
+    assert most <= 2 < len(found) < trained.config.eval_batch_size
+    assert {prediction.item.raw.size for prediction in found} == {(8, 8)}
+    together = trained.head.probabilities(trained.logits(trained.encode([Image.fromarray(one) for one in noise])))
+    assert [prediction.ranking[0][1] for prediction in found] == together.max(1).values.tolist()
 
 
 def test_an_older_run_that_did_not_note_the_side_looks_at_its_data(digits_run, tmp_path):
