@@ -282,6 +282,8 @@ def predict(
     from fedtalora_flwr.predict import read_items
     from fedtalora_flwr.trained import open_trained
 
+    # The name of a file may be no Unicode; a question mark stands for what cannot be printed.
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     trained = open_trained(run_folder, device=device, place=_place(cluster, slot))
     if trained.server_round < trained.num_rounds:
         errors.print(f"[yellow]note:[/yellow] the run is {trained.standing}", highlight=False, soft_wrap=True)
@@ -293,9 +295,9 @@ def predict(
     )
     predictions = classify(trained, items, top=top)
     if as_json:
-        found = list(predictions)
-        print(json.dumps([prediction.to_json() for prediction in found], indent=1, ensure_ascii=False))
-        if any(prediction.item.error for prediction in found):
+        found = [prediction.to_json() for prediction in predictions]
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+        if any("error" in entry for entry in found):
             raise typer.Exit(1)
         return
     failed = False

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,7 +57,7 @@ class Prediction:
     Parameters
     ----------
     item
-        The input.
+        The input; an image is cut to the square that the model takes of it.
     ranking
         Class names with their probabilities in [0, 1], the likeliest first; empty where the item has an error.
     """
@@ -86,7 +86,9 @@ def predict(trained: TrainedModel, items: Iterator[Item], *, top: int) -> Iterat
     top
         Classes to name for each, at most.
     """
-    while batch := list(islice(items, trained.config.eval_batch_size)):
+    # One original at a time: a batch of photographs as they come from a camera would take gigabytes.
+    stored = (item if item.error else replace(item, raw=trained.stored(item.raw)) for item in items)
+    while batch := list(islice(stored, trained.config.eval_batch_size)):
         rankings = _rankings(trained, [item.raw for item in batch if not item.error], top=top)
         for item in batch:
             yield Prediction(item, () if item.error else next(rankings))
@@ -105,7 +107,7 @@ def read_items(names: Sequence[str], *, modality: str, stdin: BinaryIO, column: 
     """Read inputs one by one, in the order given; those of a folder in the order of their names.
 
     The names are looked at before the first input is read. An image that cannot be decoded, a text file that cannot be
-    read, a row without a text and an empty standard input are items with an error.
+    read or holds no text, a row without a text and an empty standard input are items with an error.
 
     Parameters
     ----------
@@ -204,36 +206,44 @@ def _texts_of(file: Path, *, column: str) -> Iterator[Item]:
         return
     items = [_text_item(row, column=column, name=f"{file}:{number}") for number, row in rows]
     items = [item for item in items if item.raw or item.error]
-    # Where no row has a text, the table's columns are at fault, which is said once.
+    items = items or [Item(str(file), None, f"{file} holds no text; give one that does, or leave it out")]
+    # Where no row has a text, the file as a whole is at fault, which is said once.
     yield from items[:1] if all(item.error for item in items) else items
 
 
 def _text_item(row: Any, *, column: str, name: str) -> Item:
     try:
         text = row if isinstance(row, str) else _column_of(row, column=column, where=name)
+        text.encode()
     except InputError as error:
         return Item(name, None, str(error))
+    except UnicodeEncodeError as error:  # JSON can hold half a character: "\ud83d"
+        return Item(name, None, f"{name} is no valid Unicode text ({error}); replace it")
     return Item(name, text.strip())
 
 
 def _column_of(row: Any, *, column: str, where: str) -> str:
     """Take the text out of a table's row."""
     fields = row if isinstance(row, dict) else {}
-    found = next((name for name in ([column] if column else TEXT_COLUMNS) if isinstance(fields.get(name), str)), None)
-    if found is None:
-        wanted = f"text column {column!r}" if column else f"text column (looked for {', '.join(TEXT_COLUMNS)})"
+    present = [name for name in ([column] if column else TEXT_COLUMNS) if name in fields]
+    found = next((name for name in present if isinstance(fields[name], str)), None)
+    if found is not None:
+        return str(fields[found])
+    if present:
         raise InputError(
-            f"{where} has no {wanted}, only {', '.join(map(str, fields)) or type(row).__name__}; rename one"
+            f"{where} must hold a string in its column {present[0]}, got {json.dumps(fields[present[0]])[:40]}; "
+            "put it in quotes, or remove the row"
         )
-    return str(fields[found])
+    wanted = f"text column {column!r}" if column else f"text column (looked for {', '.join(TEXT_COLUMNS)})"
+    raise InputError(f"{where} has no {wanted}, only {', '.join(map(str, fields)) or type(row).__name__}; rename one")
 
 
 def _lines(content: str) -> Iterator[tuple[int, Any]]:
-    yield from enumerate(content.splitlines(), start=1)
+    yield from enumerate(content.split("\n"), start=1)  # splitlines() would end a line at U+2028 too
 
 
 def _json_lines(content: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
             yield number, json.loads(line)
 

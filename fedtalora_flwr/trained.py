@@ -16,6 +16,7 @@ from fedtalora_flwr.aggregation import GlobalState, Place, place_name
 from fedtalora_flwr.checkpoint import Checkpoint
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import Source, Split
+from fedtalora_flwr.data.images import square
 from fedtalora_flwr.data.source import NO_ROWS, Ints
 from fedtalora_flwr.heads import Classifier, Head, trained_classes
 from fedtalora_flwr.lora import AdaptedModel
@@ -97,7 +98,7 @@ class TrainedModel:
         known, total = len(self.classes), len(self.record.manifest["class_names"])
         return f"unfinished: after round {self.server_round} of {self.num_rounds}, {known} of {total} classes"
 
-    @property
+    @cached_property
     def image_side(self) -> int | None:
         """Side in pixels at which the run stored its images before the model enlarged them; None for text."""
         if self.model.backbone.modality != "image":
@@ -109,6 +110,10 @@ class TrainedModel:
         """Look at the training data, where the run is of a version that did not write the side down."""
         source, first = data_of(self.config).source, np.zeros(1, dtype=np.int64)
         return self.model.backbone.encode(source.train, first, source=source).shape[-1]
+
+    def stored(self, raw: Any) -> Any:
+        """Cut an RGB image to the square that `encode` takes of it; a text stays as it is."""
+        return raw if self.image_side is None else square(raw, side=self.image_side)
 
     def encode(self, raw: Sequence[Any]) -> Tensor:
         """Prepare PIL images or texts as the run prepared its data: uint8 (N, 3, H, W) or int32 tokens (N, L)."""

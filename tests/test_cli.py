@@ -1,10 +1,12 @@
 """What the command line does before and without a run: help, settings, errors and their exit status."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
 import tomllib
+import weakref
 from importlib.metadata import version
 
 import pytest
@@ -12,6 +14,7 @@ import typer
 
 from fedtalora_flwr import cli
 from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.predict import Prediction
 from fedtalora_flwr.settings import app_folder, defaults, presets
 
 COMMANDS = ("run", "sweep", "report", "compare", "export", "predict", "data", "presets", "doctor")
@@ -249,6 +252,33 @@ def test_predict_names_what_it_cannot_read_classifies_the_rest_and_exits_with_1(
     broken, good = json.loads(out)
     assert status == 1 and broken["input"] == "texts/a.json" and "cannot be read as .json" in broken["error"]
     assert good["input"] == "texts/b.txt:1" and len(good["predictions"]) == 3
+
+
+def test_predict_keeps_no_item_for_its_json_array(fedtalora, text_run, tmp_path, monkeypatch):
+    (tmp_path / "said.txt").write_text("switch the lamp on\n" * 9)
+    alive, most, to_json = [], [], Prediction.to_json
+
+    def watched(prediction):
+        alive.append(weakref.ref(prediction))
+        most.append(sum(ref() is not None for ref in alive))
+        return to_json(prediction)
+
+    monkeypatch.setattr(Prediction, "to_json", watched)
+    assert fedtalora("predict", str(text_run), "said.txt", "--json")[0] == 0
+    assert len(most) == 9 and max(most) <= 2
+
+
+def test_predict_goes_on_after_a_file_whose_name_is_not_utf8(fedtalora, text_run, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / os.fsdecode(b"a\xff.txt")).write_text("where is the door\n")
+    (tmp_path / "texts" / "b.txt").write_text("switch the lamp on\n")
+    status, out, _ = fedtalora("predict", str(text_run), "texts")
+    assert status == 0
+    assert [line.split("\t")[0] for line in out.splitlines()] == ["texts/a?.txt:1", "texts/b.txt:1"]
+    (tmp_path / "texts" / os.fsdecode(b"c\xff.json")).write_text("[1")
+    status, out, _ = fedtalora("predict", str(text_run), "texts", "--json")
+    _, _, broken = json.loads(out)
+    assert status == 1 and broken["input"] == "texts/c?.json" and "c?.json cannot be read" in broken["error"]
 
 
 def test_an_error_is_shown_in_full_where_a_traceback_is_asked_for(monkeypatch):

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.heads import resolve
-from fedtalora_flwr.predict import InputError, predict, read_items
+from fedtalora_flwr.predict import InputError, Item, predict, read_items
 from fedtalora_flwr.resident import data_of
 from fedtalora_flwr.trained import open_trained
 
@@ -71,6 +72,26 @@ def test_an_image_of_any_size_is_brought_to_the_side_of_the_training_images(digi
     assert trained.encode([wide]).shape == (1, 3, 8, 8)
 
 
+def test_originals_are_in_memory_one_at_a_time_and_score_as_they_do_together(digits_run):
+    trained = open_trained(digits_run, device="cpu")
+    noise = np.random.default_rng(0).integers(256, size=(9, 20, 31, 3), dtype="u1")
+    alive, most = [], 0
+
+    def originals():
+        nonlocal most
+        for number, pixels in enumerate(noise):
+            image = Image.fromarray(pixels)
+            alive.append(weakref.ref(image))
+            most = max(most, sum(ref() is not None for ref in alive))
+            yield Item(f"{number}.png", image)
+
+    found = list(predict(trained, originals(), top=1))
+    assert most <= 2 < len(found) < trained.config.eval_batch_size
+    assert {prediction.item.raw.size for prediction in found} == {(8, 8)}
+    together = trained.head.probabilities(trained.logits(trained.encode([Image.fromarray(one) for one in noise])))
+    assert [prediction.ranking[0][1] for prediction in found] == together.max(1).values.tolist()
+
+
 def test_an_older_run_that_did_not_note_the_side_looks_at_its_data(digits_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(digits_run, run)
@@ -99,6 +120,14 @@ def test_texts_are_read_from_every_kind_of_file(tmp_path):
         ("e.jsonl:2", "off"),
     ]
     assert texts(tmp_path / "c.tsv", column="label") == [("c.tsv:1", "x")]
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x0c"])
+def test_a_text_goes_on_after_a_separator_that_ends_no_line_of_a_file(tmp_path, inside):
+    said = f"switch the{inside}lamp on"
+    (tmp_path / "a.txt").write_bytes(f"{said}\r\n\r\noff\n".encode())
+    (tmp_path / "b.jsonl").write_bytes(f'{json.dumps({"text": said}, ensure_ascii=False)}\r\n"off"\n'.encode())
+    assert texts(tmp_path) == [("a.txt:1", said), ("a.txt:3", "off"), ("b.jsonl:1", said), ("b.jsonl:2", "off")]
 
 
 def test_standard_input_holds_a_text_a_line_or_one_image():
@@ -132,6 +161,10 @@ def test_a_name_that_stands_for_nothing_is_refused_before_anything_is_read(tmp_p
         ("a.json", "[1", "text", r"a\.json cannot be read as \.json: "),
         ("a.json", '{"a": 1}', "text", r"must hold a list of texts or of objects, got dict"),
         ("a.csv", "id,wort\n1,an\n2,aus\n", "text", r"a\.csv:1 has no text column \(looked for text, .*only id, wort"),
+        ("a.txt", "\n \n", "text", r"a\.txt holds no text; give one that does"),
+        ("a.jsonl", "", "text", r"a\.jsonl holds no text"),
+        ("a.json", "[]", "text", r"a\.json holds no text"),
+        ("a.csv", "text\n", "text", r"a\.csv holds no text"),
         ("a.txt", b"\xff\xfe\x00", "text", r"a\.txt cannot be read as \.txt: .*UTF-8"),
         ("a.png", "no picture", "image", r"image .*a\.png cannot be decoded as an image"),
     ],
@@ -143,10 +176,18 @@ def test_a_file_that_cannot_be_read_is_one_item_that_says_what_to_do(tmp_path, n
 
 
 def test_a_row_without_a_text_is_told_among_the_others(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "on"}\n{"label": 3}\n"off"\n')
+    (tmp_path / "a.jsonl").write_text('{"text": "on"}\n{"label": 3}\n"off"\n{"text": 5}\n')
     found = items(tmp_path / "a.jsonl")
-    assert [item.raw for item in found] == ["on", None, "off"]
+    assert [item.raw for item in found] == ["on", None, "off", None]
     assert "a.jsonl:2 has no text column" in found[1].error
+    assert "a.jsonl:4 must hold a string in its column text, got 5; put it in quotes" in found[3].error
+
+
+def test_half_a_character_in_json_is_told_among_the_others(text_run, tmp_path):
+    (tmp_path / "a.json").write_text(r'["lamp on", "\ud83d cut", "door", {"text": "\ude00"}, "\ud83d\ude00"]')
+    found = list(predict(open_trained(text_run, device="cpu"), iter(items(tmp_path / "a.json")), top=1))
+    assert [prediction.item.raw for prediction in found] == ["lamp on", None, "door", None, "\N{GRINNING FACE}"]
+    assert re.search(r"a\.json:2 is no valid Unicode text \(.*'\\ud83d' in position 0", found[1].item.error)
 
 
 def test_standard_input_that_is_empty_or_not_utf8_is_told():

@@ -105,18 +105,27 @@ def create(argument: str, *, max_length: int) -> TextBackbone:
     Raises
     ------
     BackboneError
-        If it cannot be read or fetched, or is no encoder of a known family.
+        If it cannot be read or fetched, lacks weights, or is no encoder of a known family.
     """
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(argument)
-        model = AutoModel.from_pretrained(argument, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        model, loaded = AutoModel.from_pretrained(
+            argument, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # the hub's client, unpickling and safetensors raise what they like
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise BackboneError(
             f"text encoder {argument!r} cannot be had: {reason}; give hf: a folder with config.json, "
             "model.safetensors and the tokenizer's files, or a hub name where the hub can be reached"
         ) from error
+    # transformers would leave these at random, with a line in its log.
+    absent = [*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])]
+    if absent := sorted(name for name in absent if not name.startswith("pooler.")):
+        raise BackboneError(
+            f"text encoder {argument!r} lacks {len(absent)} weights of {type(model).__name__}, or has them in other "
+            f"shapes, e.g. {absent[0]}; give a folder whose model.safetensors is complete and of its config.json"
+        )
     if getattr(model, "pooler", None) is not None:
         model.pooler = None  # unused by the mean, and its weights would count as parameters
     backbone = TextBackbone(model, tokenizer, max_length=max_length)

@@ -2,7 +2,7 @@
 
 import io
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,8 +108,7 @@ def stored_side(source: Source, *, size: int) -> int:
 def stack_images(images: Sequence[PIL.Image.Image], *, side: int) -> "Tensor":
     """Stack images of any size and mode as squares.
 
-    An image of another size is scaled (bicubic, antialiased) so that its shorter side fits, and its centre
-    is cut out; one that fits is copied once.
+    An image of another size is cut and scaled by `square`; one that fits is copied once.
 
     Parameters
     ----------
@@ -133,6 +132,16 @@ def stack_images(images: Sequence[PIL.Image.Image], *, side: int) -> "Tensor":
     pixels = np.empty((len(images), 3, side, side), dtype=np.uint8)
     _fill(pixels, images)
     return torch.from_numpy(pixels)
+
+
+def square(image: PIL.Image.Image, *, side: int) -> PIL.Image.Image:
+    """Scale an RGB image (bicubic, antialiased) so that its shorter side is `side` pixels, and cut its centre out."""
+    if image.size == (side, side):
+        return image
+    shorter = min(image.size)
+    left, top = (image.width - shorter) / 2, (image.height - shorter) / 2
+    # Scaling the centre square alone equals scaling all and cutting, at a fraction of the work.
+    return image.resize((side, side), PIL.Image.Resampling.BICUBIC, box=(left, top, left + shorter, top + shorter))
 
 
 def load_images(split: Split, rows: Ints, *, side: int) -> "Tensor":
@@ -161,17 +170,6 @@ def load_images(split: Split, rows: Ints, *, side: int) -> "Tensor":
 
 
 def _fill(pixels: np.ndarray, images: Sequence[PIL.Image.Image]) -> None:
-    for slot, square in zip(pixels, _squares(images, side=pixels.shape[-1]), strict=True):
-        slot[...] = np.asarray(square).transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
-
-
-def _squares(images: Sequence[PIL.Image.Image], *, side: int) -> Iterator[PIL.Image.Image]:
-    for number, image in enumerate(images):
-        rgb = to_rgb(image, where=f"image {number}")
-        if rgb.size == (side, side):
-            yield rgb
-            continue
-        shorter = min(rgb.size)
-        left, top = (rgb.width - shorter) / 2, (rgb.height - shorter) / 2
-        # Scaling the centre square alone equals scaling all and cutting, at a fraction of the work.
-        yield rgb.resize((side, side), PIL.Image.Resampling.BICUBIC, box=(left, top, left + shorter, top + shorter))
+    for number, (slot, image) in enumerate(zip(pixels, images, strict=True)):
+        stored = square(to_rgb(image, where=f"image {number}"), side=pixels.shape[-1])
+        slot[...] = np.asarray(stored).transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)

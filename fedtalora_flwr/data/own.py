@@ -206,7 +206,7 @@ def _empty(folders: Sequence[Path]) -> list[Path]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would end a line at U+2028 too
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 ({error}); convert it first") from error
     return [line.strip() for line in lines if line.strip()]

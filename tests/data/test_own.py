@@ -41,6 +41,13 @@ def test_texts_come_from_files_of_lines_and_tables_in_task_folders(tmp_path):
     assert len(found[("two", "lamp")]) == 6
 
 
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85"])
+def test_a_text_goes_on_after_a_separator_that_ends_no_line_of_a_file(tmp_path, inside):
+    (tmp_path / "door.txt").write_bytes(f"open{inside}it\r\nshut it\r\n".encode())
+    ((train, test),) = examples(READER.read(str(tmp_path))).values()
+    assert sorted(train + test) == [f"open{inside}it", "shut it"]
+
+
 def test_examples_that_come_later_move_none_from_training_to_the_held_out_ones(tmp_path):
     write_images(tmp_path / "cat", *range(30))
     ((train, test),) = examples(READER.read(str(tmp_path))).values()

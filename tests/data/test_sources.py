@@ -296,6 +296,18 @@ def test_subfolders_are_classes_at_any_depth(settings, tmp_path, make_image):
     np.testing.assert_array_equal(np.asarray(images[1]), np.asarray(make_image(4, 4, value=9)))
 
 
+def test_a_folder_that_is_linked_to_is_read_once_and_a_circle_of_links_ends(settings, tmp_path, make_image):
+    save(make_image(4, 4), tmp_path / "data" / "ant" / "1.png")
+    save(make_image(4, 4), tmp_path / "data" / "yak" / "2.png")
+    save(make_image(4, 4), tmp_path / "elsewhere" / "3.png")
+    (tmp_path / "data" / "ant" / "all").symlink_to(tmp_path / "data")
+    (tmp_path / "elsewhere" / "same").symlink_to(".")
+    (tmp_path / "data" / "ant" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "ant" / "more-again").symlink_to(tmp_path / "elsewhere")
+    source = load_source("imagefolder", {**settings, "data_path": str(tmp_path / "data"), "test_fraction": 0.0})
+    assert source.train.labels.tolist() == [0, 0, 1]
+
+
 def test_files_that_can_be_written_or_named_but_not_read_are_no_pictures(settings, tmp_path, make_image):
     for name in ("1.png", "2.tiff", "3.jpg", "4.mpo"):
         save(make_image(4, 4), tmp_path / "ant" / name)

@@ -66,12 +66,26 @@ def _list_images(root: Path) -> tuple[Split, tuple[str, ...]]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """List the pictures in a folder and below it, by their endings, in order of name; hidden ones are left out."""
+    """List the pictures in a folder and below it, by their endings, in order of name; hidden ones are left out.
+
+    Links to folders are followed, but none to a folder that was walked already or lies above: that would be a circle.
+    """
     endings = image_endings()
     found: list[Path] = []
+    walked = {_identity(place) for place in folder.resolve().parents}
     for parent, subfolders, names in os.walk(folder, followlinks=True):
+        if (here := _identity(Path(parent))) in walked:
+            subfolders.clear()
+            continue
+        walked.add(here)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         found += [
             Path(parent, name) for name in sorted(names) if name.lower().endswith(endings) and not name.startswith(".")
         ]
     return found
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """Tell a folder from every other, by whichever path it is reached."""
+    status = folder.stat()
+    return status.st_dev, status.st_ino
