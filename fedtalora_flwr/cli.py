@@ -71,7 +71,8 @@ def run(
     """
     from fedtalora_flwr.config import RunConfig
     from fedtalora_flwr.engine import Order, Playing, follow, gpu_share, prepare
-    from fedtalora_flwr.launch import LaunchError, LaunchResult, launch, sigterm_as_exit
+    from fedtalora_flwr.keeper import LaunchError
+    from fedtalora_flwr.launch import LaunchResult, launch, sigterm_as_exit
     from fedtalora_flwr.progress import RunProgress
     from fedtalora_flwr.settings import app_folder, gather, preset_file, resumed
 
@@ -426,7 +427,8 @@ def _check_engine(engine: str) -> None:
 
 
 def _check_cluster(ray_address: str, cpus: int) -> None:
-    from fedtalora_flwr.launch import LaunchError, check_ray_address
+    from fedtalora_flwr.keeper import LaunchError
+    from fedtalora_flwr.launch import check_ray_address
 
     if cpus:
         _fail("--cpus sizes a Ray of the run's own; the clients take all CPUs of the cluster at --ray-address")

@@ -21,7 +21,8 @@ from pathlib import Path
 import tomli_w
 
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.launch import LaunchError, launch
+from fedtalora_flwr.keeper import LaunchError
+from fedtalora_flwr.launch import launch
 
 ENGINES = ("ray", "process")
 

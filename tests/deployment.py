@@ -20,7 +20,7 @@ from typing import Any
 
 import tomli_w
 
-from fedtalora_flwr.launch import _claim_port
+from fedtalora_flwr.keeper import claim_port
 
 CONNECTION = "lab"
 COMPLETED = "finished:completed"
@@ -310,7 +310,7 @@ class Deployment:
         return Part(command, env=self.environment(home or name), log_path=self.folder / f"{name}.log")
 
     def _port(self) -> int:
-        port, claim = _claim_port()
+        port, claim = claim_port()
         self._claims.enter_context(claim)
         return port
 

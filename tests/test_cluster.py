@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from fedtalora_flwr import cluster
-from fedtalora_flwr.launch import LaunchError, launch
+from fedtalora_flwr.keeper import LaunchError
+from fedtalora_flwr.launch import launch
 
 SCRIPTS = Path(sys.executable).parent
 PROBE = Path(cluster.__file__)

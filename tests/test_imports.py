@@ -64,10 +64,11 @@ ALLOWED = {
     },
     "figures": {"matplotlib", "numpy", *ours("words")},
     "report": {"jinja2", "markupsafe", "numpy", "rich", *ours("figures", "words")},
-    "launch.py": set(),  # also a program that runs with python -I, which finds Python's own modules alone
+    "keeper.py": set(),  # a program that runs with python -I, which finds Python's own modules alone
+    "launch.py": ours("keeper"),
     "cluster.py": {"ray"},  # a program likewise
     "inprocess.py": {"flwr", "torch"},
-    "engine.py": {"tomli_w", *ours("config", "inprocess", "launch")},
+    "engine.py": {"tomli_w", *ours("config", "inprocess", "keeper", "launch")},
     "sweep": ours("config", "engine", "settings"),
     "progress.py": {"rich", *ours("sweep", "words")},
     "doctor.py": {"torch", "torchvision", "packaging", *ours("config", "settings")},

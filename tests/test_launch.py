@@ -19,7 +19,8 @@ import psutil
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
-from fedtalora_flwr.launch import LaunchError, LaunchResult, _stage, launch
+from fedtalora_flwr.keeper import LaunchError, stage
+from fedtalora_flwr.launch import LaunchResult, launch
 
 pytestmark = pytest.mark.ray
 
@@ -159,7 +160,7 @@ def make_app(folder: Path, *, include: list[str]) -> Path:
 
 def test_staged_app_gives_the_bundle_of_its_folder_without_what_is_beside_it(tmp_path: Path) -> None:
     app = make_app(tmp_path / "app", include=INCLUDED)
-    staged = _stage(app, tmp_path / "staged")
+    staged = stage(app, tmp_path / "staged")
     assert staged == tmp_path / "staged"
     assert not (staged / ".venv").exists() and not (staged / "docs").exists()
     assert build_fab_from_disk(staged) == build_fab_from_disk(app)
@@ -168,7 +169,7 @@ def test_staged_app_gives_the_bundle_of_its_folder_without_what_is_beside_it(tmp
 @pytest.mark.parametrize("include", [["**/*.py"], ["*.py", "{name}/**/*.py"], ["/{name}/*.py"], ["other/*.py"], []])
 def test_app_whose_folders_are_not_named_is_bundled_from_where_it_is(tmp_path: Path, include: list[str]) -> None:
     app = make_app(tmp_path / "app", include=include)
-    assert _stage(app, tmp_path / "staged") == app
+    assert stage(app, tmp_path / "staged") == app
     assert not (tmp_path / "staged").exists()
 
 

@@ -23,7 +23,7 @@ from fedtalora_flwr.deploy.commands import environment
 from fedtalora_flwr.deploy.folder import FederationFolder
 from fedtalora_flwr.deploy.nodes import list_nodes, make_node_key, register, unregister
 from fedtalora_flwr.deploy.processes import pid_of
-from fedtalora_flwr.launch import _claim_port
+from fedtalora_flwr.keeper import claim_port
 
 APP = Path(__file__).parents[1] / "launch_app"
 SECONDS = 240  # of patience on a loaded machine
@@ -99,7 +99,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     with contextlib.ExitStack() as claims:
         ports = []
         for _ in range(5):
-            port, claim = _claim_port()
+            port, claim = claim_port()
             claims.enter_context(claim)
             ports.append(port)
         lab = Played(folder, f"127.0.0.1:{ports[0]}", ports[1], ports[2])

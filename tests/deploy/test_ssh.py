@@ -21,7 +21,7 @@ import yaml
 
 from fedtalora_flwr.deploy.folder import FederationFolder
 from fedtalora_flwr.deploy.processes import pid_of
-from fedtalora_flwr.launch import _claim_port
+from fedtalora_flwr.keeper import claim_port
 
 ROOT = Path(__file__).parents[2]
 SSHD = shutil.which("sshd", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"]))
@@ -68,7 +68,7 @@ def ports() -> Iterator[list[int]]:
     with contextlib.ExitStack() as claims:
         found = []
         for _ in range(5):
-            port, claim = _claim_port()
+            port, claim = claim_port()
             claims.enter_context(claim)
             found.append(port)
         yield found
