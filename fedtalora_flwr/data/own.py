@@ -25,6 +25,7 @@ from fedtalora_flwr.data.source import DataError, Ints, Split
 from fedtalora_flwr.data.sources.imagefolder import image_files
 
 _TABLES = (".csv", ".tsv", ".json", ".jsonl")
+_BYTES_AS_THEY_ARE = "surrogateescape"  # the name of a file need be no UTF-8
 
 Item = Path | str  # an image file, or a text
 
@@ -75,7 +76,7 @@ class OwnData:
         digest = hashlib.sha256()
         for folder in self.folders:
             for item in (*folder.train, *folder.test):
-                digest.update("\0".join((folder.task, folder.name, _key(item), "")).encode())
+                digest.update("\0".join((folder.task, folder.name, _key(item), "")).encode(errors=_BYTES_AS_THEY_ARE))
         return digest.hexdigest()
 
     def split(self, which: Literal["train", "test"], task_id: int, classes: ClassList) -> Split:
@@ -125,8 +126,8 @@ class OwnReader:
         Raises
         ------
         DataError
-            If there is no such folder, a table cannot be read, the layout is mixed, or two names differ only by case
-            or space.
+            If there is no such folder, a table cannot be read, the layout is mixed, the name of a class or task is no
+            UTF-8, or two names differ only by case or space.
         """
         root = existing(data_path, key="data-path")
         if not root.is_dir():
@@ -141,6 +142,8 @@ class OwnReader:
             )
         found = [(task.name, *one) for task in of_tasks for one in self._classes(task)]
         found = found or [("", *one) for one in self._classes(root)]
+        for task, name, _ in found:
+            _require_unicode(f"{task}/{name}" if task else name, root=root)
         folders = [self._held_out(task, name, items) for task, name, items in found if items]
         remarks = [f"{'/'.join(filter(None, (task, name)))} is empty" for task, name, items in found if not items]
         if not folders:
@@ -212,6 +215,14 @@ def _lines(file: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def _require_unicode(name: str, *, root: Path) -> None:
+    """Refuse the name of a class or task that could not be told to the server."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"data-path {root} holds {name!a}, a name that is not UTF-8; rename it") from error
+
+
 def _key(item: Item) -> str:
     """Name an example: a file by its own name, a text by itself."""
     return item.name if isinstance(item, Path) else item
@@ -219,7 +230,7 @@ def _key(item: Item) -> str:
 
 def _draw(name: str, key: str) -> float:
     """Draw a number in [0, 1) that is the same on every machine and in every run."""
-    return int.from_bytes(hashlib.sha256(f"{name}/{key}".encode()).digest()[:6]) / 2**48
+    return int.from_bytes(hashlib.sha256(f"{name}/{key}".encode(errors=_BYTES_AS_THEY_ARE)).digest()[:6]) / 2**48
 
 
 def _split(items: Sequence[Item], labels: Sequence[int]) -> Split:

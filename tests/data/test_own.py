@@ -1,6 +1,7 @@
 """A node's folder: layouts, what is held out, and the list of class names that only grows."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -46,6 +47,16 @@ def test_a_text_goes_on_after_a_separator_that_ends_no_line_of_a_file(tmp_path, 
     (tmp_path / "door.txt").write_bytes(f"open{inside}it\r\nshut it\r\n".encode())
     ((train, test),) = examples(READER.read(str(tmp_path))).values()
     assert sorted(train + test) == [f"open{inside}it", "shut it"]
+
+
+def test_an_image_may_have_a_name_that_is_not_utf8_and_a_class_may_not(tmp_path):
+    write_images(tmp_path / "cat", 1, 2)
+    (tmp_path / "cat" / "1.png").rename(tmp_path / "cat" / os.fsdecode(b"b\xff.png"))
+    data = READER.read(str(tmp_path))
+    assert len(data.digest) == 64 and sum(one.num_train + one.num_test for one in data.held) == 2
+    write_images(tmp_path / os.fsdecode(b"d\xffg"), 3)
+    with pytest.raises(DataError, match=r"holds 'd\\udcffg', a name that is not UTF-8; rename it"):
+        READER.read(str(tmp_path))
 
 
 def test_examples_that_come_later_move_none_from_training_to_the_held_out_ones(tmp_path):
