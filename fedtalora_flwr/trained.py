@@ -14,7 +14,7 @@ from torch import Tensor
 from fedtalora_flwr import checkpoint, heads
 from fedtalora_flwr.aggregation import GlobalState, Place, place_name
 from fedtalora_flwr.checkpoint import Checkpoint
-from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.config import ConfigError, RunConfig
 from fedtalora_flwr.data import Source, Split
 from fedtalora_flwr.data.images import square
 from fedtalora_flwr.data.source import NO_ROWS, Ints
@@ -184,7 +184,14 @@ def open_trained(run: Path, *, device: str = "auto", place: Place = None) -> Tra
     record = read_run(run)
     if not record.manifest:
         raise TrainedModelError(f"{run} has no manifest.json, the run stopped before its first round; resume it")
-    config = replace(RunConfig.parse(record.config), device=device)
+    try:
+        config = replace(RunConfig.parse(record.config), device=device)
+    except ConfigError as error:
+        made_by = f"{record.manifest.get('fedtalora_version')}, commit {record.manifest.get('git_commit')}"
+        raise TrainedModelError(
+            f"{run} was made by another version of fedtalora ({made_by}), and has other settings: {error}; "
+            "open it with that version"
+        ) from None
     point = checkpoint.load(record.path / "checkpoint")
     if point.clustered is not None or place is not None:
         return _open_clustered(record, config, point, place=place)

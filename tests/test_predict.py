@@ -15,7 +15,7 @@ from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.heads import resolve
 from fedtalora_flwr.predict import InputError, Item, predict, read_items
 from fedtalora_flwr.resident import data_of
-from fedtalora_flwr.trained import open_trained
+from fedtalora_flwr.trained import TrainedModelError, open_trained
 
 LAMP = "switch the lamp on"
 
@@ -99,6 +99,17 @@ def test_an_older_run_that_did_not_note_the_side_looks_at_its_data(digits_run, t
     assert manifest.pop("image_side") == 8
     (run / "manifest.json").write_text(json.dumps(manifest))
     assert open_trained(run, device="cpu").image_side == 8
+
+
+def test_a_run_of_a_version_with_other_settings_is_refused_with_its_version(digits_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(digits_run, run)
+    settings = json.loads((run / "config.json").read_text())
+    del settings["node-timeout"]
+    (run / "config.json").write_text(json.dumps(settings))
+    message = r"run was made by another version of fedtalora \(0.*commit .*settings are missing: node-timeout; open it"
+    with pytest.raises(TrainedModelError, match=message):
+        open_trained(run, device="cpu")
 
 
 def test_texts_are_read_from_every_kind_of_file(tmp_path):
