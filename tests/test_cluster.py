@@ -92,7 +92,7 @@ def test_a_port_where_nobody_listens_is_told_at_once_with_the_command_that_start
 
 
 def test_the_size_of_an_own_ray_and_a_clusters_address_exclude_each_other(tmp_path):
-    with pytest.raises(ValueError, match="a cluster's are set by its ray start"):
+    with pytest.raises(ValueError, match="a cluster's CPUs are set by its ray start"):
         launch_at("127.0.0.1:1", tmp_path, ray_cpus=2)
 
 
