@@ -189,6 +189,9 @@ def sweep(
         _fail("stopped; the same command goes on with it", code=130)
     played = {run.name for run in plan.runs}
     before = [run for run in whole.runs if run.name not in played and found[run.name] == "finished"]
+    if broken := [run.name for run in before if not _can_be_read(folder / run.name)]:
+        errors.print(f"[yellow]note:[/yellow] left out, as they cannot be read: {', '.join(broken)}", highlight=False)
+    before = [run for run in before if run.name not in broken]
     _show_study(whole, [*outcomes, *(Outcome(run, folder / run.name) for run in before)], folder)
     if failed := [outcome for outcome in outcomes if outcome.failure]:
         lines = [f"{_short(outcome.folder)}: {outcome.failure}" for outcome in failed]
@@ -297,7 +300,7 @@ def predict(
     predictions = classify(trained, items, top=top)
     if as_json:
         found = [prediction.to_json() for prediction in predictions]
-        print(json.dumps(found, indent=1, ensure_ascii=False))
+        print(json.dumps(found, indent=1, ensure_ascii=sys.stdout.encoding.lower() not in ("utf-8", "utf8")))
         if any("error" in entry for entry in found):
             raise typer.Exit(1)
         return
@@ -443,6 +446,15 @@ def _show_result(folder: Path) -> None:
 
     print_table(read_run(folder), console)
     console.print(f"report {write_report(folder)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _can_be_read(run_folder: Path) -> bool:
+    from fedtalora_flwr.report import read_run
+
+    try:
+        return bool(read_run(run_folder).manifest)
+    except (ValueError, OSError):
+        return False
 
 
 def _show_study(plan: "Plan", outcomes: "list[Outcome]", folder: Path) -> None:

@@ -207,8 +207,8 @@ def _texts_of(file: Path, *, column: str) -> Iterator[Item]:
     items = [_text_item(row, column=column, name=f"{file}:{number}") for number, row in rows]
     items = [item for item in items if item.raw or item.error]
     items = items or [Item(str(file), None, f"{file} holds no text; give one that does, or leave it out")]
-    # Where no row has a text, the file as a whole is at fault, which is said once.
-    yield from items[:1] if all(item.error for item in items) else items
+    # Where no row has a column for a text, the file as a whole is at fault, which is said once.
+    yield from items if any(isinstance(row, str) or _present(row, column=column) for _, row in rows) else items[:1]
 
 
 def _text_item(row: Any, *, column: str, name: str) -> Item:
@@ -225,10 +225,12 @@ def _text_item(row: Any, *, column: str, name: str) -> Item:
 def _column_of(row: Any, *, column: str, where: str) -> str:
     """Take the text out of a table's row."""
     fields = row if isinstance(row, dict) else {}
-    present = [name for name in ([column] if column else TEXT_COLUMNS) if name in fields]
+    present = _present(row, column=column)
     found = next((name for name in present if isinstance(fields[name], str)), None)
     if found is not None:
         return str(fields[found])
+    if present and fields[present[0]] is None:
+        raise InputError(f"{where} holds no text in its column {present[0]}; fill it in, or remove the row")
     if present:
         raise InputError(
             f"{where} must hold a string in its column {present[0]}, got {json.dumps(fields[present[0]])[:40]}; "
@@ -236,6 +238,11 @@ def _column_of(row: Any, *, column: str, where: str) -> str:
         )
     wanted = f"text column {column!r}" if column else f"text column (looked for {', '.join(TEXT_COLUMNS)})"
     raise InputError(f"{where} has no {wanted}, only {', '.join(map(str, fields)) or type(row).__name__}; rename one")
+
+
+def _present(row: Any, *, column: str) -> list[str]:
+    """List the columns of a row that may hold its text."""
+    return [name for name in ([column] if column else TEXT_COLUMNS) if isinstance(row, dict) and name in row]
 
 
 def _lines(content: str) -> Iterator[tuple[int, Any]]:

@@ -1,7 +1,7 @@
 """The model that a run has come to: read from its folder, finished or not, and ready to score inputs."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from fedtalora_flwr import checkpoint, heads
 from fedtalora_flwr.aggregation import GlobalState, Place, place_name
 from fedtalora_flwr.checkpoint import Checkpoint
-from fedtalora_flwr.config import ConfigError, RunConfig
+from fedtalora_flwr.config import ConfigError, RunConfig, kebab
 from fedtalora_flwr.data import Source, Split
 from fedtalora_flwr.data.images import square
 from fedtalora_flwr.data.source import NO_ROWS, Ints
@@ -187,6 +187,8 @@ def open_trained(run: Path, *, device: str = "auto", place: Place = None) -> Tra
     try:
         config = replace(RunConfig.parse(record.config), device=device)
     except ConfigError as error:
+        if record.config.keys() == {kebab(setting.name) for setting in fields(RunConfig)}:
+            raise TrainedModelError(f"{run}: {error}") from None
         made_by = f"{record.manifest.get('fedtalora_version')}, commit {record.manifest.get('git_commit')}"
         raise TrainedModelError(
             f"{run} was made by another version of fedtalora ({made_by}), and has other settings: {error}; "

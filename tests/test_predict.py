@@ -110,6 +110,9 @@ def test_a_run_of_a_version_with_other_settings_is_refused_with_its_version(digi
     message = r"run was made by another version of fedtalora \(0.*commit .*settings are missing: node-timeout; open it"
     with pytest.raises(TrainedModelError, match=message):
         open_trained(run, device="cpu")
+    (run / "config.json").write_text(json.dumps(settings | {"node-timeout": -1.0}))
+    with pytest.raises(TrainedModelError, match=r"run: node-timeout must be .*, got -1"):
+        open_trained(run, device="cpu")
 
 
 def test_texts_are_read_from_every_kind_of_file(tmp_path):
@@ -192,6 +195,16 @@ def test_a_row_without_a_text_is_told_among_the_others(tmp_path):
     assert [item.raw for item in found] == ["on", None, "off", None]
     assert "a.jsonl:2 has no text column" in found[1].error
     assert "a.jsonl:4 must hold a string in its column text, got 5; put it in quotes" in found[3].error
+
+
+def test_every_row_is_told_where_each_has_another_fault(tmp_path):
+    (tmp_path / "a.json").write_text('["\\ud83d cut", {"text": 5}, {"text": null}]')
+    errors = [item.error for item in items(tmp_path / "a.json")]
+    assert len(errors) == 3
+    for error, words in zip(
+        errors, ("no valid Unicode", "must hold a string", "holds no text in its column"), strict=True
+    ):
+        assert words in error
 
 
 def test_half_a_character_in_json_is_told_among_the_others(text_run, tmp_path):

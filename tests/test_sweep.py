@@ -313,6 +313,9 @@ def test_a_failed_run_stops_no_other_and_finished_ones_are_left_alone_until_thei
     table = (out / "results.md").read_text()
     assert swept(file, out, "--only", "lora-blocks=first:1")[0] == 0
     assert (out / "results.md").read_text() == table  # of the whole sweep, not of what was played
+    (out / "lora-blocks-last-1" / "manifest.json").write_text("{")
+    status, output = swept(file, out, "--only", "lora-blocks=first:1")
+    assert status == 0 and "left out, as they cannot be read: lora-blocks-last-1" in output
     (bad.parent / "lora-blocks-first-1" / "config.json").write_text("{")  # cut off
     (good / "metrics.json").unlink()
     assert [line.split("  ")[1] for line in swept(file, out, "--dry-run")[1].splitlines()] == [

@@ -139,7 +139,7 @@ def average_factors(
 
 
 def mean_factors(factors: Sequence[LoraFactors], weights: Sequence[float], *, like: LoraFactors) -> LoraFactors:
-    """Give the averaged pair of `average_factors` without working out what it loses."""
+    """Give the averaged pair of `average_factors`; where the pairs are alike, without working out what it loses."""
     if not _are_alike(factors, like=like):
         return _best_of_rank(factors, weights, like=like)[0]
     return _mean(factors, torch.tensor(weights), origin=like)

@@ -100,7 +100,7 @@ def test_ridge_asks_for_sums_and_gives_float32_rows_of_the_classifiers_shape():
     assert {k: (v.shape, v.dtype) for k, v in rows.items()} == {k: (v.shape, v.dtype) for k, v in wanted.items()}
 
 
-@given(seed=st.integers(0, 2**31), num_examples=st.integers(8, 60), noise=st.floats(0.1, 10.0))
+@given(seed=st.integers(0, 2**31), num_examples=st.integers(3, 60), noise=st.floats(0.1, 10.0))
 def test_chosen_lambda_has_the_smallest_error_of_generalised_cross_validation_on_the_pooled_data(
     seed, num_examples, noise
 ):
@@ -116,7 +116,7 @@ def test_chosen_lambda_has_the_smallest_error_of_generalised_cross_validation_on
         hat = 1 / num_examples + centring @ X @ torch.linalg.solve(gram, X.T @ centring)  # (n, n), the bias left free
         errors[ridge_lambda] = num_examples * (Y - hat @ Y).square().sum() / (num_examples - hat.trace()).square()
     chosen = chosen_lambda(FeatureSums.of(features, labels, num_classes=NUM_CLASSES))
-    assert errors[chosen] <= min(errors.values()) * (1 + 1e-6)
+    assert errors[chosen] <= min(errors.values()) * (1 + 1e-6) + 1e-12
 
 
 def test_lambda_is_chosen_where_it_is_zero_larger_for_fewer_examples_and_finite_for_one():
