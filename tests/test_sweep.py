@@ -203,6 +203,16 @@ def test_gains_are_taken_seed_by_seed_and_only_on_the_same_partitions(made_study
     assert made_study.gains(made_study.cases[1]) == pytest.approx([0.02, 0.06])
 
 
+def test_runs_that_do_not_say_what_their_clients_hold_are_not_compared(tmp_path):
+    runs = {(r,): {0: made_run(tmp_path / r, faa=faa)} for r, faa in (("off", 0.5), ("on", 0.7))}
+    for name in ("off", "on"):
+        manifest = tmp_path / name / "manifest.json"
+        facts = {key: fact for key, fact in json.loads(manifest.read_text()).items() if key != "partition_hash"}
+        manifest.write_text(json.dumps(facts))
+    found = study("made", about="", axes=["r"], compare=0, cases=runs, failures={})
+    assert [row["FAA against the first r"] for row in columns(found)] == ["–", "–"]
+
+
 def test_nothing_is_compared_where_the_first_value_has_no_finished_run(tmp_path):
     runs = {
         ("accumulate",): {},

@@ -178,7 +178,8 @@ class Study:
         if first is None:
             return None
         pairs = [(run, first.runs[seed]) for seed, run in case.runs.items() if seed in first.runs]
-        same = [(a, b) for a, b in pairs if a.manifest.get("partition_hash") == b.manifest.get("partition_hash")]
+        hashes = [(a.manifest.get("partition_hash"), b.manifest.get("partition_hash")) for a, b in pairs]
+        same = [pair for pair, (one, other) in zip(pairs, hashes, strict=True) if one is not None and one == other]
         return [FAA.of(a) - FAA.of(b) for a, b in same] or None
 
     def _first_of(self, case: Case) -> Case | None:
