@@ -22,7 +22,7 @@ from fedtalora_flwr.lora import AdaptedModel
 from fedtalora_flwr.resident import base_store, model_of, slots_of
 from fedtalora_flwr.residual import Base, BaseMissing
 from fedtalora_flwr.routing import sum_slots
-from fedtalora_flwr.train import compared_classes, count_correct, fit, sum_features, sum_fisher
+from fedtalora_flwr.train import compared_classes, count_correct, fit, lifted_features, sum_features, sum_fisher
 
 log = logging.getLogger("fedtalora.client")
 
@@ -150,12 +150,20 @@ def _trained(
 @discreet
 @_asks_for_the_base
 def sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
-    """Sum this node's features of the task under the server's state."""
+    """Sum this node's features of the task under the server's state, beside those under an earlier one if it sends it."""
     config, _, holding = _settings(message, run_config, node_config)
-    model, _, order = _loaded(message, config)
+    head, earlier, before = heads.resolve(config.head, asdict(config)), wire.before_of(message), None
+    messages = [message] if earlier is None else [earlier, message]
+    reached = base_store(config).reach_all(wire.read_state(each)[1] for each in messages)
+    if earlier is not None:
+        model, _, order = _loaded(earlier, config, reached)
+        before = lifted_features(model, holding.training(order.task_id), head=head, config=config)
+    model, _, order = _loaded(message, config, reached)
     examples = holding.training(order.task_id)
-    head = heads.resolve(config.head, asdict(config))
-    return wire.sums_reply(sum_features(model, examples, head=head, num_classes=holding.num_classes, config=config))
+    sums = sum_features(
+        model, examples, head=head, num_classes=holding.num_classes, config=config, before=before
+    )
+    return wire.sums_reply(sums)
 
 
 @discreet

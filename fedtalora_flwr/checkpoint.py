@@ -23,7 +23,7 @@ from fedtalora_flwr.heads import FeatureSums
 from fedtalora_flwr.metrics import TaskMatrix
 from fedtalora_flwr.penalties import Memory
 
-_POINTER = "latest.json"
+_POINTER, _BEFORE = "latest.json", "before "
 
 
 class CheckpointError(ValueError):
@@ -54,6 +54,8 @@ class Checkpoint:
         The states of a method over slots, whose start is `state`; None for any other method.
     routes
         What tells the cluster of an input (see `routing`), once it has been summed.
+    before
+        The state that the current task began with, where the sums follow the features.
     """
 
     server_round: int
@@ -68,6 +70,7 @@ class Checkpoint:
     memory: Memory = field(default_factory=Memory)
     clustered: ClusteredState | None = None
     routes: FeatureSums | None = None
+    before: GlobalState | None = None
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -86,6 +89,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     tensors |= {f"anchor/{name}": value for name, value in checkpoint.memory.anchor.items()}
     tensors |= {f"fisher/{name}": value for name, value in checkpoint.memory.fisher.items()}
     tensors |= {"sums/gram": checkpoint.sums.gram, "sums/moment": checkpoint.sums.moment}
+    if checkpoint.before is not None:
+        tensors |= _tensors(checkpoint.before, prefix=_BEFORE)
     if checkpoint.routes is not None:
         tensors |= {"routes/gram": checkpoint.routes.gram, "routes/moment": checkpoint.routes.moment}
     name = f"round-{checkpoint.server_round:06d}.safetensors"
@@ -99,6 +104,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "tensors": name,
         "server_round": checkpoint.server_round,
         "version": state.version,
+        "version_before": None if checkpoint.before is None else checkpoint.before.version,
         "scaling": {module: pair.scaling for module, pair in state.adapters.items()},
         "matrix": checkpoint.matrix.to_json(),
         "bytes_up": checkpoint.bytes_up,
@@ -142,6 +148,9 @@ def load(folder: Path) -> Checkpoint:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}, to which {_POINTER} points, cannot be read; start the run anew") from error
     state = _state(tensors, facts["scaling"], version=facts["version"])
+    before = None
+    if (version := facts["version_before"]) is not None:
+        before = _state(tensors, facts["scaling"], version=version, prefix=_BEFORE)
     return Checkpoint(
         server_round=facts["server_round"],
         state=state,
@@ -155,6 +164,7 @@ def load(folder: Path) -> Checkpoint:
         memory=Memory(_part(tensors, "anchor"), _part(tensors, "fisher")),
         clustered=_clustered(tensors, facts, start=state) if "clustered" in facts else None,
         routes=FeatureSums(tensors["routes/gram"], tensors["routes/moment"]) if "routes/gram" in tensors else None,
+        before=before,
     )
 
 

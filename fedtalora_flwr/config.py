@@ -65,6 +65,7 @@ class RunConfig:
     node_timeout: float
     rounds_per_task: int
     local_epochs: int
+    task_average: bool
     batch_size: int
     optimizer: str
     learning_rate: float
@@ -73,6 +74,8 @@ class RunConfig:
     momentum: float
     weight_decay: float
     lr_schedule: str
+    warmup: float
+    clip_norm: float
     loss_classes: str
     penalty: str
     penalty_weight: float
@@ -80,6 +83,7 @@ class RunConfig:
     backbone: str
     backbone_checkpoint: str
     max_length: int
+    feature_norm: str
     rank: int
     alpha: float
     lora_blocks: str
@@ -87,6 +91,8 @@ class RunConfig:
     head: str
     ridge_lambda: float
     ridge_features: int
+    lda_shrinkage: float
+    follow_drift: bool
     eval_every: int
     eval_batch_size: int
     device: str
@@ -232,14 +238,18 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "momentum": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
     "weight-decay": _NOT_NEGATIVE,
     "lr-schedule": _one_of("constant", "cosine"),
+    "warmup": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    "clip-norm": _NOT_NEGATIVE,
     "loss-classes": _one_of("task", "present", "seen"),
     "augment": _one_of("none", "flip", "crop-flip"),
     "max-length": _at_least(2),
+    "feature-norm": _one_of("rms", "none"),
     "rank": _at_least(1),
     "alpha": _POSITIVE,
     "penalty-weight": _NOT_NEGATIVE,
     "ridge-lambda": _NOT_NEGATIVE,
     "ridge-features": _at_least(0),
+    "lda-shrinkage": _POSITIVE,
     "eval-every": _at_least(0),
     "eval-batch-size": _at_least(1),
     "precision": _one_of("auto", "fp32", "bf16"),

@@ -136,6 +136,7 @@ def _write_model(folder: Path, trained: TrainedModel, changes: dict[str, Change]
         "modality": backbone.modality,
         "head": config.head,
         "class_names": list(trained.class_names),
+        "feature_norm": backbone.feature_norm,
         "random_features": head["projection"].shape[1] if "projection" in head else 0,
         "num_probes": NUM_PROBES,
         **backbone.preparation(),
@@ -143,7 +144,10 @@ def _write_model(folder: Path, trained: TrainedModel, changes: dict[str, Change]
     if backbone.modality == "image":
         facts["image_side"] = trained.image_side
     if to == "merged":
-        facts["head_inside"] = _write_merged(folder, untouched, changes, head=head, class_names=trained.class_names)
+        plain = "projection" not in head and backbone.feature_norm == "none"  # a classifier on the features as they are
+        facts["head_inside"] = _write_merged(
+            folder, untouched, changes, rows=head if plain else None, class_names=trained.class_names
+        )
     else:
         facts |= _write_adapter(folder, untouched, changes)
         facts["head_inside"] = False
@@ -166,15 +170,15 @@ def _write_merged(
     backbone: Backbone,
     changes: dict[str, Change],
     *,
-    head: dict[str, Tensor],
+    rows: dict[str, Tensor] | None,
     class_names: Sequence[str],
 ) -> bool:
-    """Write the backbone with W in place of W_0; tell whether it holds the head too."""
+    """Write the backbone with W in place of W_0, and `rows` where it has a place for them: tell whether it has."""
     for name, change in changes.items():
         weight = backbone.model.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         weight.copy_(weight.double() + change.dense())
-    return backbone.save(folder, class_names=class_names, rows=None if "projection" in head else head)
+    return backbone.save(folder, class_names=class_names, rows=rows)
 
 
 def _write_adapter(folder: Path, backbone: Backbone, changes: dict[str, Change]) -> dict[str, Any]:

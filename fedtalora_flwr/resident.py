@@ -94,6 +94,7 @@ def build_model(config: RunConfig) -> AdaptedModel:
         If the weights cannot be had, or the LoRA settings match nothing.
     """
     backbone = backbones.resolve(config.backbone, asdict(config))
+    backbone.feature_norm = config.feature_norm
     return AdaptedModel(
         backbone.to(device_of(config)),
         rank=config.rank,

@@ -14,7 +14,7 @@ import torch
 from fedtalora_flwr import heads
 from fedtalora_flwr.aggregation import ClusteredState, Slot
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.heads import FeatureSums, Head
+from fedtalora_flwr.heads import FeatureRoot, FeatureSums, Head
 from fedtalora_flwr.lora import AdaptedModel
 from fedtalora_flwr.train import Examples, sum_features
 
@@ -24,7 +24,7 @@ def router(config: RunConfig) -> Head:
     return heads.resolve("ridge", asdict(config))
 
 
-def sum_slots(model: AdaptedModel, slots: list[Examples], *, config: RunConfig) -> FeatureSums:
+def sum_slots(model: AdaptedModel, slots: list[Examples], *, config: RunConfig) -> FeatureRoot:
     """Sum a client's features over its slots: one row a slot.
 
     Parameters
@@ -37,7 +37,7 @@ def sum_slots(model: AdaptedModel, slots: list[Examples], *, config: RunConfig) 
         The run's settings.
     """
     head = router(config)
-    total = FeatureSums.zero(num_classes=len(slots), feature_dim=head.lifted_dim(model.backbone.feature_dim))
+    total = FeatureRoot.zero(num_classes=len(slots), feature_dim=head.lifted_dim(model.backbone.feature_dim))
     for number, examples in enumerate(slots):  # not as one: texts of another task are of another length
         numbered = Examples(examples.inputs, torch.full_like(examples.labels, number))
         total = total + sum_features(model, numbered, head=head, num_classes=len(slots), config=config)

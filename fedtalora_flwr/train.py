@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from fedtalora_flwr.aggregation.base import LoraFactors
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.heads import Classifier, FeatureSums, Head, logits
+from fedtalora_flwr.heads import Classifier, FeatureRoot, Head, logits
 from fedtalora_flwr.lora import AdaptedModel
 from fedtalora_flwr.penalties import Memory, Penalty, Start
+from fedtalora_flwr.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,20 @@ def fit(
     """
     device = next(model.parameters()).device
     rows = {name: nn.Parameter(value.to(device, copy=True)) for name, value in head.items()}
-    optimizer = _optimizer(model.train_only(trainable), list(rows.values()), config=config, task_id=task_id)
     inputs, labels = examples.inputs.to(device), examples.labels.to(device)
     compared = torch.tensor(sorted(classes), device=device)
     targets = torch.searchsorted(compared, labels)
     rng, generator = np.random.default_rng(list(seed)), torch.Generator()
     generator.manual_seed(int(rng.integers(2**62)))
-    steps = config.local_epochs * math.ceil(len(examples) / config.batch_size)
+    num_steps = config.local_epochs * math.ceil(len(examples) / config.batch_size)
+    recipe = Recipe(
+        model.train_only(trainable),
+        list(rows.values()),
+        config=config,
+        task_id=task_id,
+        round_in_task=round_in_task,
+        num_steps=num_steps,
+    )
     model.eval()  # no dropout: the loss is that of the weights which are averaged, and a step is repeatable
     term = penalty.begin(
         Start(
@@ -105,21 +113,18 @@ def fit(
         )
     )
     total_loss = torch.zeros((), device=device)
-    for step, batch in enumerate(_batches(model, inputs, config=config, rng=rng)):
-        _schedule(optimizer, config=config, progress=round_in_task + step / steps)
+    for batch in _batches(model, inputs, config=config, rng=rng):
         with autocast(device, config.precision):
             features = model.backbone(inputs[batch], augment=config.augment, generator=generator).float()
         loss = F.cross_entropy(logits(rows, features, compared), targets[batch])
         if term is not None:
             loss = loss + term(batch, features)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        recipe.step(loss)
         total_loss += loss.detach()
     return FitResult(
         adapters=model.factors(),
         head={name: value.detach().cpu() for name, value in rows.items()},
-        mean_loss=total_loss.item() / steps,
+        mean_loss=total_loss.item() / num_steps,
     )
 
 
@@ -165,14 +170,40 @@ def classify(
 
 @torch.inference_mode()
 def sum_features(
-    model: AdaptedModel, examples: Examples, *, head: Head, num_classes: int, config: RunConfig
-) -> FeatureSums:
-    """Sum a client's features of its data, lifted by `head` (see `FeatureSums`), on the CPU."""
-    dim = head.lifted_dim(model.backbone.feature_dim)
-    sums = FeatureSums.zero(num_classes=num_classes, feature_dim=dim)
-    for features, labels, _ in _features(model, examples, config=config):
-        sums = sums + FeatureSums.of(head.lift(features).cpu(), labels.cpu(), num_classes=num_classes)
+    model: AdaptedModel,
+    examples: Examples,
+    *,
+    head: Head,
+    num_classes: int,
+    config: RunConfig,
+    before: Tensor | None = None,
+) -> FeatureRoot:
+    """Sum a client's features of its data, lifted by `head`, on the CPU.
+
+    Parameters
+    ----------
+    model
+        Loaded with the state whose features are summed.
+    examples, head, num_classes, config
+        The client's data, what lifts the features, the rows of the sums.
+    before
+        (N, m), the lifted features of the same examples under an earlier state (see `lifted_features`): then the
+        vectors (before, now), of twice the size, are summed.
+    """
+    parts = 1 if before is None else 2
+    dim = parts * head.lifted_dim(model.backbone.feature_dim)
+    sums = FeatureRoot.zero(num_classes=num_classes, feature_dim=dim)
+    for features, labels, rows in _features(model, examples, config=config):
+        lifted = head.lift(features).cpu()
+        vectors = lifted if before is None else torch.cat([before[rows.cpu()], lifted], dim=1)
+        sums = sums + FeatureRoot.of(vectors, labels.cpu(), num_classes=num_classes)
     return sums
+
+
+@torch.inference_mode()
+def lifted_features(model: AdaptedModel, examples: Examples, *, head: Head, config: RunConfig) -> Tensor:
+    """Give the features of a client's data, lifted by `head`: (N, m) on the CPU, in the order of the examples."""
+    return head.lift(_features_in_order(model, examples, config=config)).cpu()
 
 
 def sum_fisher(
@@ -246,26 +277,6 @@ def _on_device(memory: Memory, device: torch.device) -> Memory:
 def _features_in_order(model: AdaptedModel, examples: Examples, *, config: RunConfig) -> Tensor:
     features, _, rows = zip(*_features(model, examples, config=config), strict=True)
     return torch.cat(features)[torch.cat(rows).argsort()]  # (N, d)
-
-
-def _optimizer(
-    lora: list[nn.Parameter], rows: list[nn.Parameter], *, config: RunConfig, task_id: int
-) -> torch.optim.Optimizer:
-    rate = config.learning_rate * (config.later_learning_rate if task_id > 0 else 1.0)
-    groups = [{"params": lora, "lr": rate}, {"params": rows, "lr": config.head_learning_rate}]
-    groups = [group for group in groups if group["params"]]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay, foreach=True)
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, foreach=True)
-
-
-def _schedule(optimizer: torch.optim.Optimizer, *, config: RunConfig, progress: float) -> None:
-    """Set the learning rates for `progress`, in rounds since the task began."""
-    factor = 1.0
-    if config.lr_schedule == "cosine":
-        factor = 0.5 * (1 + math.cos(math.pi * progress / config.rounds_per_task))
-    for group in optimizer.param_groups:
-        group["lr"] = factor * group.setdefault("peak_lr", group["lr"])
 
 
 def _batches(model: AdaptedModel, inputs: Tensor, *, config: RunConfig, rng: np.random.Generator) -> Iterator[Tensor]:

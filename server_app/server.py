@@ -101,6 +101,11 @@ class Server:
         """Rounds of a task; without training a task still has one, which collects the head's sums."""
         return max(1, self.config.rounds_per_task)
 
+    @property
+    def _follows_drift(self) -> bool:
+        """Whether the sums of finished tasks follow the features; without training these do not move."""
+        return self.head.collects_sums and self.config.follow_drift and bool(self.config.rounds_per_task)
+
     def run(self) -> None:
         """Meet the clients, play all rounds, write the result.
 
@@ -129,7 +134,10 @@ class Server:
                 f"penalty {self.config.penalty} remembers the pair, which method {self.config.method} draws anew every "
                 "round; choose another of the two"
             )
-        return AdapterStrategy(config=self.config, method=method, state=self.point.state)
+        strategy = AdapterStrategy(config=self.config, method=method, state=self.point.state)
+        if self.point.before is not None:
+            strategy.begin_task(self.point.before)
+        return strategy
 
     def _play(self, server_round: int) -> None:
         """Play one round and everything that belongs to it, then checkpoint: a kill repeats the whole round."""
@@ -140,6 +148,9 @@ class Server:
         self.strategy.tally = tally = Tally(failures=self.strategy.tally.failures if is_first else [])
         if self.data is None and round_in_task == 0 and not is_first:
             self._ask_again(order)
+        if round_in_task == 0 and self._follows_drift:
+            self.point = replace(self.point, before=self.strategy.state)
+            self.strategy.begin_task(self.strategy.state)
         self._show("training", server_round)
         trained = self.nodes.insist(self._train, order) if self.config.rounds_per_task else Trained()
         aggregate_seconds = time.monotonic() - began - tally.wait_seconds
@@ -255,12 +266,25 @@ class Server:
         return replace(kept, accuracy_seen=matrix.accuracy_seen()[order.task_id], accuracy_seen_linear=linear)
 
     def _collect_sums(self, order: wire.RoundOrder) -> FeatureSums:
-        """Add to the sums of finished tasks what all holders of this task's data sum under the new state."""
-        self.strategy.task_id = order.task_id
-        partitions, arrays = self.strategy.holds_task[order.task_id], self._packed(self.strategy.state)
-        messages = self.strategy.messages(arrays, order, partitions=partitions, message_type="train.sums")
-        replies = self.strategy.exchange(self.grid, messages)
-        return self.strategy.add_sums(order.server_round, replies, to=self.point.sums)
+        """Add to the sums of finished tasks what all holders of this task's data sum under the new state.
+
+        With ``follow-drift`` they sum beside it their features under the state that the task began with, which shows
+        the server how features have moved, and it carries the old sums over.
+        """
+        strategy = self.strategy
+        strategy.task_id = order.task_id
+        before = None
+        if self._follows_drift and order.task_id and strategy.before is not None:
+            before = self._packed(strategy.before)
+        messages = strategy.messages(
+            self._packed(strategy.state),
+            order,
+            partitions=strategy.holds_task[order.task_id],
+            message_type="train.sums",
+            before=before,
+        )
+        replies = strategy.exchange(self.grid, messages)
+        return strategy.add_sums(order.server_round, replies, to=self.point.sums, compared=before is not None)
 
     def _evaluate(self, task_id: int, sums: FeatureSums) -> tuple[TaskMatrix, float | None]:
         """Count the hits on the test data of every task so far, among all classes seen so far.

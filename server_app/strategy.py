@@ -102,8 +102,14 @@ class AdapterStrategy(Strategy):
         self.task_id = 0
         self.tally = Tally()
         self.ledger = Ledger(state.residual)
+        self.before: GlobalState | None = None  # the state that the task began with
+        self._before_ledger = Ledger({})
         self._frozen = wire.frozen_digest(state.adapters, method.trainable)
         self._records: dict[int, ArrayRecord] = {}  # id of a parcel of the ledger -> its arrays
+
+    def begin_task(self, before: GlobalState) -> None:
+        """Keep the state that a task begins with: at its end clients compare their features with those under it."""
+        self.before, self._before_ledger = before, Ledger(before.residual)
 
     def meet(self, hellos: Mapping[int, wire.Hello], *, hashes: Sequence[str], absent: Mapping[int, str]) -> None:
         """Learn from the first exchange who is who, and what each still has.
@@ -228,6 +234,8 @@ class AdapterStrategy(Strategy):
                 self._settle(settled, partition, f"error {reply.error.code}: {wire.error_text(reply.error)}")
             elif (held := wire.read_base_missing(reply)) is None:
                 self.ledger.acknowledge(partition)
+                if self.ledger.base.digest == self._before_ledger.base.digest:
+                    self._before_ledger.acknowledge(partition)
                 settled[partition] = reply
             elif partition in resent:
                 self._settle(settled, partition, "cannot be brought to the server's base")
@@ -235,6 +243,7 @@ class AdapterStrategy(Strategy):
                 resent.add(partition)
                 self.tally.resent.add(partition)
                 self.ledger.report(partition, held)
+                self._before_ledger.report(partition, held)
                 again = self._addressed(
                     message.content,
                     partition,
@@ -266,21 +275,35 @@ class AdapterStrategy(Strategy):
         return found
 
     def messages(
-        self, arrays: ArrayRecord, order: wire.RoundOrder, *, partitions: Iterable[int], message_type: str
+        self,
+        arrays: ArrayRecord,
+        order: wire.RoundOrder,
+        *,
+        partitions: Iterable[int],
+        message_type: str,
+        before: ArrayRecord | None = None,
     ) -> list[Message]:
-        """Address a message to each partition: the shared arrays, and what it needs to reach the base."""
-        content = wire.state_message(
-            arrays,
-            order,
-            scaling=next((pair.scaling for pair in self.state.adapters.values()), 1.0),
-            version=self.state.version,
-            num_classes=len(self.census.classes.names),
-            frozen=self._frozen,
-        )
+        """Address a message to each partition: the shared arrays, and what it needs to reach the base.
+
+        `before` are the arrays of the state that the task began with, for clients that are to compare.
+        """
+        content = self._content(arrays, order, self.state)
+        if before is not None and self.before is not None:
+            content = wire.add_before(content, self._content(before, order, self.before))
         return [
             self._addressed(content, partition, message_type=message_type, group_id=str(order.server_round))
             for partition in self.reachable(partitions)
         ]
+
+    def _content(self, arrays: ArrayRecord, order: wire.RoundOrder, state: GlobalState) -> RecordDict:
+        return wire.state_message(
+            arrays,
+            order,
+            scaling=next((pair.scaling for pair in state.adapters.values()), 1.0),
+            version=state.version,
+            num_classes=len(self.census.classes.names),
+            frozen=self._frozen,
+        )
 
     def _addressed(self, content: RecordDict, partition: int, *, message_type: str, group_id: str) -> Message:
         if partition in self.census.told:
@@ -294,7 +317,10 @@ class AdapterStrategy(Strategy):
         )
 
     def _with_base(self, content: RecordDict, partition: int) -> RecordDict:
-        return self._with_parcel(content, self.ledger.parcel(partition))
+        content = self._with_parcel(content, self.ledger.parcel(partition))
+        if not wire.tells_before(content):
+            return content
+        return wire.add_before(content, self._with_parcel(RecordDict(), self._before_ledger.parcel(partition)))
 
     def _with_parcel(self, content: RecordDict, parcel: Parcel) -> RecordDict:
         if id(parcel) not in self._records:
@@ -339,9 +365,11 @@ class AdapterStrategy(Strategy):
             updates.append(update)
             losses.append(mean_loss)
         self.require(len(updates), server_round)
+        mean_loss = float(np.average(losses, weights=[update.num_examples for update in updates]))
+        updates += self._own_update(updates)
         new_state = self.method.aggregate(self.state, updates)
         metrics: dict[str, int | float | list[int] | list[float]] = {
-            "mean-loss": float(np.average(losses, weights=[u.num_examples for u in updates])),
+            "mean-loss": mean_loss,
             "residual-norm": sum(float(r.norm()) ** 2 for r in new_state.residual.values()) ** 0.5,
         }
         if self.config.residual_energy < 1:
@@ -353,18 +381,53 @@ class AdapterStrategy(Strategy):
         self._records.clear()
         return None, MetricRecord(metrics)
 
-    def add_sums(self, server_round: int, replies: Iterable[tuple[int, Message]], *, to: FeatureSums) -> FeatureSums:
+    def _own_update(self, updates: list[ClientUpdate]) -> list[ClientUpdate]:
+        """Let the server's own model take part, with ``task-average``, as if it were one more client's.
+
+        After t finished tasks it has the weight of t clients with all the round's examples, and a round moves the model by
+        ``1 / (t + 1)`` of the way: the mean over tasks is taken as that over clients is, exactly. Of the class rows it says
+        nothing.
+        """
+        if not (self.config.task_average and self.task_id):
+            return []
+        return [
+            ClientUpdate(
+                partition_id=-1,
+                num_examples=self.task_id * sum(update.num_examples for update in updates),
+                adapters=self.state.adapters,
+                head=self.state.head,
+                class_counts=torch.zeros_like(updates[0].class_counts),
+                base_version=self.state.version,
+            )
+        ]
+
+    def add_sums(
+        self, server_round: int, replies: Iterable[tuple[int, Message]], *, to: FeatureSums, compared: bool
+    ) -> FeatureSums:
         """Add the clients' feature sums up as they come, in order of partition id; a bad one is refused.
+
+        Parameters
+        ----------
+        server_round
+            For the error.
+        replies
+            Partition ids and their replies.
+        to
+            The sums of earlier tasks.
+        compared
+            Whether the clients have summed (before, now), so that `to` can follow.
 
         Raises
         ------
         TooFewReplies
             If fewer than ``min-replies`` good ones remain.
         """
-        total, num_good = to, 0
+        num_classes, size = to.moment.shape
+        like = FeatureSums.zero(num_classes=num_classes, feature_dim=(1 + compared) * (size - 1))
+        total, num_good = like, 0
         for partition, reply in replies:
             try:
-                sums = wire.read_sums(reply, like=to)
+                sums = wire.read_sums(reply, like=like)
                 self._check_counts(self.task_id, partition, sums.moment[:, -1])
                 self._check_sums(sums)
             except BadUpdate as refusal:
@@ -372,7 +435,7 @@ class AdapterStrategy(Strategy):
                 continue
             total, num_good = total + sums, num_good + 1
         self.require(num_good, server_round)
-        return total
+        return to.followed(total) if compared else to + total
 
     def mean_fisher(self, server_round: int, replies: Iterable[tuple[int, Message]]) -> dict[str, Tensor]:
         """Give the mean squared gradient over all clients' examples, by trained factor; a bad reply is refused.

@@ -19,6 +19,8 @@ NUM_CLASSES, CLASSES = 6, [1, 4]  # the task's classes, not in a row and not fro
 NONE = penalties.resolve("none", {})
 LINEAR = heads.resolve("linear", {})
 SETTINGS = {"lora-blocks": "last:1", "lora-targets": "proj", "device": "cpu", "batch-size": 8, "eval-batch-size": 5}
+STEADY = {"lr_schedule": "constant", "warmup": 0.0}
+PLAIN = {**STEADY, "clip_norm": 0.0}
 BOTH = frozenset({"lora_A", "lora_B"})
 
 
@@ -200,7 +202,7 @@ def test_loss_compares_the_classes_that_the_setting_names(setting, wanted):
 
 
 def test_learning_rates_reach_the_optimiser(model, head, examples, rates):
-    run_fit(model, head, examples, config=configured(learning_rate=0.25, head_learning_rate=0.5))
+    run_fit(model, head, examples, config=configured(learning_rate=0.25, head_learning_rate=0.5, **PLAIN))
     assert rates == [[0.25, 0.5]] * 2  # 12 examples in batches of 8
 
 
@@ -208,7 +210,7 @@ def test_learning_rates_reach_the_optimiser(model, head, examples, rates):
 def test_later_learning_rate_slows_lora_after_the_first_task_and_leaves_the_head(
     model, head, examples, rates, task_id, factor
 ):
-    config = configured(learning_rate=0.25, head_learning_rate=0.5, later_learning_rate=0.1)
+    config = configured(learning_rate=0.25, head_learning_rate=0.5, later_learning_rate=0.1, **PLAIN)
     run_fit(model, head, examples, config=config, task_id=task_id)
     assert rates == [[0.25 * factor, 0.5]] * 2
 
@@ -216,12 +218,41 @@ def test_later_learning_rate_slows_lora_after_the_first_task_and_leaves_the_head
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_cosine_falls_from_step_to_step_over_the_rounds_of_a_task(model, head, examples, rates, optimizer):
     config = configured(
-        optimizer=optimizer, learning_rate=0.25, head_learning_rate=0.5, lr_schedule="cosine", rounds_per_task=2
+        optimizer=optimizer,
+        learning_rate=0.25,
+        head_learning_rate=0.5,
+        lr_schedule="cosine",
+        warmup=0.0,
+        rounds_per_task=2,
     )
     for round_in_task in (0, 1):
         run_fit(model, head, examples, config=config, round_in_task=round_in_task)
-    factors = [0.5 * (1 + math.cos(math.pi * progress / 2)) for progress in (0.0, 0.5, 1.0, 1.5)]
+    factors = [0.5 * (1 + math.cos(math.pi * progress / 2)) for progress in (0.25, 0.75, 1.25, 1.75)]
     assert [rate for pair in rates for rate in pair] == pytest.approx([r * f for f in factors for r in (0.25, 0.5)])
+
+
+def test_rates_rise_over_the_first_share_of_a_tasks_steps_and_not_again_in_its_second_round(
+    model, head, examples, rates
+):
+    config = configured(
+        learning_rate=0.2, head_learning_rate=0.4, lr_schedule="constant", warmup=0.5, rounds_per_task=2, batch_size=3
+    )
+    for round_in_task in (0, 1):  # of four steps each
+        run_fit(model, head, examples, config=config, round_in_task=round_in_task)
+    factors = [0.125, 0.375, 0.625, 0.875, 1, 1, 1, 1]
+    assert [rate for pair in rates for rate in pair] == pytest.approx([r * f for f in factors for r in (0.2, 0.4)])
+
+
+@pytest.mark.parametrize(("bound", "largest"), [(0.0, 1e-3), (1e-3, 1.001e-3), (1e-4, 1.001e-4)])
+def test_a_gradient_of_the_pairs_beyond_the_bound_is_scaled_down_to_it(model, head, examples, bound, largest):
+    config = configured(optimizer="sgd", momentum=0.0, learning_rate=1.0, batch_size=99, clip_norm=bound, **STEADY)
+    head = {name: torch.randn(value.shape, generator=torch.Generator().manual_seed(1)) for name, value in head.items()}
+    start = model.initial_factors(seed=0)
+    result = run_fit(model, head, examples, config=config)  # one step of size gradient
+    moved = [pair.lora_B - start[name].lora_B for name, pair in result.adapters.items()]
+    moved += [pair.lora_A - start[name].lora_A for name, pair in result.adapters.items()]
+    norm = math.sqrt(sum(float(change.square().sum()) for change in moved))
+    assert norm > largest if bound == 0 else norm == pytest.approx(bound, rel=1e-3)
 
 
 def test_every_epoch_visits_every_example_once(model, head, examples, monkeypatch):
@@ -256,7 +287,9 @@ class OneNumber(nn.Module):
         def encode(self, split, rows, *, source):
             raise NotImplementedError
 
-        def forward(self, batch, *, augment="none", generator=None):
+        feature_norm = "none"
+
+        def pool(self, batch, *, augment, generator):
             return batch.float()
 
     def __init__(self) -> None:
@@ -298,7 +331,7 @@ def test_batches_of_evaluation_do_not_change_the_count_or_the_sums(model, exampl
     small, large = (
         sum_features(model, examples, head=LINEAR, num_classes=NUM_CLASSES, config=config) for config in both
     )
-    torch.testing.assert_close(small.gram, large.gram, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(small.sums().gram, large.sums().gram, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(small.moment, large.moment, rtol=1e-5, atol=1e-5)
 
 
@@ -306,7 +339,24 @@ def test_sums_of_features_are_those_of_the_features_themselves():
     examples = Examples(torch.arange(7.0).unsqueeze(1), torch.tensor([0, 1, 1, 2, 3, 3, 3]))
     got = sum_features(OneNumber(), examples, head=LINEAR, num_classes=4, config=configured())
     wanted = FeatureSums.of(examples.inputs, examples.labels, num_classes=4)
-    assert torch.equal(got.gram, wanted.gram) and torch.equal(got.moment, wanted.moment)
+    torch.testing.assert_close(got.sums().gram, wanted.gram)
+    assert torch.equal(got.moment, wanted.moment)
+
+
+def test_features_before_and_now_are_summed_side_by_side_whatever_the_order_of_batches():
+    class Backwards(OneNumber.Identity):
+        def batch_order(self, inputs):
+            return torch.arange(len(inputs)).flip(0)
+
+    model = OneNumber()
+    model.backbone = Backwards()
+    examples = Examples(torch.arange(7.0).unsqueeze(1), torch.tensor([0, 1, 1, 2, 3, 3, 3]))
+    before = train.lifted_features(model, Examples(examples.inputs**2, examples.labels), head=LINEAR, config=configured())
+    got = sum_features(model, examples, head=LINEAR, num_classes=4, config=configured(), before=before)
+    both = torch.cat([examples.inputs**2, examples.inputs], 1)
+    wanted = FeatureSums.of(both, examples.labels, num_classes=4)
+    torch.testing.assert_close(got.sums().gram, wanted.gram)
+    assert torch.equal(got.moment, wanted.moment)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import fedtalora_flwr
 from fedtalora_flwr import wire
 from fedtalora_flwr.aggregation import BadUpdate, ClientUpdate, GlobalState, LoraFactors, Step
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.heads import FeatureSums
+from fedtalora_flwr.heads import FeatureRoot, FeatureSums
 from fedtalora_flwr.residual import ZERO, Parcel
 from fedtalora_flwr.wire import ARRAYS, HELLO, METRICS, ORDER, RoundOrder, WireError
 from fedtalora_flwr.wire.records import TENSORS
@@ -46,8 +46,12 @@ def make_update() -> ClientUpdate:
     return ClientUpdate(3, 7, make_pairs(), make_head(), torch.tensor([4, 0, 2, 1]), base_version=5)
 
 
+def make_root(num_examples: int = 9) -> FeatureRoot:
+    return FeatureRoot.of(torch.randn(num_examples, 6), torch.randint(0, 4, (num_examples,)), num_classes=4)
+
+
 def make_sums() -> FeatureSums:
-    return FeatureSums.of(torch.randn(9, 6), torch.randint(0, 4, (9,)), num_classes=4)
+    return make_root().sums()
 
 
 def make_state(num_classes: int = 4) -> GlobalState:
@@ -184,9 +188,9 @@ def test_hello_comes_off_the_wire_as_it_went_on():
 
 
 def test_sums_come_off_the_wire_in_float64():
-    sums = make_sums()
-    got = wire.read_sums(message(wire.sums_reply(sums)), like=sums)
-    assert torch.equal(got.gram, sums.gram) and torch.equal(got.moment, sums.moment)
+    root = make_root()
+    got = wire.read_sums(message(wire.sums_reply(root)), like=root.sums())
+    assert torch.equal(got.gram, root.sums().gram) and torch.equal(got.moment, root.moment)
     assert got.gram.dtype == got.moment.dtype == torch.float64
 
 
@@ -253,39 +257,53 @@ def test_update_with_classes_that_cannot_be_is_refused(classes):
 
 
 def test_only_the_moment_rows_of_classes_held_travel():
-    sums = FeatureSums.of(torch.randn(3, 6), torch.tensor([2, 2, 0]), num_classes=4)
-    reply = message(wire.sums_reply(sums))
+    root = FeatureRoot.of(torch.randn(3, 6), torch.tensor([2, 2, 0]), num_classes=4)
+    reply = message(wire.sums_reply(root))
     assert tensors_of(reply.content)["sums/moment"].shape == (2, 7)
-    assert torch.equal(wire.read_sums(reply, like=sums).moment, sums.moment)
+    assert torch.equal(wire.read_sums(reply, like=make_sums()).moment, root.moment)
 
 
-@pytest.mark.parametrize("key", ["sums/gram", "sums/moment", "sums/class"])
+@pytest.mark.parametrize("key", ["sums/root", "sums/moment", "sums/class"])
 def test_sums_that_lack_a_part_are_refused(key):
-    reply = message(wire.sums_reply(make_sums()))
+    reply = message(wire.sums_reply(make_root()))
     with opened(reply.content) as tensors:
         del tensors[key]
     with pytest.raises(BadUpdate, match="sums cannot be read"):
         wire.read_sums(reply, like=make_sums())
 
 
-def test_the_gram_travels_as_the_triangle_that_says_all_of_it():
-    sums = make_sums()
-    reply = message(wire.sums_reply(sums))
-    assert tensors_of(reply.content)["sums/gram"].shape == (7 * 8 // 2,)
-    assert torch.equal(wire.read_sums(reply, like=sums).gram, sums.gram)
+@pytest.mark.parametrize(("num_examples", "numbers"), [(1, 7), (3, 3 * 7 - 3), (7, 7 * 8 // 2), (9, 7 * 8 // 2)])
+def test_sums_over_few_examples_travel_in_fewer_numbers_and_say_the_same_gram(num_examples, numbers):
+    features, labels = torch.randn(num_examples, 6), torch.randint(0, 4, (num_examples,))
+    reply = message(wire.sums_reply(FeatureRoot.of(features, labels, num_classes=4)))
+    wanted = FeatureSums.of(features, labels, num_classes=4)
+    assert tensors_of(reply.content)["sums/root"].shape == (numbers,)
+    gram = wire.read_sums(reply, like=wanted).gram
+    torch.testing.assert_close(gram, wanted.gram, rtol=0, atol=1e-13 * float(wanted.gram.abs().max()))
+    assert torch.equal(gram, gram.T)
+
+
+@pytest.mark.parametrize("count", [1.0, 4.0, -2.0, 1e300])
+def test_a_root_of_other_examples_than_the_moment_counts_is_refused(count):
+    reply = message(wire.sums_reply(FeatureRoot.of(torch.randn(3, 6), torch.tensor([2, 2, 2]), num_classes=4)))
+    with opened(reply.content) as tensors:
+        tensors["sums/moment"][0, -1] = count
+    with pytest.raises(BadUpdate, match=r"sums have a root of \(18,\) numbers, expected"):
+        wire.read_sums(reply, like=make_sums())
 
 
 def test_sums_of_another_shape_are_refused():
-    other = FeatureSums.of(torch.randn(5, 9), torch.randint(0, 4, (5,)), num_classes=4)
-    with pytest.raises(BadUpdate, match=r"sums have shapes \(55,\) and \(\d, 10\)"):
+    other = FeatureRoot.of(torch.randn(5, 9), torch.randint(0, 4, (5,)), num_classes=4)
+    with pytest.raises(BadUpdate, match=r"sums have a moment of shape \(\d, 10\)"):
         wire.read_sums(message(wire.sums_reply(other)), like=make_sums())
 
 
-def test_sums_that_are_not_finite_are_refused():
-    sums = make_sums()
-    sums.moment[sums.moment[:, -1] > 0, 0] = float("nan")  # rows of classes without an example do not travel
+@pytest.mark.parametrize("part", ["root", "moment"])
+def test_sums_that_are_not_finite_are_refused(part):
+    root = make_root()
+    (root.moment if part == "moment" else root.root)[root.moment[:, -1] > 0 if part == "moment" else 0, 0] = float("nan")
     with pytest.raises(BadUpdate, match="sums hold a number that is not finite"):
-        wire.read_sums(message(wire.sums_reply(sums)), like=make_sums())
+        wire.read_sums(message(wire.sums_reply(root)), like=make_sums())
 
 
 def test_client_refuses_a_server_of_another_library_version():

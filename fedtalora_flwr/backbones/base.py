@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -50,6 +51,9 @@ class Backbone(nn.Module):
         Where LoRA can go.
     hub_name
         What the library fetches the untouched weights by; None where they come from files of this machine.
+    feature_norm
+        ``rms`` scales every feature vector to a mean square of 1, so that one recipe and one regularisation suit any
+        backbone; ``none`` leaves it as it is.
     """
 
     model: nn.Module
@@ -57,6 +61,7 @@ class Backbone(nn.Module):
     feature_dim: int
     placement: Placement
     hub_name: str | None = None
+    feature_norm: str = "rms"
 
     @abstractmethod
     def encode(self, split: Split, rows: NDArray[np.int64], *, source: Source) -> Tensor:
@@ -66,9 +71,14 @@ class Backbone(nn.Module):
         """Order encoded inputs (N, ...) so that batches of neighbours are cheap; (N,) int64."""
         return torch.arange(len(inputs))
 
-    @abstractmethod
     def forward(self, batch: Tensor, *, augment: str = "none", generator: torch.Generator | None = None) -> Tensor:
-        """Compute features (n, d) of an encoded batch on its device, augmented as asked."""
+        """Compute features (n, d) of an encoded batch on its device, augmented as asked, and scaled."""
+        pooled = self.pool(batch, augment=augment, generator=generator)
+        return F.normalize(pooled, dim=-1) * self.feature_dim**0.5 if self.feature_norm == "rms" else pooled
+
+    @abstractmethod
+    def pool(self, batch: Tensor, *, augment: str, generator: torch.Generator | None) -> Tensor:
+        """Compute features (n, d) as the model gives them; see `forward`."""
 
     @abstractmethod
     def save(self, folder: Path, *, class_names: Sequence[str] = (), rows: Mapping[str, Tensor] | None = None) -> bool:

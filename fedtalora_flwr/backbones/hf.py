@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, logging
@@ -27,7 +26,7 @@ _ROLES = {  # BERT, RoBERTa, ELECTRA; DistilBERT; MPNet
 
 
 class TextBackbone(Backbone):
-    """A transformers encoder whose feature is the mean over tokens, scaled to unit variance.
+    """A transformers encoder whose feature is the mean over tokens.
 
     Parameters
     ----------
@@ -67,16 +66,15 @@ class TextBackbone(Backbone):
         order: Tensor = (inputs != self._tokenizer.pad_token_id).sum(1).argsort(stable=True)
         return order
 
-    def forward(self, batch: Tensor, *, augment: str = "none", generator: torch.Generator | None = None) -> Tensor:
+    def pool(self, batch: Tensor, *, augment: str, generator: torch.Generator | None) -> Tensor:
         """Encode tokens (n, L) into features (n, d); text has no augmentation."""
         mask = batch != self._tokenizer.pad_token_id
         longest = int(mask.any(0).nonzero().max()) + 1
         ids, mask = batch[:, :longest].long(), mask[:, :longest]
         hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # (n, L, d)
         weights = (mask / mask.sum(1, keepdim=True)).unsqueeze(-1).to(hidden.dtype)
-        mean = (hidden * weights).sum(1)
-        features: Tensor = F.normalize(mean, dim=-1) * self.feature_dim**0.5
-        return features
+        mean: Tensor = (hidden * weights).sum(1)
+        return mean
 
     def save(self, folder: Path, *, class_names: Sequence[str] = (), rows: Mapping[str, Tensor] | None = None) -> bool:
         """Write a folder for ``AutoModel`` and ``AutoTokenizer``; transformers has no classifier on a scaled mean."""

@@ -54,7 +54,7 @@ class ImageBackbone(Backbone):
         """Decode images into uint8 (N, 3, side, side); images below the model's size are enlarged on the device."""
         return load_images(split, rows, side=stored_side(source, size=self.image_size))
 
-    def forward(self, batch: Tensor, *, augment: str = "none", generator: torch.Generator | None = None) -> Tensor:
+    def pool(self, batch: Tensor, *, augment: str, generator: torch.Generator | None) -> Tensor:
         """Augment, resize, normalise and encode images (n, 3, H, W) uint8 into features (n, d)."""
         images = batch.float().div_(255)
         if augment != "none":

@@ -4,9 +4,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedtalora_flwr import registry
-from fedtalora_flwr.heads.base import Classifier, FeatureSums, Head, init_rows, logits, trained_classes, with_classes
+from fedtalora_flwr.heads.base import (
+    Classifier,
+    FeatureRoot,
+    FeatureSums,
+    Head,
+    init_rows,
+    logits,
+    trained_classes,
+    with_classes,
+)
 
-__all__ = ["Classifier", "FeatureSums", "Head", "init_rows", "logits", "resolve", "trained_classes", "with_classes"]
+__all__ = [
+    "Classifier",
+    "FeatureRoot",
+    "FeatureSums",
+    "Head",
+    "init_rows",
+    "logits",
+    "resolve",
+    "trained_classes",
+    "with_classes",
+]
 
 
 def resolve(name: str, settings: Mapping[str, Any]) -> Head:

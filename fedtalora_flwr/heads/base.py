@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+_DRIFT_LAMBDA = 0.1  # relative to the mean square of a feature; see docs/BENCHMARK.md
+
+
 @dataclass(frozen=True)
 class FeatureSums:
     """Sums over examples that determine the ridge solution; those of several clients add up.
@@ -67,9 +70,79 @@ class FeatureSums:
         """Give the root of the mean square norm of the summed features, their trailing 1 included."""
         return float((self.gram.trace() / self.gram[-1, -1]).sqrt())
 
+    def followed(self, drift: "FeatureSums") -> "FeatureSums":
+        """Carry the sums over to features that have moved since, and add the examples that showed how.
+
+        With features f of the new examples and f' of the same examples before, a trailing 1 in either, the linear map
+        from old to new that fits them best, drawn to the identity where they say little, is
+
+            T = I + (sum (f - f') f'^T) (sum f' f'^T + lambda I)^-1,
+
+        and the old examples' sums become ``T G T^T`` and ``M T^T``: what they would be if theirs had moved alike. Where
+        the move is linear and the new examples span the features, that is exact as lambda goes to 0.
+
+        Parameters
+        ----------
+        drift
+            Over the new examples, of vectors (f', f) of twice this size.
+        """
+        m = self.gram.shape[0] - 1
+        before = torch.tensor([*range(m), 2 * m])  # f' and the constant
+        after = torch.arange(m, 2 * m + 1)  # f and the constant
+        old = drift.gram[before][:, before]
+        moved = drift.gram[after][:, before] - old  # sum (f - f') f'^T
+        strength = _DRIFT_LAMBDA * old.diagonal()[:-1].mean()
+        T = torch.linalg.solve(old + strength * torch.eye(m + 1, dtype=old.dtype), moved.T).T
+        T += torch.eye(m + 1, dtype=old.dtype)
+        new = FeatureSums(drift.gram[after][:, after], drift.moment[:, after])
+        return FeatureSums(T @ self.gram @ T.T, self.moment @ T.T) + new
+
     def __add__(self, other: "FeatureSums") -> "FeatureSums":
         return FeatureSums(self.gram + other.gram, self.moment + other.moment)
 
+
+@dataclass(frozen=True)
+class FeatureRoot:
+    """What one client says of its features: `FeatureSums` whose gram is ``root^T root``.
+
+    N examples of m features have a gram matrix of rank N at most, so that the root is the smaller of the two, never
+    the larger; and a matrix that has a root is one that examples can have.
+
+    Parameters
+    ----------
+    root
+        (k, d + 1) float64, zero below its diagonal, k at most the smaller of N and d + 1.
+    moment
+        As of `FeatureSums`.
+    """
+
+    root: Tensor  # (k, d + 1)
+    moment: Tensor  # (C, d + 1)
+
+    @classmethod
+    def zero(cls, *, num_classes: int, feature_dim: int) -> "FeatureRoot":
+        """Give the root over no example."""
+        sums = FeatureSums.zero(num_classes=num_classes, feature_dim=feature_dim)
+        return cls(sums.gram[:0], sums.moment)
+
+    @classmethod
+    def of(cls, features: Tensor, labels: Tensor, *, num_classes: int) -> "FeatureRoot":
+        """Take in a batch, as `FeatureSums.of`."""
+        f = F.pad(features.double(), (0, 1), value=1.0)  # (N, d + 1)
+        moment = f.new_zeros(num_classes, f.shape[1]).index_add_(0, labels, f)
+        return cls(_triangular(f), moment)
+
+    def sums(self) -> FeatureSums:
+        """Form the sums."""
+        return FeatureSums(self.root.T @ self.root, self.moment)
+
+    def __add__(self, other: "FeatureRoot") -> "FeatureRoot":
+        return FeatureRoot(_triangular(torch.cat([self.root, other.root])), self.moment + other.moment)
+
+
+def _triangular(rows: Tensor) -> Tensor:
+    """Turn rows (n, m) so that those below the diagonal vanish (QR): (min(n, m), m) with the same gram matrix."""
+    return torch.linalg.qr(rows, mode="r").R
 
 def unlifted(features: Tensor) -> Tensor:
     """Give the features (N, d) as they are."""

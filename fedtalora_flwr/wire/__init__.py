@@ -15,7 +15,15 @@ from fedtalora_flwr.wire.hello import (
     read_hello,
     tell_classes,
 )
-from fedtalora_flwr.wire.parcel import add_parcel, base_missing_reply, pack_parcel, read_base_missing
+from fedtalora_flwr.wire.parcel import (
+    add_before,
+    add_parcel,
+    base_missing_reply,
+    before_of,
+    pack_parcel,
+    read_base_missing,
+    tells_before,
+)
 from fedtalora_flwr.wire.records import ARRAYS, HELLO, METRICS, ORDER
 from fedtalora_flwr.wire.refusal import WireError, error_text, node_is_gone
 from fedtalora_flwr.wire.slots import bundle, unbundle
@@ -32,8 +40,10 @@ __all__ = [
     "Hello",
     "RoundOrder",
     "WireError",
+    "add_before",
     "add_parcel",
     "base_missing_reply",
+    "before_of",
     "bundle",
     "claimed_partition",
     "error_text",
@@ -58,6 +68,7 @@ __all__ = [
     "state_message",
     "sums_reply",
     "tell_classes",
+    "tells_before",
     "unbundle",
     "update_reply",
 ]

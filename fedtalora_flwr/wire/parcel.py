@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 
+from copy import copy
+
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedtalora_flwr.aggregation import Step
 from fedtalora_flwr.residual import Parcel
-from fedtalora_flwr.wire.records import BASE, BASE_ARRAYS, array_record, read_arrays
+from fedtalora_flwr.wire.records import ARRAYS, BASE, BASE_ARRAYS, ORDER, array_record, read_arrays
+
+_BEFORE = ".before"  # behind the names of the records that speak of an earlier state
 
 
 def pack_parcel(parcel: Parcel) -> ArrayRecord:
@@ -21,6 +25,27 @@ def pack_parcel(parcel: Parcel) -> ArrayRecord:
 def add_parcel(content: RecordDict, parcel: Parcel, arrays: ArrayRecord) -> RecordDict:
     """Give a message's content with what its client needs to reach the base; `arrays` is the packed parcel."""
     return RecordDict({**content, BASE: ConfigRecord({"chain": " ".join(parcel.chain)}), BASE_ARRAYS: arrays})
+
+
+def add_before(content: RecordDict, before: RecordDict) -> RecordDict:
+    """Give a message's content with that of another message beside it, about an earlier state."""
+    return RecordDict({**content, **{f"{key}{_BEFORE}": record for key, record in before.items()}})
+
+
+def before_of(message: Message) -> Message | None:
+    """Take the message about an earlier state out of another, whose content stays as it is; None: it has none."""
+    if not tells_before(message.content):
+        return None
+    before = copy(message)
+    before.content = RecordDict(
+        {key: message.content[f"{key}{_BEFORE}"] for key in (ARRAYS, ORDER, BASE, BASE_ARRAYS)}
+    )
+    return before
+
+
+def tells_before(content: RecordDict) -> bool:
+    """Tell whether a message speaks of an earlier state too."""
+    return f"{ORDER}{_BEFORE}" in content
 
 
 def read_parcel(message: Message) -> Parcel:

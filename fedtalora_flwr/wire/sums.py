@@ -8,17 +8,17 @@ from flwr.app import Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedtalora_flwr.aggregation import BadUpdate, GlobalState
-from fedtalora_flwr.heads import FeatureSums
+from fedtalora_flwr.heads import FeatureRoot, FeatureSums
 from fedtalora_flwr.wire.counts import COUNTS, MOST_EXAMPLES, class_numbers, pack_counts, read_counts
 from fedtalora_flwr.wire.factors import pack_factors
 from fedtalora_flwr.wire.records import ARRAYS, METRICS, array_record, read_arrays
 
 
-def sums_reply(sums: FeatureSums) -> RecordDict:
-    """Build the content of a reply with feature sums: half of the symmetric gram, and the rows that are not zero."""
-    rows, columns = torch.triu_indices(*sums.gram.shape)
-    held = sums.moment[:, -1].nonzero().flatten()  # the last feature is the constant 1: it counts the examples
-    tensors = {"sums/gram": sums.gram[rows, columns], "sums/moment": sums.moment[held], "sums/class": held.int()}
+def sums_reply(root: FeatureRoot) -> RecordDict:
+    """Build the content of a reply with feature sums: the root's numbers from its diagonal on, and the rows not zero."""
+    rows, columns = torch.triu_indices(*root.root.shape)
+    held = root.moment[:, -1].nonzero().flatten()  # the last feature is the constant 1: it counts the examples
+    tensors = {"sums/root": root.root[rows, columns], "sums/moment": root.moment[held], "sums/class": held.int()}
     return RecordDict({ARRAYS: array_record(tensors)})
 
 
@@ -31,22 +31,26 @@ def read_sums(message: Message, *, like: FeatureSums) -> FeatureSums:
         If a part is missing, has another shape than in `like`, or holds a number that is not finite.
     """
     try:
-        names = {"sums/gram", "sums/moment", "sums/class"}
+        names = {"sums/root", "sums/moment", "sums/class"}
         parts = read_arrays(message.content.array_records[ARRAYS], only=names)["sums"]
-        triangle, moment = parts["gram"], parts["moment"]
+        upper, moment = parts["root"], parts["moment"]
         held = class_numbers(parts["class"], len(like.moment))
-        if not triangle.dtype == moment.dtype == torch.float64:
-            raise ValueError(f"they hold {triangle.dtype} and {moment.dtype}, expected torch.float64")
+        if not upper.dtype == moment.dtype == torch.float64:
+            raise ValueError(f"they hold {upper.dtype} and {moment.dtype}, expected torch.float64")
     except Exception as error:  # as of an update
         raise BadUpdate(f"sums cannot be read: {type(error).__name__} {error}") from error
-    rows, columns = torch.triu_indices(*like.gram.shape)
-    if triangle.shape != rows.shape or moment.shape != (len(held), like.moment.shape[1]):
-        raise BadUpdate(f"sums have shapes {tuple(triangle.shape)} and {tuple(moment.shape)}")
-    if not (torch.isfinite(triangle).all() and torch.isfinite(moment).all()):
+    if moment.shape != (len(held), like.moment.shape[1]):
+        raise BadUpdate(f"sums have a moment of shape {tuple(moment.shape)}")
+    if not (torch.isfinite(upper).all() and torch.isfinite(moment).all()):
         raise BadUpdate("sums hold a number that is not finite")
-    gram = torch.zeros_like(like.gram)
-    gram[rows, columns] = gram[columns, rows] = triangle
-    return FeatureSums(gram, torch.zeros_like(like.moment).index_copy_(0, held, moment))
+    size = like.gram.shape[0]
+    num_rows = int(moment[:, -1].sum().clamp(0, size))  # the root has one for each example, up to its width
+    rows, columns = torch.triu_indices(num_rows, size)
+    if upper.shape != rows.shape:
+        raise BadUpdate(f"sums have a root of {tuple(upper.shape)} numbers, expected {len(rows)} in {num_rows} rows")
+    root = like.gram.new_zeros(num_rows, size)
+    root[rows, columns] = upper
+    return FeatureRoot(root, torch.zeros_like(like.moment).index_copy_(0, held, moment)).sums()
 
 
 def fisher_reply(sums: Mapping[str, Tensor], *, class_counts: Tensor) -> RecordDict:
