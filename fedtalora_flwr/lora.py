@@ -259,7 +259,7 @@ def chosen_blocks(setting: str, num_blocks: int) -> list[int]:
 def chosen_roles(setting: str, placement: Placement) -> list[str]:
     """Resolve ``lora-targets``: groups (attn, mlp) and roles (q, k, v, qkv, proj, fc1, fc2) joined by + or ``,``.
 
-    A fused qkv also answers to q, k and v, one by one. A group takes it whole.
+    A fused qkv also answers to q, k and v, one by one. A group takes it whole. DeBERTa v1's in_proj is only had whole.
 
     Raises
     ------

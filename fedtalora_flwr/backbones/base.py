@@ -28,7 +28,7 @@ class Placement:
     blocks
         Module name of every transformer block, from the input up.
     roles
-        Role (q, k, v, qkv, proj, fc1, fc2) -> names of its Linear layers inside a block.
+        Role (q, k, v, qkv, in_proj, proj, fc1, fc2) -> names of its Linear layers inside a block.
     """
 
     blocks: tuple[str, ...]
