@@ -1,6 +1,7 @@
 """Text encoders of transformers: ``hf:bert-base-uncased``, ``hf:/path/to/folder``."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, logging
+from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, DebertaModel, logging
 
 from fedtalora_flwr.backbones.architectures import encoder_class, num_positions, text_placement
 from fedtalora_flwr.backbones.base import Backbone, BackboneError
@@ -39,6 +40,7 @@ class TextBackbone(Backbone):
             raise BackboneError(f"max-length must be at most {longest} for {type(model).__name__}, got {max_length}")
         self._tokenizer = tokenizer
         self._max_length = max_length
+        self._in_float32 = isinstance(model, DebertaModel)  # v1 masks bf16 scores by a number that only float32 has
 
     def encode(self, split: Split, rows: NDArray[np.int64], *, source: Source) -> Tensor:
         """Tokenise texts into int32 (N, L), padded to the longest of them."""
@@ -64,7 +66,8 @@ class TextBackbone(Backbone):
         mask = batch != self._tokenizer.pad_token_id
         longest = int(mask.any(0).nonzero().max()) + 1
         ids, mask = batch[:, :longest].long(), mask[:, :longest]
-        hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # (n, L, d)
+        with torch.autocast(batch.device.type, enabled=False) if self._in_float32 else nullcontext():
+            hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # (n, L, d)
         weights = (mask / mask.sum(1, keepdim=True)).unsqueeze(-1).to(hidden.dtype)
         mean = (hidden * weights).sum(1)
         features: Tensor = F.normalize(mean, dim=-1) * self.feature_dim**0.5
