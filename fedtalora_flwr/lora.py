@@ -20,7 +20,7 @@ from fedtalora_flwr.aggregation.base import LoraFactors
 from fedtalora_flwr.backbones.base import Backbone, Placement
 
 _ADAPTER = "default"  # PEFT's name for the only adapter in the model
-_GROUPS = {"attn": ("q", "k", "v", "qkv", "proj"), "mlp": ("fc1", "fc2")}
+_GROUPS = {"attn": ("q", "k", "v", "qkv", "in_proj", "proj"), "mlp": ("fc1", "fc2")}
 _PARTS_OF_QKV = ("q", "k", "v")
 
 
@@ -34,7 +34,7 @@ class SplitQKV(nn.Module):
     Parameters
     ----------
     fused
-        (3 d, d_in) Linear; rows ordered q, k, v as in timm.
+        (3 d, d_in) Linear; rows ordered q, k, v as in timm and ModernBERT.
     """
 
     def __init__(self, fused: nn.Linear) -> None:
@@ -259,7 +259,7 @@ def chosen_blocks(setting: str, num_blocks: int) -> list[int]:
 def chosen_roles(setting: str, placement: Placement) -> list[str]:
     """Resolve ``lora-targets``: groups (attn, mlp) and roles (q, k, v, qkv, proj, fc1, fc2) joined by + or ``,``.
 
-    A fused qkv also answers to q, k and v, one by one. A group takes it whole.
+    A fused qkv also answers to q, k and v, one by one. A group takes it whole. DeBERTa v1's in_proj is only had whole.
 
     Raises
     ------
@@ -290,9 +290,10 @@ def _prepare_layers(backbone: Backbone, *, blocks: str, targets: str) -> list[st
         block = placement.blocks[index]
         for role in roles:
             if role in placement.roles:
-                names.append(f"{block}.{placement.roles[role]}")
+                names += [f"{block}.{name}" for name in placement.roles[role]]
                 continue
-            fused = f"{block}.{placement.roles['qkv']}"
+            (name,) = placement.roles["qkv"]
+            fused = f"{block}.{name}"
             layer = backbone.model.get_submodule(fused)
             if isinstance(layer, nn.Linear):
                 backbone.model.set_submodule(fused, SplitQKV(layer))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from encoders import encoder, save_encoder
 from local_grid import defaults, run_server, tiny_run
 from peft import PeftModel
 from PIL import Image
@@ -128,6 +129,34 @@ def test_a_swin_with_lora_is_exported_as_both_kinds(few_probes, tmp_path):
     assert (
         len(load_file(run / "export" / "peft" / "adapter_model.safetensors")) == 2 * 2 * 4
     )  # blocks, qkv proj fc1 fc2
+
+
+@pytest.mark.parametrize("family", ["modernbert", "deberta", "deberta-v2", "albert", "t5", "t5-gated"])
+def test_a_text_encoder_of_every_architecture_is_exported_as_both_kinds(family, text_run, few_probes, tmp_path):
+    untouched = save_encoder(tmp_path / family, family)
+    run = tiny_run(
+        tmp_path / "run",
+        dataset="text",
+        data_path=json.loads((text_run / "config.json").read_text())["data-path"],
+        backbone=f"hf:{untouched}",
+        lora_targets="in_proj,mlp" if family == "deberta" else "q,v,mlp",
+        max_length=14,
+        head="linear",
+        num_clients=2,
+        stop_after_task=1,
+    )
+    trained = open_trained(run, device="cpu")
+    texts = ["is the lamp off by now", "door", "please move my oven a little"]
+    inputs = trained.encode(texts)
+    wanted = trained.logits(inputs)
+    with torch.inference_mode():
+        assert (encoder(untouched)(inputs) - trained.model.backbone(inputs)).abs().max() > 1e-3
+    for to in ("merged", "peft"):
+        folder = export(run, to=to).folder
+        found = runpy.run_path(str(folder / "load.py"))["logits"](texts)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max())))
+        by_another_class = "`AutoModelForTextEncoding`; `AutoModel` would add" in (folder / "README.md").read_text()
+        assert by_another_class == ("t5" in family)
 
 
 def test_lora_and_residual_matter_for_the_logits_that_are_compared(timm_run, exported, tmp_path):

@@ -25,7 +25,7 @@ ALLOWED = {
     "heads": {"torch", "numpy", "fedtalora_flwr.registry"},
     "data": {"torch", "numpy", "PIL", "datasets", "sklearn", "huggingface_hub", "fedtalora_flwr.registry"},
     "backbones": {
-        *("torch", "numpy", "timm", "transformers", "safetensors"),
+        *("torch", "numpy", "timm", "transformers", "peft", "safetensors"),
         *("fedtalora_flwr.registry", "fedtalora_flwr.data"),
     },
     "registry.py": set(),

@@ -29,11 +29,11 @@ class Placement:
     blocks
         Module name of every transformer block, from the input up.
     roles
-        Role (q, k, v, qkv, proj, fc1, fc2) -> name of its Linear inside a block.
+        Role (q, k, v, qkv, in_proj, proj, fc1, fc2) -> names of its Linear layers inside a block.
     """
 
     blocks: tuple[str, ...]
-    roles: Mapping[str, str]
+    roles: Mapping[str, tuple[str, ...]]
 
 
 class Backbone(nn.Module):
@@ -113,7 +113,7 @@ def find_placement(model: nn.Module, *, blocks: re.Pattern[str], roles: Mapping[
     blocks
         Full match on the name of a block.
     roles
-        Role -> names its Linear goes by in different architectures; those in the first block count.
+        Role -> names its Linear layers go by in different architectures; all of those in the first block count.
 
     Raises
     ------
@@ -122,10 +122,10 @@ def find_placement(model: nn.Module, *, blocks: re.Pattern[str], roles: Mapping[
     """
     names = tuple(name for name, _ in model.named_modules() if blocks.fullmatch(name))
     if not names:
-        raise BackboneError(f"{type(model).__name__} has no transformer blocks named like {blocks.pattern}")
+        raise BackboneError(f"{type(model).__name__} has no transformer blocks by a name that is known here")
     inside = {name for name, module in model.get_submodule(names[0]).named_modules() if isinstance(module, nn.Linear)}
-    found = {role: next((n for n in spellings if n in inside), None) for role, spellings in roles.items()}
-    placement = Placement(names, {role: name for role, name in found.items() if name is not None})
+    found = {role: tuple(n for n in spellings if n in inside) for role, spellings in roles.items()}
+    placement = Placement(names, {role: layers for role, layers in found.items() if layers})
     if not placement.roles:
         raise BackboneError(f"{names[0]} of {type(model).__name__} has no layer known here; it has {sorted(inside)}")
     return placement

@@ -1,7 +1,8 @@
-"""BERT-family text encoders of transformers: ``hf:bert-base-uncased``, ``hf:/path/to/folder``."""
+"""Text encoders of transformers: ``hf:bert-base-uncased``, ``hf:/path/to/folder``."""
 
-import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, logging
+from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, DebertaModel, logging
 
-from fedtalora_flwr.backbones.base import Backbone, BackboneError, find_placement
+from fedtalora_flwr.backbones.architectures import encoder_class, num_positions, text_placement
+from fedtalora_flwr.backbones.base import Backbone, BackboneError
 from fedtalora_flwr.data import Source, Split
-
-_BLOCKS = re.compile(r"(encoder|transformer)\.layer\.\d+")
-_ROLES = {  # BERT, RoBERTa, ELECTRA; DistilBERT; MPNet
-    "q": ("attention.self.query", "attention.q_lin", "attention.attn.q"),
-    "k": ("attention.self.key", "attention.k_lin", "attention.attn.k"),
-    "v": ("attention.self.value", "attention.v_lin", "attention.attn.v"),
-    "proj": ("attention.output.dense", "attention.out_lin", "attention.attn.o"),
-    "fc1": ("intermediate.dense", "ffn.lin1"),
-    "fc2": ("output.dense", "ffn.lin2"),
-}
 
 
 class TextBackbone(Backbone):
@@ -41,11 +33,13 @@ class TextBackbone(Backbone):
         self.model = model
         self.modality = "text"
         self.feature_dim = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
-        self.placement = find_placement(model, blocks=_BLOCKS, roles=_ROLES)
-        if max_length > (longest := _num_positions(model)):
+        self.placement = text_placement(model)
+        longest = num_positions(model)
+        if longest is not None and max_length > longest:
             raise BackboneError(f"max-length must be at most {longest} for {type(model).__name__}, got {max_length}")
         self._tokenizer = tokenizer
         self._max_length = max_length
+        self._in_float32 = isinstance(model, DebertaModel)  # v1 masks bf16 scores by a number that only float32 has
 
     def encode(self, split: Split, rows: NDArray[np.int64], *, source: Source) -> Tensor:
         """Tokenise texts into int32 (N, L), padded to the longest of them."""
@@ -71,13 +65,14 @@ class TextBackbone(Backbone):
         mask = batch != self._tokenizer.pad_token_id
         longest = int(mask.any(0).nonzero().max()) + 1
         ids, mask = batch[:, :longest].long(), mask[:, :longest]
-        hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # (n, L, d)
+        with torch.autocast(batch.device.type, enabled=False) if self._in_float32 else nullcontext():
+            hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state  # (n, L, d)
         weights = (mask / mask.sum(1, keepdim=True)).unsqueeze(-1).to(hidden.dtype)
         mean: Tensor = (hidden * weights).sum(1)
         return mean
 
     def save(self, folder: Path, *, class_names: Sequence[str] = (), rows: Mapping[str, Tensor] | None = None) -> bool:
-        """Write a folder for ``AutoModel`` and ``AutoTokenizer``; transformers has no classifier on a scaled mean."""
+        """Write a folder for `auto_class` and ``AutoTokenizer``; transformers has no classifier on a scaled mean."""
         if class_names:
             self.model.config.id2label = dict(enumerate(class_names))  # type: ignore[union-attr]
             self.model.config.label2id = {name: index for index, name in enumerate(class_names)}  # type: ignore[union-attr]
@@ -86,15 +81,14 @@ class TextBackbone(Backbone):
         return False
 
     def preparation(self) -> dict[str, Any]:
-        """Give the number of tokens that are kept of a text."""
-        return {"max_length": self._max_length}
+        """Give the number of tokens that are kept of a text, and the class that loads what `save` writes."""
+        return {"max_length": self._max_length, "auto_class": self.auto_class}
 
-
-def _num_positions(model: nn.Module) -> int:
-    """Count the tokens that a text can have; RoBERTa and MPNet number theirs from behind the padding's."""
-    padding = model.get_submodule("embeddings.position_embeddings").padding_idx
-    total = int(model.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
-    return total if padding is None else total - int(padding) - 1  # type: ignore[arg-type]
+    @property
+    def auto_class(self) -> str:
+        """Name transformers' class that loads this encoder alone; AutoModel would give a T5's its decoder too."""
+        by_auto_model = isinstance(self.model, MODEL_MAPPING.get(type(self.model.config), ()))
+        return "AutoModel" if by_auto_model else "AutoModelForTextEncoding"
 
 
 def create(argument: str, *, max_length: int) -> TextBackbone:
@@ -103,19 +97,24 @@ def create(argument: str, *, max_length: int) -> TextBackbone:
     Raises
     ------
     BackboneError
-        If it cannot be read or fetched, lacks weights, or is no encoder of a known family.
+        If it cannot be read or fetched, lacks weights, or is no encoder of an architecture that is known here.
     """
     logging.disable_progress_bar()
     try:
+        chosen_class = encoder_class(AutoConfig.from_pretrained(argument))
         tokenizer = AutoTokenizer.from_pretrained(argument)
-        model, loaded = AutoModel.from_pretrained(
+        model, loaded = chosen_class.from_pretrained(
             argument, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
+    except BackboneError as error:
+        raise BackboneError(f"text encoder {argument!r} cannot be used: {error}") from None
     except Exception as error:  # the hub's client, unpickling and safetensors raise what they like
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        # Without that package transformers asks for another, which does not help.
+        package = "" if find_spec("sentencepiece") else " (for a spm.model or spiece.model: pip install sentencepiece)"
         raise BackboneError(
             f"text encoder {argument!r} cannot be had: {reason}; give hf: a folder with config.json, "
-            "model.safetensors and the tokenizer's files, or a hub name where the hub can be reached"
+            f"model.safetensors and the tokenizer's files{package}, or a hub name where the hub can be reached"
         ) from error
     # transformers would leave these at random, with a line in its log.
     absent = [*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])]
