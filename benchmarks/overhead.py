@@ -147,7 +147,7 @@ def _hand_written(config: RunConfig) -> "Callable[[Examples], None]":
 
     base = resolve(config.backbone, dataclasses.asdict(config))
     as_timm_builds_it(base.model)
-    names = sorted(set(base.placement.roles.values()))
+    names = sorted({name for names in base.placement.roles.values() for name in names})
     model = peft.get_peft_model(
         base.model, peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=names)
     )

@@ -362,7 +362,7 @@ def flops_per_image(model: AdaptedModel) -> float:
     flows_back = False  # whether anything below the layer at hand has a gradient, in order of execution
     for block in placement.blocks:
         for role in ("qkv", "proj", "fc1", "fc2"):
-            name = f"{block}.{placement.roles[role]}"
+            name = f"{block}.{placement.roles[role][0]}"
             adapted = model.layers.get(name)
             linear = vit.get_submodule(name) if adapted is None else adapted.get_base_layer()
             d_out, d_in = linear.weight.shape

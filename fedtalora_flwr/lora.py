@@ -89,7 +89,9 @@ class _AdaptedProduct(torch.autograd.Function):
         output = F.linear(rows, weight, bias).addmm_(inner, lora_B.T, alpha=scaling)
         ctx.save_for_backward(rows, inner, weight, lora_A, lora_B)
         ctx.scaling = scaling  # type: ignore[attr-defined]
-        return output.view(*x.shape[:-1], -1)
+        # No view for autograd, so that a bias can be added in place.
+        shaped: Tensor = torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[-1]])
+        return shaped
 
     @staticmethod
     @once_differentiable
@@ -290,9 +292,9 @@ def _prepare_layers(backbone: Backbone, *, blocks: str, targets: str) -> list[st
         block = placement.blocks[index]
         for role in roles:
             if role in placement.roles:
-                names.append(f"{block}.{placement.roles[role]}")
+                names += [f"{block}.{name}" for name in placement.roles[role]]
                 continue
-            fused = f"{block}.{placement.roles['qkv']}"
+            fused = f"{block}.{placement.roles['qkv'][0]}"
             layer = backbone.model.get_submodule(fused)
             if isinstance(layer, nn.Linear):
                 backbone.model.set_submodule(fused, SplitQKV(layer))

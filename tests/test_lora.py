@@ -24,9 +24,10 @@ from fedtalora_flwr.lora import (
 DIM, DEPTH, RANK, ALPHA = 12, 3, 2, 5.0
 SHAPES = {"attn.qkv": (36, 12), "attn.proj": (12, 12), "mlp.fc1": (48, 12), "mlp.fc2": (12, 48)}
 FUSED = Placement(
-    ("blocks.0", "blocks.1"), {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+    ("blocks.0", "blocks.1"),
+    {"qkv": ("attn.qkv",), "proj": ("attn.proj",), "fc1": ("mlp.fc1_g", "mlp.fc1_x"), "fc2": ("mlp.fc2",)},
 )
-APART = Placement(("layer.0",), {role: role for role in ("q", "k", "v", "proj", "fc1", "fc2")})
+APART = Placement(("layer.0",), {role: (role,) for role in ("q", "k", "v", "proj", "fc1", "fc2")})
 
 
 def small_vit() -> ImageBackbone:
@@ -132,7 +133,7 @@ def test_every_form_of_lora_targets_names_roles_of_the_backbone(setting, placeme
         ("ffn", FUSED, "'ffn' matches nothing here; this backbone has attn, mlp and fc1, fc2, k, proj, q, qkv, v"),
         ("qkv", APART, "'qkv' matches nothing here; this backbone has attn, mlp and fc1, fc2, k, proj, q, v"),
         ("attn+", APART, "'' matches nothing here"),
-        ("mlp", Placement(("b",), {"q": "query"}), "'mlp' matches nothing here; this backbone has .*q$"),
+        ("mlp", Placement(("b",), {"q": ("query",)}), "'mlp' matches nothing here; this backbone has .*q$"),
         ("attn,q", FUSED, "take the fused qkv or its parts q, k, v, not both"),
     ],
 )

@@ -28,11 +28,16 @@ class Placement:
     blocks
         Module name of every transformer block, from the input up.
     roles
-        Role (q, k, v, qkv, proj, fc1, fc2) -> name of its Linear inside a block.
+        Role (q, k, v, qkv, proj, fc1, fc2) -> names of its Linear layers inside a block: one, or the two inputs of a
+        gated MLP.
     """
 
     blocks: tuple[str, ...]
-    roles: Mapping[str, str]
+    roles: Mapping[str, tuple[str, ...]]
+
+    def layers(self) -> list[str]:
+        """Name every Linear of every block."""
+        return [f"{block}.{name}" for block in self.blocks for names in self.roles.values() for name in names]
 
 
 class Backbone(nn.Module):
@@ -49,7 +54,7 @@ class Backbone(nn.Module):
     placement
         Where LoRA can go.
     hub_name
-        What the library fetches the untouched weights by; None where they come from files of this machine.
+        What the library fetches the untouched model by; None where it comes from files of this machine or is resized.
     """
 
     model: nn.Module
@@ -103,19 +108,24 @@ def find_placement(model: nn.Module, *, blocks: re.Pattern[str], roles: Mapping[
     blocks
         Full match on the name of a block.
     roles
-        Role -> names its Linear goes by in different architectures; those in the first block count.
+        Role -> spellings of its Linear in different architectures, in each the names of the layers that share the
+        role; those in the first block count.
 
     Raises
     ------
     BackboneError
-        If no block or no Linear is found.
+        If no block or no Linear is found, or a later block lacks a Linear of the first.
     """
     names = tuple(name for name, _ in model.named_modules() if blocks.fullmatch(name))
     if not names:
         raise BackboneError(f"{type(model).__name__} has no transformer blocks named like {blocks.pattern}")
     inside = {name for name, module in model.get_submodule(names[0]).named_modules() if isinstance(module, nn.Linear)}
-    found = {role: next((n for n in spellings if n in inside), None) for role, spellings in roles.items()}
-    placement = Placement(names, {role: name for role, name in found.items() if name is not None})
+    spelt = {role: [tuple(spelling.split()) for spelling in spellings] for role, spellings in roles.items()}
+    found = {role: next((s for s in spellings if inside.issuperset(s)), ()) for role, spellings in spelt.items()}
+    placement = Placement(names, {role: layers for role, layers in found.items() if layers})
     if not placement.roles:
         raise BackboneError(f"{names[0]} of {type(model).__name__} has no layer known here; it has {sorted(inside)}")
+    there = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if absent := [layer for layer in placement.layers() if layer not in there]:
+        raise BackboneError(f"{type(model).__name__} has blocks of different kinds: it has no layer {absent[0]}")
     return placement
