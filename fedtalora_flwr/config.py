@@ -79,6 +79,7 @@ class RunConfig:
     augment: str
     backbone: str
     backbone_checkpoint: str
+    image_size: int
     max_length: int
     rank: int
     alpha: float
@@ -234,6 +235,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr-schedule": _one_of("constant", "cosine"),
     "loss-classes": _one_of("task", "present", "seen"),
     "augment": _one_of("none", "flip", "crop-flip"),
+    "image-size": _at_least(0),
     "max-length": _at_least(2),
     "rank": _at_least(1),
     "alpha": _POSITIVE,
