@@ -82,6 +82,7 @@ class RunConfig:
     augment: str
     backbone: str
     backbone_checkpoint: str
+    image_size: int
     max_length: int
     feature_norm: str
     rank: int
@@ -242,6 +243,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "clip-norm": _NOT_NEGATIVE,
     "loss-classes": _one_of("task", "present", "seen"),
     "augment": _one_of("none", "flip", "crop-flip"),
+    "image-size": _at_least(0),
     "max-length": _at_least(2),
     "feature-norm": _one_of("rms", "none"),
     "rank": _at_least(1),

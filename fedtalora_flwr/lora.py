@@ -89,7 +89,9 @@ class _AdaptedProduct(torch.autograd.Function):
         output = F.linear(rows, weight, bias).addmm_(inner, lora_B.T, alpha=scaling)
         ctx.save_for_backward(rows, inner, weight, lora_A, lora_B)
         ctx.scaling = scaling  # type: ignore[attr-defined]
-        return output.view(*x.shape[:-1], -1)
+        # No view for autograd, so that a bias can be added in place.
+        shaped: Tensor = torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[-1]])
+        return shaped
 
     @staticmethod
     @once_differentiable

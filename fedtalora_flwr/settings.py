@@ -129,9 +129,9 @@ def gather(
     if not settings["data-root"]:
         settings["data-root"] = os.environ.get("FEDTALORA_DATA", "")
     settings = _with_absolute_paths(settings)
-    for key in ("dataset", "backbone"):  # hub:<name> and hf:<name> may name a local folder
-        choice, _, argument = str(settings[key]).partition(":")
-        if argument and Path(argument).expanduser().exists():
+    for key in ("dataset", "backbone"):  # hub:<name>, hf:<name> and timm:local-dir:<name> may name a local folder
+        choice, colon, argument = str(settings[key]).rpartition(":")
+        if colon and choice != "timm:hf-hub" and Path(argument).expanduser().exists():
             settings[key] = f"{choice}:{_absolute(argument)}"
     return settings
 

@@ -77,8 +77,8 @@ class Server:
         torch.set_num_threads(os.cpu_count() or 1)
         self.grid, self.config, self.folder = grid, config, folder
         self.folder.write_status(phase="loading data and model", message="")
+        self.model = model_of(config)  # first: a model that cannot be is refused before any data are read
         self.data = None if own_reader(config) else data_of(config)  # None: every node brings its own
-        self.model = model_of(config)
         self.head = heads.resolve(config.head, asdict(config))
         self.penalty = penalties.resolve(config.penalty, asdict(config))
         if config.check_data and self.data:  # a bad file is found before training, not at the first evaluation

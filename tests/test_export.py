@@ -157,6 +157,32 @@ def test_a_text_encoder_of_every_architecture_is_exported_as_both_kinds(family, 
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max())))
         by_another_class = "`AutoModelForTextEncoding`; `AutoModel` would add" in (folder / "README.md").read_text()
         assert by_another_class == ("t5" in family)
+@pytest.mark.parametrize(
+    ("name", "own", "asked"), [("vit_small_plus_patch16_dinov3", 32, 48), ("eva02_tiny_patch14_224", 28, 42)]
+)
+def test_a_model_at_another_image_size_is_exported_as_both_kinds(name, own, asked, few_probes, tmp_path):
+    @register_model
+    def small_resized(**arguments):
+        return timm.create_model(name, **{"embed_dim": 12, "depth": 2, "num_heads": 3, **arguments})
+
+    torch.manual_seed(2)
+    source = timm.create_model("small_resized", num_classes=0, img_size=own)
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    run = tiny_run(
+        tmp_path / "run",
+        backbone="timm:small_resized",
+        backbone_checkpoint=str(tmp_path / "weights.safetensors"),
+        image_size=asked,
+        lora_blocks="all",
+        head="linear",
+        stop_after_task=1,
+    )
+    raw, wanted = logits_of_run(run, 12)
+    for to in ("merged", "peft"):
+        folder = export(run, to=to).folder
+        assert json.loads((folder / "fedtalora.json").read_text())["image_size"] == asked
+        found = runpy.run_path(str(folder / "load.py"))["logits"](raw)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max())))
 
 
 def test_lora_and_residual_matter_for_the_logits_that_are_compared(timm_run, exported, tmp_path):

@@ -25,7 +25,7 @@ DIM, DEPTH, RANK, ALPHA = 12, 3, 2, 5.0
 SHAPES = {"attn.qkv": (36, 12), "attn.proj": (12, 12), "mlp.fc1": (48, 12), "mlp.fc2": (12, 48)}
 FUSED = Placement(
     ("blocks.0", "blocks.1"),
-    {"qkv": ("attn.qkv",), "proj": ("attn.proj",), "fc1": ("mlp.fc1",), "fc2": ("mlp.fc2",)},
+    {"qkv": ("attn.qkv",), "proj": ("attn.proj",), "fc1": ("mlp.fc1_g", "mlp.fc1_x"), "fc2": ("mlp.fc2",)},
 )
 APART = Placement(("layer.0",), {role: (role,) for role in ("q", "k", "v", "proj", "fc1", "fc2")})
 

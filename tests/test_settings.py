@@ -97,6 +97,10 @@ def test_relative_paths_become_absolute_and_names_of_the_hub_stay(tmp_path, monk
     assert settings["backbone"] == "hf:owner/name"
     assert settings["data-path"] == str(tmp_path / "tiny")
     assert settings["backbone-checkpoint"].startswith("/") and settings["test-path"] == ""
+    local = gather(APP, file=None, assignments=["backbone=timm:local-dir:tiny"])
+    assert local["backbone"] == f"timm:local-dir:{tmp_path / 'tiny'}"
+    hub = gather(APP, file=None, assignments=["backbone=timm:hf-hub:tiny"])  # a folder of that name is another thing
+    assert hub["backbone"] == "timm:hf-hub:tiny"
 
 
 def test_the_data_root_comes_from_the_environment_unless_it_is_set(tmp_path, monkeypatch):

@@ -15,7 +15,10 @@ def resolve(name: str, settings: Mapping[str, Any]) -> Backbone:
     Raises
     ------
     ValueError
-        If there is no such backbone, or its weights cannot be had.
+        If there is no such backbone, its weights cannot be had, or it takes no ``image-size`` and one is set.
     """
+    image_size = settings.get("image_size", 0)
+    if image_size and "image_size" not in registry.parameters(__name__, name):
+        raise BackboneError(f"image-size {image_size}: backbone {name} has no images to size; leave image-size at 0")
     backbone: Backbone = registry.build(__name__, name, settings)
     return backbone

@@ -29,11 +29,16 @@ class Placement:
     blocks
         Module name of every transformer block, from the input up.
     roles
-        Role (q, k, v, qkv, in_proj, proj, fc1, fc2) -> names of its Linear layers inside a block.
+        Role (q, k, v, qkv, in_proj, proj, fc1, fc2) -> names of its Linear layers inside a block: one, or the two inputs
+        of a gated MLP.
     """
 
     blocks: tuple[str, ...]
     roles: Mapping[str, tuple[str, ...]]
+
+    def layers(self) -> list[str]:
+        """Name every Linear of every block."""
+        return [f"{block}.{name}" for block in self.blocks for names in self.roles.values() for name in names]
 
 
 class Backbone(nn.Module):
@@ -50,7 +55,7 @@ class Backbone(nn.Module):
     placement
         Where LoRA can go.
     hub_name
-        What the library fetches the untouched weights by; None where they come from files of this machine.
+        What the library fetches the untouched model by; None where it comes from files of this machine or is resized.
     feature_norm
         ``rms`` scales every feature vector to a mean square of 1, so that one recipe and one regularisation suit any
         backbone; ``none`` leaves it as it is.
@@ -118,7 +123,7 @@ def find_placement(model: nn.Module, *, blocks: re.Pattern[str], roles: Mapping[
     Raises
     ------
     BackboneError
-        If no block or no Linear is found.
+        If no block or no Linear is found, or a later block lacks a Linear of the first.
     """
     names = tuple(name for name, _ in model.named_modules() if blocks.fullmatch(name))
     if not names:
@@ -128,4 +133,7 @@ def find_placement(model: nn.Module, *, blocks: re.Pattern[str], roles: Mapping[
     placement = Placement(names, {role: layers for role, layers in found.items() if layers})
     if not placement.roles:
         raise BackboneError(f"{names[0]} of {type(model).__name__} has no layer known here; it has {sorted(inside)}")
+    there = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if absent := [layer for layer in placement.layers() if layer not in there]:
+        raise BackboneError(f"{type(model).__name__} has blocks of different kinds: it has no layer {absent[0]}")
     return placement

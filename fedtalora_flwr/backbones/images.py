@@ -1,4 +1,4 @@
-"""Image backbones from timm (ViT, Swin): batched preparation on the device, pooled features."""
+"""Image backbones from timm (ViT, EVA, Swin, ...): batched preparation on the device, pooled features."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,16 +11,26 @@ import timm.data
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from timm.models import save_for_hf
+from timm.models import get_model_input_config, save_for_hf
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from fedtalora_flwr.backbones.base import Backbone, BackboneError, Placement, find_placement
+from fedtalora_flwr.backbones.base import Backbone, BackboneError, find_placement
 from fedtalora_flwr.data import Source, Split, load_images, stored_side
 from fedtalora_flwr.data.images import CONVERTIBLE
 
 _BLOCKS = re.compile(r"blocks\.\d+|layers\.\d+\.blocks\.\d+")  # ViT; Swin, whose stages nest
-_ROLES = {"qkv": ("attn.qkv",), "proj": ("attn.proj",), "fc1": ("mlp.fc1",), "fc2": ("mlp.fc2",)}
+_ROLES = {
+    "qkv": ("attn.qkv",),
+    "q": ("attn.q_proj",),  # of the larger EVA-02
+    "k": ("attn.k_proj",),
+    "v": ("attn.v_proj",),
+    "proj": ("attn.proj",),
+    "fc1": ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x", "mlp.w0", "mlp.w1"),  # plain or packed; SwiGLU; ViTamin's GeGLU
+    "fc2": ("mlp.fc2", "mlp.w2"),
+}
+_INSTEAD = "use a ViT, DeiT, DINOv2, DINOv3, EVA-02, BEiT, Swin or Hiera of timm"
 
 
 class ImageBackbone(Backbone):
@@ -32,6 +42,12 @@ class ImageBackbone(Backbone):
         Built with ``num_classes=0``.
     mean, std
         Normalisation of the channels, from the model's own data configuration unless given.
+
+    Raises
+    ------
+    BackboneError
+        If the model has no transformer blocks, gives no feature of an image, or computes past a layer that LoRA would
+        go on.
     """
 
     def __init__(
@@ -42,13 +58,16 @@ class ImageBackbone(Backbone):
         self.model = model
         _spare_what_is_not_pooled(model)
         self.modality = "image"
-        self.feature_dim = int(model.num_features)  # type: ignore[arg-type]
-        self.placement = find_placement(model, blocks=_BLOCKS, roles=_ROLES)
-        _require_called_qkv(model, self.placement)
+        try:
+            self.placement = find_placement(model, blocks=_BLOCKS, roles=_ROLES)
+        except BackboneError as error:
+            raise BackboneError(f"{error}; {_INSTEAD}") from None
+        self._calls_qkv_apart = _call_qkv_apart(model)
         # The model as built, not its published configuration: img_size may have been set on creation.
-        self.image_size = int(model.patch_embed.img_size[0])  # type: ignore[union-attr, index]
+        self.image_size = int(get_model_input_config(model)["input_size"][-1])
         self.register_buffer("mean", torch.tensor(mean or data["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std or data["std"]).view(1, 3, 1, 1), persistent=False)
+        self.feature_dim = _try_out(self)
 
     def encode(self, split: Split, rows: NDArray[np.int64], *, source: Source) -> Tensor:
         """Decode images into uint8 (N, 3, side, side); images below the model's size are enlarged on the device."""
@@ -89,8 +108,16 @@ class ImageBackbone(Backbone):
         return rows is not None
 
     def preparation(self) -> dict[str, Any]:
-        """Give the model's side in pixels, the modes of images taken, mean and deviation of channels in [0, 1]."""
-        return {"image_size": self.image_size, "image_modes": sorted(CONVERTIBLE), **self._normalisation()}
+        """Give the model's side in pixels, the modes of images taken, mean and deviation of channels in [0, 1].
+
+        And whether timm's attention must be told to call its qkv layer, which an adapter wraps.
+        """
+        return {
+            "image_size": self.image_size,
+            "image_modes": sorted(CONVERTIBLE),
+            "qkv_bias_separate": self._calls_qkv_apart,
+            **self._normalisation(),
+        }
 
     def _normalisation(self) -> dict[str, list[float]]:
         buffers = dict(self.named_buffers(recurse=False))
@@ -116,14 +143,51 @@ def _spare_what_is_not_pooled(model: nn.Module) -> None:
             last.__class__ = _ClassTokenBlock
 
 
-def _require_called_qkv(model: nn.Module, placement: Placement) -> None:
-    """Refuse attention (BEiT, SwinV2, EVA) that computes with the weight of qkv and never calls the layer."""
-    attention = model.get_submodule(f"{placement.blocks[0]}.attn")
-    if getattr(attention, "q_bias", None) is not None:
+def _call_qkv_apart(model: nn.Module) -> bool:
+    """Have attention (BEiT, SwinV2, EVA) call its qkv layer and then add its biases; same function.
+
+    By default it computes with the layer's weight and never calls it, so that no LoRA would take part.
+    """
+    found = [module for module in model.modules() if getattr(module, "qkv_bias_separate", None) is False]
+    for attention in found:
+        attention.qkv_bias_separate = True  # type: ignore[assignment]
+    return bool(found)
+
+
+@torch.no_grad()
+def _try_out(backbone: ImageBackbone) -> int:
+    """Encode one image of the model's size, see that every layer of the placement is called, and give d."""
+    kind, side = type(backbone.model).__name__, backbone.image_size
+    uncalled = dict.fromkeys(backbone.placement.layers())  # in order
+    hooks = [
+        backbone.model.get_submodule(name).register_forward_hook(lambda *_, name=name: uncalled.pop(name, None))
+        for name in list(uncalled)
+    ]
+    was_training = backbone.training
+    backbone.eval()  # no statistics are to change
+    image = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    tensors = [*backbone.named_parameters(), *backbone.named_buffers()]
+    try:
+        try:  # with shapes alone, which takes no time
+            on_meta = {name: tensor.to("meta") for name, tensor in tensors}
+            feature: Tensor = functional_call(backbone, on_meta, (image.to("meta"),))
+        except Exception:  # the numbers matter to the model, or it truly cannot
+            feature = backbone(image)
+    except Exception as error:  # timm's modules raise what they like
         raise BackboneError(
-            f"{type(model).__name__} keeps the biases of q and v apart from its layer qkv, which LoRA could not reach; "
-            "use a ViT, DeiT or Swin (version 1)"
+            f"{kind} cannot encode RGB images of {side} x {side} pixels: {error}; {_INSTEAD}"
+        ) from error
+    finally:
+        backbone.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    if feature.ndim != 2:
+        raise BackboneError(f"{kind} gives {tuple(feature.shape)} for an image instead of a vector; {_INSTEAD}")
+    if uncalled:
+        raise BackboneError(
+            f"{kind} computes past its layer {next(iter(uncalled))}, which LoRA could not reach; {_INSTEAD}"
         )
+    return feature.shape[1]
 
 
 def _augment(images: Tensor, *, crop: bool, generator: torch.Generator | None) -> Tensor:
