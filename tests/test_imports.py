@@ -31,7 +31,8 @@ ALLOWED = {
     "registry.py": set(),
     "deploy": {"cryptography", "grpc", "flwr", "yaml", "tomli_w", "typer"},
     "warm": {"fedtalora_flwr.__version__"},
-    "lora.py": {"torch", "peft", "fedtalora_flwr.aggregation", "fedtalora_flwr.backbones"},
+    "product.py": {"torch"},
+    "lora.py": {"torch", "peft", *ours("aggregation", "backbones", "product")},
     "train.py": {
         *("torch", "numpy"),
         *ours("aggregation", "config", "heads", "lora", "penalties"),
