@@ -3,7 +3,6 @@
 The virtual clients of a simulation actor share these; the model is set from the server's state before each use.
 """
 
-import os
 from collections.abc import Hashable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -19,7 +18,8 @@ from fedtalora_flwr.data import DataError, OwnReader, Source, TaskStream, build_
 from fedtalora_flwr.data.source import Split
 from fedtalora_flwr.lora import AdaptedModel
 from fedtalora_flwr.residual import BaseStore
-from fedtalora_flwr.train import Examples
+from fedtalora_flwr.settings import cache_folder
+from fedtalora_flwr.train import Examples, precision_of
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,11 @@ def build_model(config: RunConfig) -> AdaptedModel:
     ValueError
         If the weights cannot be had, or the LoRA settings match nothing.
     """
-    backbone = backbones.resolve(config.backbone, asdict(config))
+    backbone, device = backbones.resolve(config.backbone, asdict(config)), device_of(config)
+    if device.type == "cpu" and precision_of(device, config.precision) == "bf16":
+        backbone.unfuse_attention()
     return AdaptedModel(
-        backbone.to(device_of(config)),
+        backbone.to(device),
         rank=config.rank,
         alpha=config.alpha,
         blocks=config.lora_blocks,
@@ -145,9 +147,8 @@ def slots_of(config: RunConfig, *, partition_id: int) -> tuple[int, ...]:
 
 
 def base_store(config: RunConfig) -> BaseStore:
-    """Open the bases that this machine's clients hold, in ``$FEDTALORA_CACHE``, else ``~/.cache/fedtalora``."""
-    folder = os.environ.get("FEDTALORA_CACHE") or Path.home() / ".cache" / "fedtalora"
-    return _base_store(Path(folder) / "bases", int(config.base_cache_gb * 2**30))
+    """Open the bases that this machine's clients hold, in its cache folder."""
+    return _base_store(cache_folder() / "bases", int(config.base_cache_gb * 2**30))
 
 
 @lru_cache(maxsize=1)

@@ -13,6 +13,7 @@ from fedtalora_flwr.backbones import Backbone, resolve
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.heads import Classifier, FeatureSums, init_rows
 from fedtalora_flwr.lora import AdaptedModel
+from fedtalora_flwr.precision import Verdict
 from fedtalora_flwr.train import Examples, autocast, compared_classes, count_correct, fit, sum_features
 
 NUM_CLASSES, CLASSES = 6, [1, 4]  # the task's classes, not in a row and not from 0
@@ -310,20 +311,22 @@ def test_sums_of_features_are_those_of_the_features_themselves():
 
 
 @pytest.mark.parametrize(
-    ("device", "precision", "gpu_has_bf16", "enabled"),
+    ("device", "precision", "gains", "enabled"),
     [
-        ("cpu", "auto", True, False),
-        ("cpu", "fp32", True, False),
-        ("cpu", "bf16", False, True),
-        ("cuda", "auto", True, True),
-        ("cuda", "auto", False, False),
-        ("cuda", "fp32", True, False),
-        ("cuda", "bf16", True, True),
+        ("cpu", "auto", {"cpu"}, True),
+        ("cpu", "auto", {"cuda"}, False),
+        ("cpu", "fp32", {"cpu"}, False),
+        ("cpu", "bf16", set(), True),
+        ("cuda", "auto", {"cuda"}, True),
+        ("cuda", "auto", {"cpu"}, False),
+        ("cuda", "fp32", {"cuda"}, False),
+        ("cuda", "bf16", set(), True),
     ],
 )
-def test_auto_precision_is_bf16_only_on_a_gpu_that_has_it(monkeypatch, device, precision, gpu_has_bf16, enabled):
+def test_auto_precision_is_bf16_only_on_a_device_that_gains_by_it(monkeypatch, device, precision, gains, enabled):
     asked = {}
-    monkeypatch.setattr(train.torch.cuda, "is_bf16_supported", lambda: gpu_has_bf16)
+    monkeypatch.setattr(train.torch.cuda, "is_bf16_supported", lambda: "cuda" in gains)
+    monkeypatch.setattr(train.precision, "on_cpu", lambda: Verdict("cpu" in gains, ""))
     monkeypatch.setattr(
         train.torch, "autocast", lambda kind, dtype, enabled: asked.update(kind=kind, dtype=dtype, enabled=enabled)
     )

@@ -78,6 +78,10 @@ class TextBackbone(Backbone):
         features: Tensor = F.normalize(mean, dim=-1) * self.feature_dim**0.5
         return features
 
+    def unfuse_attention(self) -> None:
+        """Use transformers' own attention in steps."""
+        self.model.set_attn_implementation("eager")  # type: ignore[operator]
+
     def save(self, folder: Path, *, class_names: Sequence[str] = (), rows: Mapping[str, Tensor] | None = None) -> bool:
         """Write a folder for ``AutoModel`` and ``AutoTokenizer``; transformers has no classifier on a scaled mean."""
         if class_names:
