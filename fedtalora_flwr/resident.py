@@ -13,6 +13,7 @@ import torch
 from cachetools import LRUCache
 
 from fedtalora_flwr import aggregation, backbones
+from fedtalora_flwr.backbones import Backbone
 from fedtalora_flwr.config import ConfigError, RunConfig
 from fedtalora_flwr.data import DataError, OwnReader, Source, TaskStream, build_stream, open_data
 from fedtalora_flwr.data.source import Split
@@ -93,17 +94,29 @@ def build_model(config: RunConfig) -> AdaptedModel:
     ValueError
         If the weights cannot be had, or the LoRA settings match nothing.
     """
-    backbone, device = backbones.resolve(config.backbone, asdict(config)), device_of(config)
-    if device.type == "cpu" and precision_of(device, config.precision) == "bf16":
-        backbone.unfuse_attention()
+    backbone = backbones.resolve(config.backbone, asdict(config))
     return AdaptedModel(
-        backbone.to(device),
+        placed(backbone, config),
         rank=config.rank,
         alpha=config.alpha,
         blocks=config.lora_blocks,
         targets=config.lora_targets,
         dense=aggregation.resolve(config.method, **asdict(config)).dense,
     )
+
+
+def placed(backbone: Backbone, config: RunConfig) -> Backbone:
+    """Move a backbone to the device of the settings, and let it compute attention as is fast there.
+
+    Raises
+    ------
+    ConfigError
+        If the device is unknown or not there.
+    """
+    device = device_of(config)
+    if device.type == "cpu" and precision_of(device, config.precision) == "bf16":
+        backbone.unfuse_attention()
+    return backbone.to(device)
 
 
 def device_of(config: RunConfig) -> torch.device:

@@ -14,6 +14,7 @@ from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.heads import Classifier, FeatureSums, init_rows
 from fedtalora_flwr.lora import AdaptedModel
 from fedtalora_flwr.precision import Verdict
+from fedtalora_flwr.resident import build_model
 from fedtalora_flwr.train import Examples, autocast, compared_classes, count_correct, fit, sum_features
 
 NUM_CLASSES, CLASSES = 6, [1, 4]  # the task's classes, not in a row and not from 0
@@ -308,6 +309,26 @@ def test_sums_of_features_are_those_of_the_features_themselves():
     got = sum_features(OneNumber(), examples, head=LINEAR, num_classes=4, config=configured())
     wanted = FeatureSums.of(examples.inputs, examples.labels, num_classes=4)
     assert torch.equal(got.gram, wanted.gram) and torch.equal(got.moment, wanted.moment)
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("bf16", False), ("fp32", True)])
+def test_model_is_built_without_fused_attention_for_bf16_on_a_cpu(precision, fused):
+    model = build_model(configured(precision=precision))
+    attention = [module for module in model.backbone.modules() if hasattr(module, "fused_attn")]
+    assert attention and {module.fused_attn for module in attention} == {fused}
+
+
+def test_training_in_bf16_follows_that_in_float32(examples, head):
+    results = []
+    for precision in ("fp32", "bf16"):
+        model = build_model(configured(precision=precision))
+        model.load(model.initial_factors(seed=0), {})
+        results.append(run_fit(model, head, examples, config=configured(precision=precision)))
+    single, half = results
+    assert half.mean_loss == pytest.approx(single.mean_loss, rel=0.02)
+    for name, pair in single.adapters.items():
+        assert half.adapters[name].lora_B.dtype == torch.float32
+        assert (half.adapters[name].lora_B - pair.lora_B).norm() < 0.2 * pair.lora_B.norm()
 
 
 @pytest.mark.parametrize(

