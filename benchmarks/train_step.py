@@ -10,6 +10,9 @@ Tiny-ImageNet images, with AdamW, the same batch size, number of steps, threads 
   decodes each image's bytes with PIL whenever it is drawn and prepares it with torchvision's transforms; no state is
   loaded. The encoded bytes lie in memory, so no disk takes part, and its workers stay between epochs.
 
+Each precision that is asked for makes rows of its own: fedtalora's epoch as a run in this precision plays it, and the
+plain loop under torch's autocast, its model being as timm builds it.
+
 An epoch of each is played in turn, all in one process, as often as `--repeats` says, after a warm-up epoch of each
 that is left out; the figures are medians. The weights of timm's backbones are random: they take the same time. The
 seconds of CPU beside them are those of the training process, all its threads together but none of the DataLoader's
@@ -29,7 +32,8 @@ The operations of one image are counted so, for T tokens, width d and LoRA rank 
 Normalisation, softmax, activations, the classifier and whatever a kernel computes again are not counted. It is the
 share of useful matrix work, and low where the batches are small or the model is.
 
-Usage: python benchmarks/train_step.py [--backbone vit_mini] [--images 512] [--workers 0 2] [--json FILE]
+Usage: python benchmarks/train_step.py [--backbone vit_mini] [--precision fp32 bf16] [--images 512] [--workers 0 2]
+       [--json FILE]
 """
 
 import argparse
@@ -62,7 +66,7 @@ from fedtalora_flwr.data.locate import known_folder, where_to_put
 from fedtalora_flwr.data.source import NO_ROWS, Source, Split
 from fedtalora_flwr.heads import init_rows
 from fedtalora_flwr.lora import AdaptedModel
-from fedtalora_flwr.resident import device_of
+from fedtalora_flwr.resident import device_of, placed
 from fedtalora_flwr.settings import app_folder, gather
 from fedtalora_flwr.train import Examples, autocast, fit
 
@@ -83,35 +87,37 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--blocks", default="all", help="blocks with LoRA: all, first:3, 0-5, ...")
     parser.add_argument("--augment", choices=("none", "flip", "crop-flip"), default="flip")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), nargs="+", default=["auto"], help="each makes rows of its own"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the training process")
     parser.add_argument("--workers", type=int, nargs="+", default=[0], help="of the DataLoader; each number is a row")
     parser.add_argument("--repeats", type=int, default=5, help="epochs of each side, after one that is left out")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
-    config = benchmark_config(arguments)
+    configs = [benchmark_config(arguments, precision=precision) for precision in arguments.precision]
+    config = configs[0]
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     device = device_of(config)
     contents, labels = encoded_images(arguments.images, seed=config.seed)
 
-    ours = AdaptedModel(
-        build_backbone(config, image_size=arguments.image_size).to(device),
-        rank=config.rank,
-        alpha=config.alpha,
-        blocks=config.lora_blocks,
-        targets=config.lora_targets,
-    )
+    ours = adapted_model(config, image_size=arguments.image_size)
     began = time.perf_counter()
     examples = decoded_examples(ours, contents, labels)
     decode_seconds = time.perf_counter() - began
-    epochs: dict[str, Callable[[], None]] = {_OURS: fedtalora_epoch(ours, examples, config=config)}
-    for workers in arguments.workers:
-        backbone = build_backbone(config, image_size=arguments.image_size).to(device)
-        epochs[f"plain PEFT, {workers} workers"] = plain_epoch(
-            backbone, list(ours.layers), contents, labels, workers=workers, config=config
-        )
+    epochs: dict[str, Callable[[], None]] = {}
+    counterpart: dict[str, str] = {}  # of each row of the plain loop: fedtalora's in the same precision
+    for config in configs:
+        model = adapted_model(config, image_size=arguments.image_size)
+        side = f"{_OURS} {config.precision}"
+        epochs[side] = fedtalora_epoch(model, examples, config=config)
+        for workers in arguments.workers:
+            backbone = build_backbone(config, image_size=arguments.image_size).to(device)
+            plain = f"plain PEFT {config.precision}, {workers} workers"
+            epochs[plain] = plain_epoch(backbone, list(ours.layers), contents, labels, workers=workers, config=config)
+            counterpart[plain] = side
     played = alternate(epochs, repeats=arguments.repeats, device=device)
 
     rates = {side: len(labels) / statistics.median(times.seconds) for side, times in played.items()}
@@ -124,22 +130,24 @@ def main() -> None:
         "rank": config.rank,
         "blocks": config.lora_blocks,
         "augment": config.augment,
-        "precision": config.precision,
+        "precision": arguments.precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": config.threads,
         "decode_seconds": decode_seconds,
         "epochs": {side: asdict(times) for side, times in played.items()},
         "images_per_second": rates,
-        "ratio": {side: rates[_OURS] / rate for side, rate in rates.items() if side != _OURS},
-        "cpu_ratio": {side: cpu_seconds[_OURS] / s for side, s in cpu_seconds.items() if side != _OURS},
+        "ratio": {plain: rates[side] / rates[plain] for plain, side in counterpart.items()},
+        "cpu_ratio": {plain: cpu_seconds[side] / cpu_seconds[plain] for plain, side in counterpart.items()},
     }
-    print(f"{'':24}images/s   fedtalora is   CPU s   fedtalora takes   epochs (s)")
+    first = next(iter(played))
+    print(f"{'':30}images/s   of the first row's   fedtalora is   CPU s   fedtalora takes   epochs (s)")
     for side, times in played.items():
-        faster = "" if side == _OURS else f"{rates[_OURS] / rates[side]:.2f} x"
-        less = "" if side == _OURS else f"{cpu_seconds[_OURS] / cpu_seconds[side]:.2f} x"
+        against = counterpart.get(side)
+        faster = "" if against is None else f"{rates[against] / rates[side]:.2f} x"
+        less = "" if against is None else f"{cpu_seconds[against] / cpu_seconds[side]:.2f} x"
         print(
-            f"{side:24}{rates[side]:8.1f}   {faster:>12}   {cpu_seconds[side]:5.2f}   {less:>15}   "
-            f"{'  '.join(f'{s:.2f}' for s in times.seconds)}"
+            f"{side:30}{rates[side]:8.1f}   {rates[side] / rates[first]:16.2f} x   {faster:>12}   "
+            f"{cpu_seconds[side]:5.2f}   {less:>15}   {'  '.join(f'{s:.2f}' for s in times.seconds)}"
         )
     print(f"decoding the {len(labels)} images, once in a process of fedtalora's: {decode_seconds:.2f} s")
     if device.type == "cuda" and isinstance(ours.backbone.model, timm.models.VisionTransformer):
@@ -148,7 +156,7 @@ def main() -> None:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def benchmark_config(arguments: argparse.Namespace) -> RunConfig:
+def benchmark_config(arguments: argparse.Namespace, *, precision: str) -> RunConfig:
     """Give the settings of both sides: the demo's optimiser, one epoch a round."""
     app = app_folder()
     settings = gather(app, file=app / "experiments" / "tiny-imagenet.toml", assignments=[])
@@ -162,7 +170,7 @@ def benchmark_config(arguments: argparse.Namespace) -> RunConfig:
         "lora-targets": "attn+mlp",
         "head": "linear",
         "augment": arguments.augment,
-        "precision": arguments.precision,
+        "precision": precision,
         "device": arguments.device,
         "threads": arguments.threads,
     }
@@ -178,6 +186,17 @@ def build_backbone(config: RunConfig, *, image_size: int | None) -> ImageBackbon
         raise SystemExit("--backbone must be timm:<name> or vit_mini, and vit_mini takes no --image-size")
     size = {} if image_size is None else {"img_size": image_size}
     return ImageBackbone(timm.create_model(name, pretrained=False, num_classes=0, **size))
+
+
+def adapted_model(config: RunConfig, *, image_size: int | None) -> AdaptedModel:
+    """Build a client's model, as a run in this precision does."""
+    return AdaptedModel(
+        placed(build_backbone(config, image_size=image_size), config),
+        rank=config.rank,
+        alpha=config.alpha,
+        blocks=config.lora_blocks,
+        targets=config.lora_targets,
+    )
 
 
 def encoded_images(num_images: int, *, seed: int) -> tuple[list[bytes], Tensor]:

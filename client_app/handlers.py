@@ -19,10 +19,18 @@ from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.heads import Classifier
 from fedtalora_flwr.holding import Own, Share, holding_of
 from fedtalora_flwr.lora import AdaptedModel
-from fedtalora_flwr.resident import base_store, model_of, slots_of
+from fedtalora_flwr.resident import base_store, device_of, model_of, slots_of
 from fedtalora_flwr.residual import Base, BaseMissing
 from fedtalora_flwr.routing import sum_slots
-from fedtalora_flwr.train import compared_classes, count_correct, fit, lifted_features, sum_features, sum_fisher
+from fedtalora_flwr.train import (
+    compared_classes,
+    count_correct,
+    fit,
+    lifted_features,
+    precision_of,
+    sum_features,
+    sum_fisher,
+)
 
 log = logging.getLogger("fedtalora.client")
 
@@ -49,6 +57,8 @@ def hello(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
     config, _, holding = _settings(message, run_config, node_config)
     if config.check_data:
         holding.check()
+    device = device_of(config)
+    log.info("computes in %s on %s", precision_of(device, config.precision), device)
     return wire.hello_reply(
         holding.hello(num_partitions=int(str(node_config.get("num-partitions", config.num_clients))))
     )
@@ -160,9 +170,7 @@ def sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[s
         before = lifted_features(model, holding.training(order.task_id), head=head, config=config)
     model, _, order = _loaded(message, config, reached)
     examples = holding.training(order.task_id)
-    sums = sum_features(
-        model, examples, head=head, num_classes=holding.num_classes, config=config, before=before
-    )
+    sums = sum_features(model, examples, head=head, num_classes=holding.num_classes, config=config, before=before)
     return wire.sums_reply(sums)
 
 

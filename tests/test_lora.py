@@ -15,11 +15,11 @@ from fedtalora_flwr.backbones.images import ImageBackbone
 from fedtalora_flwr.lora import (
     AdaptedModel,
     PlacementError,
-    _AdaptedProduct,
     chosen_blocks,
     chosen_roles,
     count_parameters,
 )
+from fedtalora_flwr.product import AdaptedProduct
 
 DIM, DEPTH, RANK, ALPHA = 12, 3, 2, 5.0
 SHAPES = {"attn.qkv": (36, 12), "attn.proj": (12, 12), "mlp.fc1": (48, 12), "mlp.fc2": (12, 48)}
@@ -312,9 +312,9 @@ def test_fused_product_has_the_gradients_of_its_formula(bias, shape):
     weight, offset = torch.randn(4, IN).double(), torch.randn(4).double() if bias else None
     lora_A, lora_B = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, IN), (4, 2)))
     expected = F.linear(x, weight + 1.5 * lora_B @ lora_A, offset)
-    torch.testing.assert_close(_AdaptedProduct.apply(x, weight, offset, lora_A, lora_B, 1.5), expected)
+    torch.testing.assert_close(AdaptedProduct.apply(x, weight, offset, lora_A, lora_B, 1.5), expected)
     assert torch.autograd.gradcheck(
-        lambda x, A, B: _AdaptedProduct.apply(x, weight, offset, A, B, 1.5), (x, lora_A, lora_B)
+        lambda x, A, B: AdaptedProduct.apply(x, weight, offset, A, B, 1.5), (x, lora_A, lora_B)
     )
 
 
@@ -331,6 +331,98 @@ def test_fused_layer_computes_what_pefts_own_does():
             torch.autograd.grad(found, wanted, towards), torch.autograd.grad(expected, wanted, towards), strict=True
         ):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_product_in_float32_has_the_bits_of_its_plain_steps():
+    torch.manual_seed(0)
+    x, weight, offset, lora_A, lora_B = (torch.randn(*s) for s in ((5, IN), (4, IN), (4,), (2, IN), (4, 2)))
+    towards = torch.randn(5, 4)
+    leaves = [leaf.requires_grad_() for leaf in (x, lora_A, lora_B)]
+    found = AdaptedProduct.apply(x, weight, offset, lora_A, lora_B, 1.5)
+    gradients = torch.autograd.grad(found, leaves, towards)
+    with torch.no_grad():
+        inner, of_inner = x @ lora_A.T, (towards @ lora_B).mul_(1.5)
+        assert torch.equal(found, F.linear(x, weight, offset).addmm_(inner, lora_B.T, alpha=1.5))
+        expected = (towards @ weight).addmm_(of_inner, lora_A), of_inner.T @ x, (inner.T @ towards).mul_(1.5).T
+    assert all(map(torch.equal, gradients, expected))
+
+
+# Under autocast
+
+
+def half() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_layer_under_autocast_computes_what_it_does_in_float32_but_for_rounding():
+    model = adapted()
+    model.load(*some_state(model))
+    for layer in model.layers.values():
+        x = torch.randn(2, 3, layer.in_features, requires_grad=True)
+        leaves = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        expected = layer(x)
+        with half():
+            found = layer(x)
+        assert found.dtype == torch.bfloat16
+        towards = torch.randn_like(expected)
+        pairs = [(found, expected)]
+        pairs += zip(
+            torch.autograd.grad(found, leaves, towards.bfloat16()),
+            torch.autograd.grad(expected, leaves, towards),
+            strict=True,
+        )
+        assert {gradient.dtype for gradient, _ in pairs[1:]} == {torch.float32}
+        assert all((ours - theirs).norm() < 0.02 * theirs.norm() for ours, theirs in pairs)
+
+
+@torch.no_grad()
+def test_loading_another_state_is_seen_under_autocast():
+    model, other = adapted(), adapted()
+    first, second = some_state(model), some_state(model, seed=3)
+    with half():
+        model.load(*first)
+        before = model.backbone(pictures())
+        model.load(first[0], second[1])  # another residual alone
+        other.load(first[0], second[1])
+        after = model.backbone(pictures())
+        assert not torch.equal(after, before) and torch.equal(after, other.backbone(pictures()))
+        model.load(first[0], {})
+        other.load(first[0], {})
+        assert torch.equal(model.backbone(pictures()), other.backbone(pictures()))
+
+
+@torch.no_grad()
+def test_residual_below_bf16s_step_is_kept_in_the_frozen_weight_under_autocast():
+    model, name = adapted("0", "proj"), "blocks.0.attn.proj"
+    pristine = base_weight(model, name).clone()
+    tiny = pristine * 2**-12
+    with half():
+        model.load(model.initial_factors(seed=0), {name: tiny})
+        model.backbone(pictures())
+        assert torch.equal(base_weight(model, name), pristine + tiny)
+
+
+def test_model_that_first_evaluated_in_inference_mode_trains_under_autocast():
+    model = adapted()
+    model.load(*some_state(model))
+    trained = model.train_only(frozenset({"lora_A", "lora_B"}))
+    with torch.inference_mode(), half():
+        model.backbone(pictures())
+    with half():
+        model.backbone(pictures()).float().sum().backward()
+    assert all(factor.grad is not None and factor.grad.isfinite().all() for factor in trained)
+
+
+def test_pairs_of_full_rank_train_under_autocast():
+    model = AdaptedModel(small_vit(), rank=RANK, alpha=ALPHA, blocks="0", targets="attn+mlp", dense=True).eval()
+    model.load(*some_state(model))
+    expected = model.backbone(pictures())
+    with half():
+        found = model.backbone(pictures())
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    (trained, *_) = model.train_only(frozenset({"lora_B"}))
+    found.float().sum().backward()
+    assert trained.grad is not None and trained.grad.dtype == torch.float32
 
 
 def test_layer_whose_pair_is_frozen_passes_the_gradient_on_without_one_of_its_own():

@@ -13,6 +13,8 @@ from fedtalora_flwr.backbones import Backbone, resolve
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.heads import Classifier, FeatureSums, init_rows
 from fedtalora_flwr.lora import AdaptedModel
+from fedtalora_flwr.precision import Verdict
+from fedtalora_flwr.resident import build_model
 from fedtalora_flwr.train import Examples, autocast, compared_classes, count_correct, fit, sum_features
 
 NUM_CLASSES, CLASSES = 6, [1, 4]  # the task's classes, not in a row and not from 0
@@ -351,7 +353,9 @@ def test_features_before_and_now_are_summed_side_by_side_whatever_the_order_of_b
     model = OneNumber()
     model.backbone = Backwards()
     examples = Examples(torch.arange(7.0).unsqueeze(1), torch.tensor([0, 1, 1, 2, 3, 3, 3]))
-    before = train.lifted_features(model, Examples(examples.inputs**2, examples.labels), head=LINEAR, config=configured())
+    before = train.lifted_features(
+        model, Examples(examples.inputs**2, examples.labels), head=LINEAR, config=configured()
+    )
     got = sum_features(model, examples, head=LINEAR, num_classes=4, config=configured(), before=before)
     both = torch.cat([examples.inputs**2, examples.inputs], 1)
     wanted = FeatureSums.of(both, examples.labels, num_classes=4)
@@ -359,21 +363,43 @@ def test_features_before_and_now_are_summed_side_by_side_whatever_the_order_of_b
     assert torch.equal(got.moment, wanted.moment)
 
 
+@pytest.mark.parametrize(("precision", "fused"), [("bf16", False), ("fp32", True)])
+def test_model_is_built_without_fused_attention_for_bf16_on_a_cpu(precision, fused):
+    model = build_model(configured(precision=precision))
+    attention = [module for module in model.backbone.modules() if hasattr(module, "fused_attn")]
+    assert attention and {module.fused_attn for module in attention} == {fused}
+
+
+def test_training_in_bf16_follows_that_in_float32(examples, head):
+    results = []
+    for precision in ("fp32", "bf16"):
+        model = build_model(configured(precision=precision))
+        model.load(model.initial_factors(seed=0), {})
+        results.append(run_fit(model, head, examples, config=configured(precision=precision)))
+    single, half = results
+    assert half.mean_loss == pytest.approx(single.mean_loss, rel=0.02)
+    for name, pair in single.adapters.items():
+        assert half.adapters[name].lora_B.dtype == torch.float32
+        assert (half.adapters[name].lora_B - pair.lora_B).norm() < 0.2 * pair.lora_B.norm()
+
+
 @pytest.mark.parametrize(
-    ("device", "precision", "gpu_has_bf16", "enabled"),
+    ("device", "precision", "gains", "enabled"),
     [
-        ("cpu", "auto", True, False),
-        ("cpu", "fp32", True, False),
-        ("cpu", "bf16", False, True),
-        ("cuda", "auto", True, True),
-        ("cuda", "auto", False, False),
-        ("cuda", "fp32", True, False),
-        ("cuda", "bf16", True, True),
+        ("cpu", "auto", {"cpu"}, True),
+        ("cpu", "auto", {"cuda"}, False),
+        ("cpu", "fp32", {"cpu"}, False),
+        ("cpu", "bf16", set(), True),
+        ("cuda", "auto", {"cuda"}, True),
+        ("cuda", "auto", {"cpu"}, False),
+        ("cuda", "fp32", {"cuda"}, False),
+        ("cuda", "bf16", set(), True),
     ],
 )
-def test_auto_precision_is_bf16_only_on_a_gpu_that_has_it(monkeypatch, device, precision, gpu_has_bf16, enabled):
+def test_auto_precision_is_bf16_only_on_a_device_that_gains_by_it(monkeypatch, device, precision, gains, enabled):
     asked = {}
-    monkeypatch.setattr(train.torch.cuda, "is_bf16_supported", lambda: gpu_has_bf16)
+    monkeypatch.setattr(train.torch.cuda, "is_bf16_supported", lambda: "cuda" in gains)
+    monkeypatch.setattr(train.precision, "on_cpu", lambda: Verdict("cpu" in gains, ""))
     monkeypatch.setattr(
         train.torch, "autocast", lambda kind, dtype, enabled: asked.update(kind=kind, dtype=dtype, enabled=enabled)
     )

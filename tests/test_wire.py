@@ -301,7 +301,9 @@ def test_sums_of_another_shape_are_refused():
 @pytest.mark.parametrize("part", ["root", "moment"])
 def test_sums_that_are_not_finite_are_refused(part):
     root = make_root()
-    (root.moment if part == "moment" else root.root)[root.moment[:, -1] > 0 if part == "moment" else 0, 0] = float("nan")
+    (root.moment if part == "moment" else root.root)[root.moment[:, -1] > 0 if part == "moment" else 0, 0] = float(
+        "nan"
+    )
     with pytest.raises(BadUpdate, match="sums hold a number that is not finite"):
         wire.read_sums(message(wire.sums_reply(root)), like=make_sums())
 

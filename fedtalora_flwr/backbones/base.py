@@ -85,6 +85,13 @@ class Backbone(nn.Module):
     def pool(self, batch: Tensor, *, augment: str, generator: torch.Generator | None) -> Tensor:
         """Compute features (n, d) as the model gives them; see `forward`."""
 
+    def unfuse_attention(self) -> None:
+        """Compute attention as products and a softmax, where the library can; the same function.
+
+        Torch's fused kernel goes back through bf16 on CPUs six times as slowly as through float32, and half of a
+        step is lost on it; the products take two thirds of float32's time. They keep the (n, heads, L, L) weights.
+        """
+
     @abstractmethod
     def save(self, folder: Path, *, class_names: Sequence[str] = (), rows: Mapping[str, Tensor] | None = None) -> bool:
         """Write the model, not adapted by PEFT, as a folder that its own library loads.

@@ -71,6 +71,10 @@ class TextBackbone(Backbone):
         mean: Tensor = (hidden * weights).sum(1)
         return mean
 
+    def unfuse_attention(self) -> None:
+        """Use transformers' own attention in steps."""
+        self.model.set_attn_implementation("eager")  # type: ignore[operator]
+
     def save(self, folder: Path, *, class_names: Sequence[str] = (), rows: Mapping[str, Tensor] | None = None) -> bool:
         """Write a folder for `auto_class` and ``AutoTokenizer``; transformers has no classifier on a scaled mean."""
         if class_names:

@@ -85,6 +85,12 @@ class ImageBackbone(Backbone):
         pooled: Tensor = self.model.forward_head(features, pre_logits=True)  # type: ignore[operator]
         return pooled
 
+    def unfuse_attention(self) -> None:
+        """Use timm's own attention in steps."""
+        for module in self.model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False  # type: ignore[assignment]
+
     @torch.no_grad()
     def save(self, folder: Path, *, class_names: Sequence[str] = (), rows: Mapping[str, Tensor] | None = None) -> bool:
         """Write a folder for ``timm.create_model("local-dir:...")``, the rows as the model's own classifier."""

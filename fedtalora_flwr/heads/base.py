@@ -144,6 +144,7 @@ def _triangular(rows: Tensor) -> Tensor:
     """Turn rows (n, m) so that those below the diagonal vanish (QR): (min(n, m), m) with the same gram matrix."""
     return torch.linalg.qr(rows, mode="r").R
 
+
 def unlifted(features: Tensor) -> Tensor:
     """Give the features (N, d) as they are."""
     return features

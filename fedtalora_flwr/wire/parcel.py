@@ -37,9 +37,7 @@ def before_of(message: Message) -> Message | None:
     if not tells_before(message.content):
         return None
     before = copy(message)
-    before.content = RecordDict(
-        {key: message.content[f"{key}{_BEFORE}"] for key in (ARRAYS, ORDER, BASE, BASE_ARRAYS)}
-    )
+    before.content = RecordDict({key: message.content[f"{key}{_BEFORE}"] for key in (ARRAYS, ORDER, BASE, BASE_ARRAYS)})
     return before
 
 

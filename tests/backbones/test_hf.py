@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from encoders import CONFIGS, DEPTH, INNER, MINILM, SIZES, WIDTH, encoder, save_encoder
 from peft.tuners.lora import LoraLayer
@@ -164,6 +165,17 @@ def test_deberta_v1_computes_in_float32_under_autocast_since_its_mask_overflows_
         with pytest.raises(RuntimeError, match="without overflow"):  # where not: a rule that is no longer needed
             backbone.model(input_ids=tokens.long())
     torch.testing.assert_close(found, backbone(tokens), rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", CONFIGS)
+def test_attention_in_steps_gives_the_same_features_without_the_fused_kernel(folders, monkeypatch, family):
+    backbone = encoder(folders[family])
+    tokens = encode(backbone, TEXTS)
+    before = backbone(tokens)
+    backbone.unfuse_attention()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("the fused kernel was called"))
+    torch.testing.assert_close(backbone(tokens), before, rtol=0, atol=2e-5)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import PIL.Image
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from fedtalora_flwr.aggregation import LoraFactors
@@ -169,6 +170,16 @@ def test_a_later_block_of_another_kind_is_refused_by_the_layer_that_it_lacks():
         BackboneError, match=r"blocks of different kinds: it has no layer blocks\.1\.mlp\.fc2; use a ViT"
     ):
         ImageBackbone(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "arguments"), [("vit_tiny_patch16_224", VIT), ("swin_tiny_patch4_window7_224", SWIN)])
+def test_attention_in_steps_gives_the_same_features_without_the_fused_kernel(monkeypatch, name, arguments):
+    backbone = build(name, **arguments).eval()
+    before = backbone(pictures())
+    backbone.unfuse_attention()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("the fused kernel was called"))
+    torch.testing.assert_close(backbone(pictures()), before, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
