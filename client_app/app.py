@@ -38,6 +38,12 @@ def sums(message: Message, context: Context) -> Message:
     return _answer("sums", message, context)
 
 
+@app.train("means")
+def means(message: Message, context: Context) -> Message:
+    """Sum this node's features of the task by class."""
+    return _answer("means", message, context)
+
+
 @app.train("fisher")
 def fisher(message: Message, context: Context) -> Message:
     """Sum the squared gradients of this node's data of the task."""

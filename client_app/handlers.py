@@ -176,6 +176,18 @@ def sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[s
 
 @discreet
 @_asks_for_the_base
+def means(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
+    """Sum this node's features of the task by class, under the server's state."""
+    config, _, holding = _settings(message, run_config, node_config)
+    model, _, order = _loaded(message, config)
+    examples = holding.training(order.task_id)
+    plain = heads.resolve("linear", {})  # the rows act on the features as they are, whatever the head lifts
+    sums = sum_features(model, examples, head=plain, num_classes=holding.num_classes, config=config)
+    return wire.means_reply(sums.moment)
+
+
+@discreet
+@_asks_for_the_base
 def fisher(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
     """Sum the squared gradients of the trained factors over this node's data of the task, under the server's state."""
     config, partition_id, holding = _settings(message, run_config, node_config)

@@ -77,6 +77,7 @@ class RunConfig:
     warmup: float
     clip_norm: float
     loss_classes: str
+    rows_start: str
     penalty: str
     penalty_weight: float
     augment: str
@@ -242,6 +243,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "warmup": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
     "clip-norm": _NOT_NEGATIVE,
     "loss-classes": _one_of("task", "present", "seen"),
+    "rows-start": _one_of("zero", "means"),
     "augment": _one_of("none", "flip", "crop-flip"),
     "image-size": _at_least(0),
     "max-length": _at_least(2),

@@ -151,6 +151,8 @@ class Server:
         if round_in_task == 0 and self._follows_drift:
             self.point = replace(self.point, before=self.strategy.state)
             self.strategy.begin_task(self.strategy.state)
+        if round_in_task == 0 and self.config.rounds_per_task and self.config.rows_start == "means":
+            self.nodes.insist(self._start_rows, order)
         self._show("training", server_round)
         trained = self.nodes.insist(self._train, order) if self.config.rounds_per_task else Trained()
         aggregate_seconds = time.monotonic() - began - tally.wait_seconds
@@ -226,6 +228,34 @@ class Server:
         assert metrics is not None
         numbers: dict[str, Any] = {key.replace("-", "_"): float(str(value)) for key, value in metrics.items()}
         return Trained(**numbers)
+
+    def _start_rows(self, order: wire.RoundOrder) -> None:
+        """Begin a task with class rows at the means of the classes, the old ones' where the head's sums tell them.
+
+        The new classes' means are those over all holders, so that one exchange more is made; a class that no reply is
+        about keeps its row.
+        """
+        strategy, dim = self.strategy, self.model.backbone.feature_dim
+        strategy.task_id = order.task_id
+        messages = strategy.messages(
+            self._packed(strategy.state),
+            order,
+            partitions=strategy.holds_task[order.task_id],
+            message_type="train.means",
+        )
+        replies = strategy.exchange(self.grid, messages)
+        means, known = strategy.class_means(order.server_round, replies, feature_dim=dim)
+        sums = self.point.sums
+        if self.head.collects_sums and self.head.projection(dim) is None:
+            told = sums.moment[:, -1] > 0
+            means[told] = sums.moment[told, :-1] / sums.moment[told, -1:]
+            known = known | told
+        if known.sum() < 2:  # one class is nearest to everything
+            return
+        head = {name: value.clone() for name, value in strategy.state.head.items()}
+        for name, rows in heads.rows_at_means(means[known]).items():
+            head[name][known] = rows
+        strategy.state = replace(strategy.state, head=head)
 
     def _packed(
         self, state: GlobalState, *, classes: Sequence[int] | None = None, memory: Memory | None = None

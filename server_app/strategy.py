@@ -437,6 +437,36 @@ class AdapterStrategy(Strategy):
         self.require(num_good, server_round)
         return to.followed(total) if compared else to + total
 
+    def class_means(
+        self, server_round: int, replies: Iterable[tuple[int, Message]], *, feature_dim: int
+    ) -> tuple[Tensor, Tensor]:
+        """Give the mean feature of each class over all clients' examples, and which classes have one; bad replies are refused.
+
+        Returns
+        -------
+        (C, d) float64, zero where there is no example, and (C,) bool.
+
+        Raises
+        ------
+        TooFewReplies
+            If fewer than ``min-replies`` good replies remain.
+        """
+        num_classes = len(self.census.classes.names)
+        total, num_good = torch.zeros(num_classes, feature_dim + 1, dtype=torch.float64), 0
+        for partition, reply in replies:
+            try:
+                moment = wire.read_means(reply, num_classes=num_classes, feature_dim=feature_dim)
+                self._check_counts(self.task_id, partition, moment[:, -1])
+                longest = float((moment[:, :-1] / moment[:, -1:].clamp(min=1)).norm(dim=1).max())
+                if not longest <= self.config.norm_limit:
+                    raise BadUpdate(f"means have a norm of {longest:.3g}, norm-limit is {self.config.norm_limit:g}")
+            except BadUpdate as refusal:
+                self.tally.fail(partition, f"refused: {refusal}")
+                continue
+            total, num_good = total + moment, num_good + 1
+        self.require(num_good, server_round)
+        return total[:, :-1] / total[:, -1:].clamp(min=1), total[:, -1] > 0
+
     def mean_fisher(self, server_round: int, replies: Iterable[tuple[int, Message]]) -> dict[str, Tensor]:
         """Give the mean squared gradient over all clients' examples, by trained factor; a bad reply is refused.
 

@@ -79,7 +79,7 @@ class Backbone(nn.Module):
     def forward(self, batch: Tensor, *, augment: str = "none", generator: torch.Generator | None = None) -> Tensor:
         """Compute features (n, d) of an encoded batch on its device, augmented as asked, and scaled."""
         pooled = self.pool(batch, augment=augment, generator=generator)
-        return F.normalize(pooled, dim=-1) * self.feature_dim**0.5 if self.feature_norm == "rms" else pooled
+        return F.normalize(pooled, dim=-1) * pooled.shape[-1] ** 0.5 if self.feature_norm == "rms" else pooled
 
     @abstractmethod
     def pool(self, batch: Tensor, *, augment: str, generator: torch.Generator | None) -> Tensor:

@@ -11,6 +11,7 @@ from fedtalora_flwr.heads.base import (
     Head,
     init_rows,
     logits,
+    rows_at_means,
     trained_classes,
     with_classes,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "init_rows",
     "logits",
     "resolve",
+    "rows_at_means",
     "trained_classes",
     "with_classes",
 ]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+_MARGIN = 6.0  # see `rows_at_means`
 _DRIFT_LAMBDA = 0.1  # relative to the mean square of a feature; see docs/BENCHMARK.md
 
 
@@ -214,6 +215,25 @@ def init_rows(*, num_classes: int, feature_dim: int) -> dict[str, Tensor]:
 def with_classes(rows: Mapping[str, Tensor], num_classes: int) -> dict[str, Tensor]:
     """Give class rows with the start of `init_rows` for classes that are new; the others stay as they are."""
     return {name: _with_zero_rows(value, num_classes) for name, value in rows.items()}
+
+
+def rows_at_means(means: Tensor) -> dict[str, Tensor]:
+    """Give class rows that score an example by how near it is to each class's mean.
+
+        logits_c(f) = -tau |f - mu_c|^2 / 2 + what all classes share,   tau = 6 / mean_c |mu_c - mu|^2
+
+    so that a mean scores about 6 against the middle of all, mu: enough for a softmax to be sure, and not too sure to learn.
+
+    Parameters
+    ----------
+    means
+        (C, d), at least two that differ.
+    """
+    middle = means.mean(0)
+    away = means - middle  # (C, d)
+    tau = _MARGIN / away.square().sum(1).mean()
+    bias = -tau * (away.square().sum(1) / 2 + away @ middle)
+    return {"weight": (tau * away).float(), "bias": bias.float()}
 
 
 def trained_classes(rows: Mapping[str, Tensor]) -> list[int]:

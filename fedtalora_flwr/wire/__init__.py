@@ -28,7 +28,16 @@ from fedtalora_flwr.wire.records import ARRAYS, HELLO, METRICS, ORDER
 from fedtalora_flwr.wire.refusal import WireError, error_text, node_is_gone
 from fedtalora_flwr.wire.slots import bundle, unbundle
 from fedtalora_flwr.wire.state import RoundOrder, pack_state, read_memory, read_state, state_message
-from fedtalora_flwr.wire.sums import fisher_reply, hits_reply, read_fisher, read_hits, read_sums, sums_reply
+from fedtalora_flwr.wire.sums import (
+    fisher_reply,
+    hits_reply,
+    means_reply,
+    read_fisher,
+    read_hits,
+    read_means,
+    read_sums,
+    sums_reply,
+)
 from fedtalora_flwr.wire.traffic import message_bytes
 from fedtalora_flwr.wire.update import read_update, update_reply
 
@@ -51,6 +60,7 @@ __all__ = [
     "frozen_digest",
     "hello_reply",
     "hits_reply",
+    "means_reply",
     "message_bytes",
     "node_is_gone",
     "pack_parcel",
@@ -61,6 +71,7 @@ __all__ = [
     "read_fisher",
     "read_hello",
     "read_hits",
+    "read_means",
     "read_memory",
     "read_state",
     "read_sums",

@@ -53,6 +53,32 @@ def read_sums(message: Message, *, like: FeatureSums) -> FeatureSums:
     return FeatureRoot(root, torch.zeros_like(like.moment).index_copy_(0, held, moment)).sums()
 
 
+def means_reply(moment: Tensor) -> RecordDict:
+    """Build the content of a reply with the sums of a client's features by class, (C, d + 1); see `FeatureSums`."""
+    held = moment[:, -1].nonzero().flatten()
+    return RecordDict({ARRAYS: array_record({"means/moment": moment[held], "means/class": held.int()})})
+
+
+def read_means(message: Message, *, num_classes: int, feature_dim: int) -> Tensor:
+    """Read a reply with the sums of features by class, (C, d + 1) float64.
+
+    Raises
+    ------
+    BadUpdate
+        If a part is missing, has another shape, or holds a number that is not finite.
+    """
+    try:
+        parts = read_arrays(message.content.array_records[ARRAYS], only={"means/moment", "means/class"})["means"]
+        held, moment = class_numbers(parts["class"], num_classes), parts["moment"]
+        if moment.dtype != torch.float64 or moment.shape != (len(held), feature_dim + 1):
+            raise ValueError(f"they hold {moment.dtype} {tuple(moment.shape)}")
+    except Exception as error:  # as of an update
+        raise BadUpdate(f"means cannot be read: {type(error).__name__} {error}") from error
+    if not torch.isfinite(moment).all():
+        raise BadUpdate("means hold a number that is not finite")
+    return torch.zeros(num_classes, feature_dim + 1, dtype=torch.float64).index_copy_(0, held, moment)
+
+
 def fisher_reply(sums: Mapping[str, Tensor], *, class_counts: Tensor) -> RecordDict:
     """Build the content of a reply with squared gradients, summed over the client's examples."""
     tensors = {f"fisher/{key}": value for key, value in sums.items()}
