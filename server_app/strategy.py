@@ -384,9 +384,9 @@ class AdapterStrategy(Strategy):
     def _own_update(self, updates: list[ClientUpdate]) -> list[ClientUpdate]:
         """Let the server's own model take part, with ``task-average``, as if it were one more client's.
 
-        After t finished tasks it has the weight of t clients with all the round's examples, and a round moves the model by
-        ``1 / (t + 1)`` of the way: the mean over tasks is taken as that over clients is, exactly. Of the class rows it says
-        nothing.
+        After t finished tasks it has t times the weight of all the round's examples, and a round moves the model by
+        ``1 / (t + 1)`` of the way: the mean over tasks is taken as that over clients is, exactly. Of the class rows
+        it says nothing.
         """
         if not (self.config.task_average and self.task_id):
             return []
@@ -440,7 +440,7 @@ class AdapterStrategy(Strategy):
     def class_means(
         self, server_round: int, replies: Iterable[tuple[int, Message]], *, feature_dim: int
     ) -> tuple[Tensor, Tensor]:
-        """Give the mean feature of each class over all clients' examples, and which classes have one; bad replies are refused.
+        """Give the mean feature of each class over all clients' examples, and which have one; a bad reply is refused.
 
         Returns
         -------

@@ -29,8 +29,8 @@ class Placement:
     blocks
         Module name of every transformer block, from the input up.
     roles
-        Role (q, k, v, qkv, in_proj, proj, fc1, fc2) -> names of its Linear layers inside a block: one, or the two inputs
-        of a gated MLP.
+        Role (q, k, v, qkv, in_proj, proj, fc1, fc2) -> names of its Linear layers inside a block: one, or the two
+        inputs of a gated MLP.
     """
 
     blocks: tuple[str, ...]

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 _MARGIN = 6.0  # see `rows_at_means`
 _DRIFT_LAMBDA = 0.1  # relative to the mean square of a feature; see docs/BENCHMARK.md
 
@@ -143,7 +142,8 @@ class FeatureRoot:
 
 def _triangular(rows: Tensor) -> Tensor:
     """Turn rows (n, m) so that those below the diagonal vanish (QR): (min(n, m), m) with the same gram matrix."""
-    return torch.linalg.qr(rows, mode="r").R
+    triangular: Tensor = torch.linalg.qr(rows, mode="r").R
+    return triangular
 
 
 def unlifted(features: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def rows_at_means(means: Tensor) -> dict[str, Tensor]:
 
         logits_c(f) = -tau |f - mu_c|^2 / 2 + what all classes share,   tau = 6 / mean_c |mu_c - mu|^2
 
-    so that a mean scores about 6 against the middle of all, mu: enough for a softmax to be sure, and not too sure to learn.
+    so that a mean scores about 6 against the middle of all, mu: a softmax is then sure, and not too sure to learn.
 
     Parameters
     ----------

@@ -1,13 +1,13 @@
 """A federated analytic head: linear discriminant analysis of the features, exact for any partition.
 
-Classes are taken for Gaussians of one covariance S. From the sums over all clients' examples, with n_c examples of class c,
+Classes are taken for Gaussians of one covariance S. From the sums over all clients' examples, n_c of class c,
 
     mu_c = M_c / n_c,   S = (G - sum_c M_c M_c^T / n_c) / n,
     logits_c(f) = mu_c^T S_lambda^-1 f - mu_c^T S_lambda^-1 mu_c / 2,   S_lambda = S + lambda mean(diag S) I.
 
-LoRA is trained with the linear head's loss; clients send the sums of `heads.ridge`, under the aggregated model, after a
-task's last round. Unlike the ridge solution, the rows of a class do not depend on how many other classes there are or how
-many examples they have, so that a class seen early or seldom is not put at a disadvantage.
+LoRA is trained with the linear head's loss; clients send the sums of `heads.ridge`, under the aggregated model, after
+a task's last round. Unlike in the ridge solution, the rows of a class do not depend on how many other classes there are
+or how many examples they have, so that a class seen early or seldom is not put at a disadvantage.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,6 @@
 """The way to the server's residual, down; and what a client holds that cannot go it, up."""
 
 from collections.abc import Sequence
-
 from copy import copy
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict

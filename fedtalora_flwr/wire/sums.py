@@ -15,7 +15,7 @@ from fedtalora_flwr.wire.records import ARRAYS, METRICS, array_record, read_arra
 
 
 def sums_reply(root: FeatureRoot) -> RecordDict:
-    """Build the content of a reply with feature sums: the root's numbers from its diagonal on, and the rows not zero."""
+    """Build the content of a reply with feature sums: the root from its diagonal on, and the rows that are not zero."""
     rows, columns = torch.triu_indices(*root.root.shape)
     held = root.moment[:, -1].nonzero().flatten()  # the last feature is the constant 1: it counts the examples
     tensors = {"sums/root": root.root[rows, columns], "sums/moment": root.moment[held], "sums/class": held.int()}

@@ -31,7 +31,7 @@ def create(*, data_root: str) -> Source:
         splits = {split: load_files(paths) for split, paths in files.items()}
         return source_from_splits(str(folder), splits, input_column="", label_column="")
     try:
-        splits = load_hub(_HUB)
+        from_hub = load_hub(_HUB)
     except DataError as error:
         raise DataError(f"{error}; or {where_to_put(_FOLDER, data_root=data_root)}") from error
-    return source_from_splits(_HUB, splits, input_column="img", label_column="fine_label")
+    return source_from_splits(_HUB, from_hub, input_column="img", label_column="fine_label")
