@@ -281,5 +281,5 @@ def _check_together(config: RunConfig) -> None:
         raise ConfigError(
             f"min-replies {config.min_replies} can never be met by num-clients {config.num_clients}; lower it"
         )
-    if config.rounds_per_task == 0 and config.head != "ridge":
-        raise ConfigError("rounds-per-task 0 trains nothing; only head = ridge learns without training rounds")
+    if config.rounds_per_task == 0 and config.head == "linear":
+        raise ConfigError("rounds-per-task 0 trains nothing; head = ridge and head = lda learn without training rounds")
