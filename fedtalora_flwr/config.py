@@ -64,8 +64,8 @@ class RunConfig:
     round_timeout: float
     node_timeout: float
     rounds_per_task: int
-    local_epochs: int
     task_average: bool
+    local_epochs: int
     batch_size: int
     optimizer: str
     learning_rate: float

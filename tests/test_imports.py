@@ -34,10 +34,11 @@ ALLOWED = {
     "product.py": {"torch"},
     "trial.py": {"torch", *ours("product")},
     "precision.py": ours("settings"),
+    "recipe.py": {"torch", *ours("config")},
     "lora.py": {"torch", "peft", *ours("aggregation", "backbones", "product")},
     "train.py": {
         *("torch", "numpy"),
-        *ours("aggregation", "config", "heads", "lora", "penalties", "precision"),
+        *ours("aggregation", "config", "heads", "lora", "penalties", "precision", "recipe"),
     },
     "change.py": {"torch", "fedtalora_flwr.aggregation", "fedtalora_flwr.lora"},
     "predict.py": {"fedtalora_flwr.data", "fedtalora_flwr.trained"},

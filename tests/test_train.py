@@ -135,7 +135,7 @@ def test_lwf_keeps_what_the_model_says_of_old_classes_nearer_to_what_it_said(mod
         model.load(adapters, {})
         penalty = penalties.resolve(name, {"penalty_weight": 10.0})
         result = run_fit(
-            model, head, examples, penalty=penalty, old_classes=old.tolist(), config=configured(local_epochs=3)
+            model, head, examples, penalty=penalty, old_classes=old.tolist(), config=configured(local_epochs=3, **PLAIN)
         )
         drift[name] = float(nn.functional.kl_div(said(result.adapters), before, log_target=True, reduction="batchmean"))
     assert 0 < drift["lwf"] < 0.5 * drift["none"]
