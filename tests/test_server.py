@@ -23,7 +23,7 @@ from client_app import discreet, handlers
 from client_app.app import app
 from fedtalora_flwr import aggregation, checkpoint, wire
 from fedtalora_flwr.aggregation import GlobalState, resolve
-from fedtalora_flwr.backbones import vit_mini
+from fedtalora_flwr.backbones import BackboneError, vit_mini
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import DataError
 from fedtalora_flwr.resident import _base_store, base_store
@@ -275,6 +275,14 @@ def test_resume_with_other_settings_is_refused_naming_them(tmp_path):
     run(tmp_path, **SHORT, rounds_per_task=1)
     with pytest.raises(ValueError, match=r"other settings \(learning-rate 0.002 -> 0.5\)"):
         run(tmp_path, **SHORT, rounds_per_task=1, resume=True, learning_rate=0.5)
+
+
+def test_a_model_that_cannot_be_is_refused_before_any_data_are_read(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("fedtalora_flwr.resident.open_data", lambda *_: read.append("data"))
+    with pytest.raises(BackboneError, match="set image-size to 84 or 98"):
+        run(tmp_path / "run", backbone="timm:vit_small_patch14_dinov2", image_size=85)
+    assert read == []
 
 
 def test_a_corrupt_test_image_is_found_before_the_first_round(tmp_path):
