@@ -160,7 +160,7 @@ def _trained(
 @discreet
 @_asks_for_the_base
 def sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
-    """Sum this node's features of the task under the server's state, beside those of an earlier one where it is told."""
+    """Sum this node's features of the task under the server's state, beside those of an earlier one if told."""
     config, _, holding = _settings(message, run_config, node_config)
     head, earlier, before = heads.resolve(config.head, asdict(config)), wire.before_of(message), None
     messages = [message] if earlier is None else [earlier, message]

@@ -77,9 +77,9 @@ def test_impossible_value_is_refused_with_its_key_and_value(key, value, text):
         RunConfig.parse(defaults() | {key: value})
 
 
-def test_a_run_without_training_rounds_needs_the_head_that_learns_without_them():
+def test_a_run_without_training_rounds_needs_a_head_that_learns_without_them():
     RunConfig.parse(defaults() | {"rounds-per-task": 0, "head": "ridge"})
-    with pytest.raises(ConfigError, match="rounds-per-task 0 trains nothing; only head = ridge"):
+    with pytest.raises(ConfigError, match="rounds-per-task 0 trains nothing; head = ridge and head = lda learn"):
         RunConfig.parse(defaults() | {"rounds-per-task": 0, "head": "linear"})
 
 

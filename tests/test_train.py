@@ -133,7 +133,7 @@ def test_lwf_keeps_what_the_model_says_of_old_classes_nearer_to_what_it_said(mod
     before, drift = said(adapters), {}
     for name in ("none", "lwf"):
         model.load(adapters, {})
-        penalty = penalties.resolve(name, {"penalty_weight": 10.0})
+        penalty = penalties.resolve(name, {"penalty_weight": 30.0})
         result = run_fit(
             model, head, examples, penalty=penalty, old_classes=old.tolist(), config=configured(local_epochs=3, **PLAIN)
         )

@@ -70,7 +70,7 @@ class FeatureSums:
         """Give the root of the mean square norm of the summed features, their trailing 1 included."""
         return float((self.gram.trace() / self.gram[-1, -1]).sqrt())
 
-    def followed(self, drift: "FeatureSums") -> "FeatureSums":
+    def followed(self, drift: "FeatureSums", *, shrinkage: float = _DRIFT_LAMBDA) -> "FeatureSums":
         """Carry the sums over to features that have moved since, and add the examples that showed how.
 
         With features f of the new examples and f' of the same examples before, a trailing 1 in either, the linear map
@@ -85,13 +85,15 @@ class FeatureSums:
         ----------
         drift
             Over the new examples, of vectors (f', f) of twice this size.
+        shrinkage
+            lambda, relative to the mean square of a feature; above 0.
         """
         m = self.gram.shape[0] - 1
         before = torch.tensor([*range(m), 2 * m])  # f' and the constant
         after = torch.arange(m, 2 * m + 1)  # f and the constant
         old = drift.gram[before][:, before]
         moved = drift.gram[after][:, before] - old  # sum (f - f') f'^T
-        strength = _DRIFT_LAMBDA * old.diagonal()[:-1].mean()
+        strength = shrinkage * old.diagonal()[:-1].mean()
         T = torch.linalg.solve(old + strength * torch.eye(m + 1, dtype=old.dtype), moved.T).T
         T += torch.eye(m + 1, dtype=old.dtype)
         new = FeatureSums(drift.gram[after][:, after], drift.moment[:, after])

@@ -1,0 +1,135 @@
+"""Whole runs of what keeps old tasks: sums that follow features, means over tasks, rows that start at means."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Context, Message
+from local_grid import defaults, tiny_run
+from test_wire import opened
+
+from client_app.app import app as run_client
+from fedtalora_flwr import aggregation, checkpoint, wire
+from fedtalora_flwr.aggregation import ClientUpdate, GlobalState, LoraFactors
+from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.resident import _base_store
+from server_app.strategy import AdapterStrategy
+
+QUICK = {"dataset": "digits", "head": "lda", "rounds_per_task": 1, "local_epochs": 2}
+
+
+def rounds(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+
+
+def sums_of(out: Path) -> torch.Tensor:
+    return checkpoint.load(out / "checkpoint").sums.moment
+
+
+class Witness:
+    """A client that notes what it is asked, and may forget its bases before it is asked for sums."""
+
+    def __init__(self, *, forgets: bool = False) -> None:
+        self.asked: list[tuple[str, bool]] = []
+        self.forgets = forgets
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        kind = message.metadata.message_type
+        self.asked.append((kind, wire.tells_before(message.content)))
+        if self.forgets and kind == "train.sums":
+            store = _base_store.__wrapped__
+            for path in Path(store.__globals__["os"].environ["FEDTALORA_CACHE"]).rglob("*.safetensors"):
+                path.unlink()
+            _base_store.cache_clear()
+        return run_client(message, context)
+
+
+def test_clients_compare_with_the_tasks_first_state_from_the_second_task_on(tmp_path):
+    witness = Witness()
+    tiny_run(tmp_path / "on", witness, **QUICK)
+    assert [tells for kind, tells in witness.asked if kind == "train.sums"] == [False] * 3 + [True] * 3
+    tiny_run(tmp_path / "off", follow_drift=False, **QUICK)
+    first = [row for task in json.loads((tmp_path / "on" / "manifest.json").read_text())["tasks"][:1] for row in task]
+    on, off = sums_of(tmp_path / "on"), sums_of(tmp_path / "off")
+    assert (on[first] - off[first]).norm() > 1e-4 * off[first].norm()
+    later = [row for row in range(len(on)) if on[row, -1] and row not in first]
+    assert torch.equal(on[later], off[later]) and torch.equal(on[:, -1].round(), off[:, -1])
+
+
+def test_a_client_that_has_lost_its_bases_is_sent_both_and_sums_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDTALORA_CACHE", str(tmp_path / "cache"))
+    settings = QUICK | {"task_average": False}
+    tiny_run(tmp_path / "whole", **settings)
+    tiny_run(tmp_path / "lost", Witness(forgets=True), **settings)
+    assert rounds(tmp_path / "lost")[1]["resent"] == [0, 1, 2] and not rounds(tmp_path / "lost")[1]["failures"]
+    assert torch.equal(sums_of(tmp_path / "whole"), sums_of(tmp_path / "lost"))
+
+
+def test_a_run_that_goes_on_in_the_middle_of_a_task_still_knows_how_the_task_began(tmp_path):
+    settings = QUICK | {"rounds_per_task": 2}
+    tiny_run(tmp_path / "whole", **settings)
+
+    def dies(message: Message, context: Context) -> Message:
+        if message.metadata.group_id == "4":
+            raise KeyboardInterrupt
+        return run_client(message, context)
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(tmp_path / "stopped", dies, **settings)
+    tiny_run(tmp_path / "stopped", resume=True, **settings)
+    assert torch.equal(sums_of(tmp_path / "whole"), sums_of(tmp_path / "stopped"))
+
+
+@pytest.mark.parametrize("head", ["linear", "ridge", "lda"])
+def test_rows_that_start_at_class_means_know_the_classes_before_the_first_step(tmp_path, head):
+    frozen = {"learning_rate": 0.0, "head_learning_rate": 0.0, "stop_after_task": 1, "max_per_class": 30}
+    losses = {}
+    for start in ("zero", "means"):
+        tiny_run(tmp_path / start, **QUICK | frozen | {"head": head, "rows_start": start})
+        losses[start] = rounds(tmp_path / start)[0]["mean_loss"]
+    assert losses["zero"] == pytest.approx(np.log(5), rel=1e-3)
+    assert losses["means"] < 0.5 * losses["zero"]
+
+
+def test_means_that_cannot_be_are_refused_and_the_others_start_the_rows(tmp_path):
+    def lies(message: Message, context: Context) -> Message:
+        reply = run_client(message, context)
+        if message.metadata.message_type == "train.means" and context.node_config["partition-id"] == 1:
+            with opened(reply.content) as tensors:
+                tensors["means/moment"] = np.full_like(tensors["means/moment"], np.nan)
+        return reply
+
+    tiny_run(tmp_path, lies, **QUICK | {"rows_start": "means", "stop_after_task": 1})
+    (line,) = rounds(tmp_path)
+    reasons = [failure["reason"] for failure in line["failures"]]
+    assert reasons == ["refused: means hold a number that is not finite"]
+
+
+def test_every_task_moves_the_model_by_its_share_exactly():
+    torch.manual_seed(0)
+    config = RunConfig.parse(defaults() | {"task-average": True})
+    pairs = [LoraFactors(torch.randn(2, 5), torch.randn(7, 2), 1.5) for _ in range(4)]
+    state = GlobalState({"layer": pairs[0]}, {"layer": torch.randn(7, 5)}, {"bias": torch.zeros(3)}, version=4)
+    strategy = AdapterStrategy(config=config, method=aggregation.resolve("fedtalora"), state=state)
+    sizes = [3, 4, 9]
+    updates = [
+        ClientUpdate(k, n, {"layer": pair}, {"bias": torch.ones(3)}, torch.tensor([n, 0, 0]), 4)
+        for k, (n, pair) in enumerate(zip(sizes, pairs[1:], strict=True))
+    ]
+    for task_id in (0, 1, 4):
+        strategy.task_id = task_id
+        new = strategy.method.aggregate(state, updates + strategy._own_update(updates))
+        before = state.residual["layer"] + pairs[0].delta()
+        mean = sum(n * (state.residual["layer"] + pair.delta()) for n, pair in zip(sizes, pairs[1:], strict=True)) / 16
+        wanted = (task_id * before + mean) / (task_id + 1)
+        torch.testing.assert_close(new.residual["layer"] + new.adapters["layer"].delta(), wanted, rtol=1e-5, atol=1e-5)
+        assert new.head["bias"].tolist() == [1.0, 0.0, 0.0]  # rows are averaged over those that trained them
+
+
+@pytest.mark.parametrize("method", ["fedtalora", "flora", "full", "ffa-lora"])
+def test_the_mean_over_tasks_is_exact_in_whole_runs(tmp_path, method):
+    tiny_run(tmp_path, **QUICK | {"method": method, "verify": True, "learning_rate": 1e-3})
+    assert all(line["exactness_error"] < 1e-5 for line in rounds(tmp_path))
