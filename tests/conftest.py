@@ -41,6 +41,7 @@ def timm_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         backbone_checkpoint=str(folder / "weights.safetensors"),
         lora_targets="attn+mlp",
         head="linear",
+        feature_norm="none",
     )
 
 
