@@ -82,7 +82,7 @@ def slots(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
     if parts.keys() != set(range(len(tasks))):
         raise wire.WireError(f"the server speaks of slots {sorted(parts)}, this node has {len(tasks)}")
     # A base that is missing is found before anything is trained.
-    reached = base_store(config).reach_all(wire.read_state(part)[1] for part in parts.values())
+    reached = base_store(config).reach_all(wire.read_parcel(part) for part in parts.values())
     replies = {}
     for number, part in parts.items():
         model, state, order = _loaded(part, config, reached)
@@ -164,7 +164,7 @@ def sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[s
     config, _, holding = _settings(message, run_config, node_config)
     head, earlier, before = heads.resolve(config.head, asdict(config)), wire.before_of(message), None
     messages = [message] if earlier is None else [earlier, message]
-    reached = base_store(config).reach_all(wire.read_state(each)[1] for each in messages)
+    reached = base_store(config).reach_all(wire.read_parcel(each) for each in messages)
     if earlier is not None:
         model, _, order = _loaded(earlier, config, reached)
         before = lifted_features(model, holding.training(order.task_id), head=head, config=config)

@@ -22,6 +22,7 @@ from fedtalora_flwr.wire.parcel import (
     before_of,
     pack_parcel,
     read_base_missing,
+    read_parcel,
     tells_before,
 )
 from fedtalora_flwr.wire.records import ARRAYS, HELLO, METRICS, ORDER
@@ -73,6 +74,7 @@ __all__ = [
     "read_hits",
     "read_means",
     "read_memory",
+    "read_parcel",
     "read_state",
     "read_sums",
     "read_update",
