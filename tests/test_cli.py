@@ -93,7 +93,7 @@ def test_list_settings_prints_every_setting_with_its_default(fedtalora):
         (["--set", "partition=iid", "--set", "num-tasks=0"], "num-tasks must be at least 1, got 0"),
         (["--set", "optimizer=[adam]"], "optimizer must be one of adamw, sgd, got '[adam]'"),
         (["--nodes", "2", "--set", "min-replies=3"], "min-replies 3 can never be met by num-clients 2; lower it"),
-        (["--preset", "clinc"], "no preset 'clinc'; there are: clinc150"),
+        (["--preset", "clinc"], "no preset 'clinc'; there are: cifar100, clinc150"),
         (["--config", "none.toml"], "none.toml: no such settings file"),
         (["--preset", "clinc150", "--config", "a.toml"], "give --preset or --config, not both"),
         (["--ray-address", "auto"], "the address of a Ray cluster is HOST:PORT, as ray start --head prints it, got "),
@@ -186,7 +186,7 @@ def test_data_without_out_names_the_page_after_the_data_and_png_is_a_picture(fed
     [
         (["--preset", "clinc150", "--config", "a.toml"], "give --preset or --config, not both"),
         (["--out", "who.txt"], "is written as .html, .png or .svg, got 'who.txt'"),
-        (["--set", "dataset=nothing"], "sources has no 'nothing'; choose one of: clinc150, digits"),
+        (["--set", "dataset=nothing"], "sources has no 'nothing'; choose one of: cifar100, clinc150, digits"),
         (["--set", "num-tasks=11"], "num-tasks must be in [1, 10], the classes of digits, got 11"),
     ],
 )

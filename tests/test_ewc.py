@@ -17,7 +17,7 @@ from fedtalora_flwr.heads import logits
 from fedtalora_flwr.train import sum_fisher
 from server_app.strategy import RunFailed
 
-SETTINGS = {"lora_targets": "proj", "head": "linear", "later_learning_rate": 1.0}
+SETTINGS = {"task_average": False, "lora_targets": "proj", "head": "linear", "later_learning_rate": 1.0}
 BOTH = frozenset({"lora_A", "lora_B"})
 
 

@@ -141,6 +141,7 @@ def test_a_text_encoder_of_every_architecture_is_exported_as_both_kinds(family, 
         backbone=f"hf:{untouched}",
         lora_targets="in_proj,mlp" if family == "deberta" else "q,v,mlp",
         max_length=14,
+        learning_rate=0.1,
         head="linear",
         num_clients=2,
         stop_after_task=1,
@@ -226,6 +227,7 @@ def test_a_saved_image_backbone_holds_the_classifier_where_the_architecture_has_
     sizes = {"embed_dim": 12, "depths": (1, 1), "num_heads": (1, 2), "img_size": 56} if "swin" in name else {}
     sizes |= {"embed_dim": 12, "depth": 1, "img_size": 32} if "deit" in name else {}
     backbone = ImageBackbone(timm.create_model(name, num_classes=0, **sizes)).eval()
+    backbone.feature_norm = "none"
     rows = {"weight": torch.randn(3, backbone.feature_dim), "bias": torch.randn(3)}
     inside = backbone.save(tmp_path, class_names=("a", "b", "c"), rows=rows)
     assert inside == ("deit" not in name)  # a distilled DeiT has two

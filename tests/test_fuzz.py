@@ -19,7 +19,7 @@ from fedtalora_flwr import wire
 from fedtalora_flwr.aggregation import ClientUpdate, GlobalState, LoraFactors, resolve
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import ClassList, HeldClass
-from fedtalora_flwr.heads import FeatureSums
+from fedtalora_flwr.heads import FeatureRoot, FeatureSums
 from fedtalora_flwr.inprocess import LocalGrid
 from fedtalora_flwr.wire import ARRAYS, HELLO, METRICS
 from fedtalora_flwr.wire.records import HELD, TENSORS
@@ -234,8 +234,8 @@ SUMS: dict[str, Change] = BYTES | {
     "arrays unknown": crowd,
     "of another type": partial(replace_array, change=retyped),
     "of another shape": partial(replace_array, change=reshaped),
-    "not finite": partial(replace_array, change=poisoned, among="sums/gram"),
-    "huge": partial(replace_array, change=lambda array, rng: array * 10.0 ** rng.uniform(1, 280), among="sums/gram"),
+    "not finite": partial(replace_array, change=poisoned, among="sums/root"),
+    "huge": partial(replace_array, change=lambda array, rng: array * 10.0 ** rng.uniform(1, 280), among="sums/root"),
     "huge moment": partial(replace_array, change=lambda array, rng: array * 1e9, among="sums/moment"),
     "of other classes": partial(replace_array, change=other_counts, among="sums/class"),
 }
@@ -406,21 +406,21 @@ def test_ten_thousand_bad_updates_are_refused_with_a_reason_and_leave_the_state_
 def test_two_thousand_bad_sums_are_refused_with_a_reason_and_none_is_added():
     features = torch.randn(int(COUNTS.sum()), FEATURE_DIM, generator=torch.Generator().manual_seed(3))
     labels = torch.repeat_interleave(torch.arange(NUM_CLASSES), COUNTS)
-    sums = FeatureSums.of(features, labels, num_classes=NUM_CLASSES)
+    root = FeatureRoot.of(features, labels, num_classes=NUM_CLASSES)
     before = FeatureSums.zero(num_classes=NUM_CLASSES, feature_dim=FEATURE_DIM)
     strategy = make_strategy(make_state(torch.Generator().manual_seed(1)))
-    bad = bad_replies([wire.sums_reply(sums)], SUMS, number=NUM_SUMS, kind="train.sums")
+    bad = bad_replies([wire.sums_reply(root)], SUMS, number=NUM_SUMS, kind="train.sums")
     with PeakMemory() as peak:
         for name, reply in bad:
             strategy.tally = Tally()
             with pytest.raises(RunFailed, match="has 0 good replies"):
-                strategy.add_sums(1, [(0, reply)], to=before)
+                strategy.add_sums(1, [(0, reply)], to=before, compared=False)
             (failure,) = strategy.tally.failures
             assert failure.reason.startswith("refused: "), name
     assert peak.bytes < MEMORY_LIMIT
     order = Message(RecordDict(), dst_node_id=1, message_type="train.sums")
-    added = strategy.add_sums(1, [(0, Message(wire.sums_reply(sums), reply_to=order))], to=before)
-    assert torch.equal(added.gram, sums.gram) and torch.equal(added.moment, sums.moment)
+    added = strategy.add_sums(1, [(0, Message(wire.sums_reply(root), reply_to=order))], to=before, compared=False)
+    assert torch.equal(added.gram, root.sums().gram) and torch.equal(added.moment, root.moment)
 
 
 def test_bad_hits_are_refused_with_a_reason_and_those_of_the_others_are_counted():
