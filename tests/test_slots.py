@@ -260,10 +260,7 @@ def test_bad_sums_for_the_router_are_refused_and_the_others_count(tmp_path):
     client = meddle(lambda reply: fill(reply, "arrays", "sums/moment", 3.0), kind="train.slot_sums")
     run(tmp_path, client, rounds_per_task=1)
     (failure,) = rounds(tmp_path)[0]["failures"]
-    assert failure == {
-        "partition_id": 1,
-        "reason": "refused: sums over other examples than the client said it holds in its slots",
-    }
+    assert failure["partition_id"] == 1 and failure["reason"].startswith("refused: sums have a root of ")
     assert rounds(tmp_path)[0]["routing_accuracy"] > 0
 
 

@@ -49,6 +49,11 @@ FAMILIES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def features_as_timm_gives_them(monkeypatch):
+    monkeypatch.setattr(ImageBackbone, "feature_norm", "none")
+
+
 def build(name: str, **arguments: object) -> ImageBackbone:
     torch.manual_seed(3)
     return ImageBackbone(timm.create_model(name, pretrained=False, num_classes=0, **arguments))
