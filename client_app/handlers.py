@@ -16,7 +16,7 @@ from client_app.discreet import discreet
 from fedtalora_flwr import aggregation, heads, penalties, wire
 from fedtalora_flwr.aggregation import ClientUpdate, GlobalState
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.heads import Classifier
+from fedtalora_flwr.heads import Classifier, FeatureRoot
 from fedtalora_flwr.holding import Own, Share, holding_of
 from fedtalora_flwr.lora import AdaptedModel
 from fedtalora_flwr.resident import base_store, device_of, model_of, slots_of
@@ -26,8 +26,9 @@ from fedtalora_flwr.train import (
     compared_classes,
     count_correct,
     fit,
-    lifted_features,
+    lifted_views,
     precision_of,
+    sum_drift,
     sum_features,
     sum_fisher,
 )
@@ -161,17 +162,20 @@ def _trained(
 @_asks_for_the_base
 def sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
     """Sum this node's features of the task under the server's state, beside those of an earlier one if told."""
-    config, _, holding = _settings(message, run_config, node_config)
-    head, earlier, before = heads.resolve(config.head, asdict(config)), wire.before_of(message), None
-    messages = [message] if earlier is None else [earlier, message]
-    reached = base_store(config).reach_all(wire.read_parcel(each) for each in messages)
-    if earlier is not None:
-        model, _, order = _loaded(earlier, config, reached)
-        before = lifted_features(model, holding.training(order.task_id), head=head, config=config)
-    model, _, order = _loaded(message, config, reached)
-    examples = holding.training(order.task_id)
-    sums = sum_features(model, examples, head=head, num_classes=holding.num_classes, config=config, before=before)
-    return wire.sums_reply(sums)
+    config, partition_id, holding = _settings(message, run_config, node_config)
+    head, num_classes = heads.resolve(config.head, asdict(config)), holding.num_classes
+    earlier = wire.before_of(message)
+    if earlier is None:
+        model, _, order = _loaded(message, config)
+        examples = holding.training(order.task_id)
+        return wire.sums_reply(sum_features(model, examples, head=head, num_classes=num_classes, config=config))
+    reached, views = base_store(config).reach_all(wire.read_parcel(each) for each in (earlier, message)), []
+    for each in (earlier, message):
+        model, _, order = _loaded(each, config, reached)
+        examples, seed = holding.training(order.task_id), [config.seed, order.task_id, partition_id]
+        views.append(lifted_views(model, examples, head=head, config=config, seed=seed))
+    sums = FeatureRoot.of(views[1][: len(examples)], examples.labels, num_classes=num_classes)
+    return wire.sums_reply(sums, sum_drift(*views))
 
 
 @discreet

@@ -95,6 +95,7 @@ class RunConfig:
     ridge_features: int
     lda_shrinkage: float
     follow_drift: bool
+    drift_views: int
     eval_every: int
     eval_batch_size: int
     device: str
@@ -254,6 +255,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "ridge-lambda": _NOT_NEGATIVE,
     "ridge-features": _at_least(0),
     "lda-shrinkage": _POSITIVE,
+    "drift-views": _at_least(0),
     "eval-every": _at_least(0),
     "eval-batch-size": _at_least(1),
     "precision": _one_of("auto", "fp32", "bf16"),

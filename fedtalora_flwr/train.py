@@ -177,7 +177,6 @@ def sum_features(
     head: Head,
     num_classes: int,
     config: RunConfig,
-    before: Tensor | None = None,
 ) -> FeatureRoot:
     """Sum a client's features of its data, lifted by `head`, on the CPU.
 
@@ -187,24 +186,52 @@ def sum_features(
         Loaded with the state whose features are summed.
     examples, head, num_classes, config
         The client's data, what lifts the features, the rows of the sums.
-    before
-        (N, m), the lifted features of the same examples under an earlier state (see `lifted_features`): then the
-        vectors (before, now), of twice the size, are summed.
     """
-    parts = 1 if before is None else 2
-    dim = parts * head.lifted_dim(model.backbone.feature_dim)
-    sums = FeatureRoot.zero(num_classes=num_classes, feature_dim=dim)
-    for features, labels, rows in _features(model, examples, config=config):
-        lifted = head.lift(features).cpu()
-        vectors = lifted if before is None else torch.cat([before[rows.cpu()], lifted], dim=1)
-        sums = sums + FeatureRoot.of(vectors, labels.cpu(), num_classes=num_classes)
+    sums = FeatureRoot.zero(num_classes=num_classes, feature_dim=head.lifted_dim(model.backbone.feature_dim))
+    for features, labels, _ in _features(model, examples, config=config):
+        sums = sums + FeatureRoot.of(head.lift(features).cpu(), labels.cpu(), num_classes=num_classes)
     return sums
 
 
+def num_views(model: AdaptedModel, config: RunConfig) -> int:
+    """Give the views of an example that show how features have moved: it itself, and ``drift-views`` of an image."""
+    return 1 + (config.drift_views if model.backbone.modality == "image" else 0)
+
+
 @torch.inference_mode()
-def lifted_features(model: AdaptedModel, examples: Examples, *, head: Head, config: RunConfig) -> Tensor:
-    """Give the features of a client's data, lifted by `head`: (N, m) on the CPU, in the order of the examples."""
-    return head.lift(_features_in_order(model, examples, config=config)).cpu()
+def lifted_views(
+    model: AdaptedModel, examples: Examples, *, head: Head, config: RunConfig, seed: Sequence[int]
+) -> Tensor:
+    """Give the features of all views of a client's data (see `num_views`), lifted by `head`.
+
+    Parameters
+    ----------
+    model
+        Loaded with the state whose features these are.
+    examples, head, config
+        The client's data, what lifts the features, how many views.
+    seed
+        Of the views: the same seed gives the same, under whatever state.
+
+    Returns
+    -------
+    (views N, m) on the CPU, the examples themselves in front.
+    """
+    generator = torch.Generator()
+    generator.manual_seed(int(np.random.default_rng(list(seed)).integers(2**62)))
+    views = [_features_in_order(model, examples, config=config)]
+    for _ in range(1, num_views(model, config)):
+        views.append(_features_in_order(model, examples, config=config, augment="remix", generator=generator))
+    return head.lift(torch.cat(views)).cpu()
+
+
+def sum_drift(before: Tensor, now: Tensor) -> Tensor:
+    """Sum the pairs of lifted features (n, m) of the same views under two states: a root, (k, 2 m + 1) float64."""
+    pairs = torch.cat([before, now], dim=1)
+    sums = FeatureRoot.zero(num_classes=1, feature_dim=pairs.shape[1])
+    for part in pairs.split(pairs.shape[1] + 1):  # type: ignore[no-untyped-call]
+        sums = sums + FeatureRoot.of(part, torch.zeros(len(part), dtype=torch.int64), num_classes=1)
+    return sums.root
 
 
 def sum_fisher(
@@ -262,14 +289,21 @@ def precision_of(device: torch.device, setting: str) -> str:
     return "bf16" if gains else "fp32"
 
 
-def _features(model: AdaptedModel, examples: Examples, *, config: RunConfig) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _features(
+    model: AdaptedModel,
+    examples: Examples,
+    *,
+    config: RunConfig,
+    augment: str = "none",
+    generator: torch.Generator | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Give features, labels and row numbers, batch by batch."""
     device = next(model.parameters()).device
     model.eval()
     order: Tensor = model.backbone.batch_order(examples.inputs)
     for part in order.split(config.eval_batch_size):  # type: ignore[no-untyped-call]
         with autocast(device, config.precision):
-            features = model.backbone(examples.inputs[part].to(device))
+            features = model.backbone(examples.inputs[part].to(device), augment=augment, generator=generator)
         yield features.float(), examples.labels[part].to(device), part.to(device)
 
 
@@ -279,8 +313,16 @@ def _on_device(memory: Memory, device: torch.device) -> Memory:
 
 
 @torch.no_grad()
-def _features_in_order(model: AdaptedModel, examples: Examples, *, config: RunConfig) -> Tensor:
-    features, _, rows = zip(*_features(model, examples, config=config), strict=True)
+def _features_in_order(
+    model: AdaptedModel,
+    examples: Examples,
+    *,
+    config: RunConfig,
+    augment: str = "none",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    batches = _features(model, examples, config=config, augment=augment, generator=generator)
+    features, _, rows = zip(*batches, strict=True)
     return torch.cat(features)[torch.cat(rows).argsort()]  # (N, d)
 
 

@@ -26,7 +26,7 @@ from fedtalora_flwr.metrics import TaskMatrix
 from fedtalora_flwr.penalties import Memory
 from fedtalora_flwr.resident import data_of, device_of, model_of, own_reader, test_examples
 from fedtalora_flwr.runlog import RoundLog, RunFolder, SlotLog
-from fedtalora_flwr.train import count_correct, precision_of
+from fedtalora_flwr.train import count_correct, num_views, precision_of
 from server_app import census
 from server_app.attendance import Attendance
 from server_app.census import Census
@@ -246,16 +246,33 @@ class Server:
         replies = strategy.exchange(self.grid, messages)
         means, known = strategy.class_means(order.server_round, replies, feature_dim=dim)
         sums = self.point.sums
-        if self.head.collects_sums and self.head.projection(dim) is None:
+        if self._tells_means:
             told = sums.moment[:, -1] > 0
             means[told] = sums.moment[told, :-1] / sums.moment[told, -1:]
             known = known | told
-        if known.sum() < 2:  # one class is nearest to everything
-            return
-        head = {name: value.clone() for name, value in strategy.state.head.items()}
-        for name, rows in heads.rows_at_means(means[known]).items():
-            head[name][known] = rows
-        strategy.state = replace(strategy.state, head=head)
+        self._set_rows(means, known)
+
+    def _set_rows(self, means: Tensor, known: Tensor) -> None:
+        """Put the class rows at class means (C, d) where these are known (C,); one class is nearest to everything."""
+        if known.sum() > 1:
+            head = {name: value.clone() for name, value in self.strategy.state.head.items()}
+            for name, rows in heads.rows_at_means(means[known]).items():
+                head[name][known] = rows
+            self.strategy.state = replace(self.strategy.state, head=head)
+
+    def _end_rows(self, sums: FeatureSums) -> None:
+        """End a task, with ``rows-start = means``, with rows at the means that the sums tell of all classes so far.
+
+        Rows that were trained while no old example was there to answer are biased to their own classes.
+        """
+        if self.config.rows_start == "means" and self._tells_means:
+            counts = sums.moment[:, -1:]
+            self._set_rows(sums.moment[:, :-1] / counts.clamp(min=1), counts[:, 0] > 0)
+
+    @property
+    def _tells_means(self) -> bool:
+        """Whether the head's sums hold the means of the features that the rows act on, and not only of lifted ones."""
+        return self.head.collects_sums and self.head.projection(self.model.backbone.feature_dim) is None
 
     def _packed(
         self, state: GlobalState, *, classes: Sequence[int] | None = None, memory: Memory | None = None
@@ -291,6 +308,8 @@ class Server:
         if not task_ends and not due:
             return before
         sums = self.nodes.insist(self._collect_sums, order) if self.head.collects_sums else before.sums
+        if task_ends and self.config.rounds_per_task:
+            self._end_rows(sums)
         matrix, linear = self._evaluate(order.task_id, sums) if self.data else (self._ask_for_hits(order, sums), None)
         kept = Scored(sums, matrix) if task_ends else before
         return replace(kept, accuracy_seen=matrix.accuracy_seen()[order.task_id], accuracy_seen_linear=linear)
@@ -314,7 +333,8 @@ class Server:
             before=before,
         )
         replies = strategy.exchange(self.grid, messages)
-        return strategy.add_sums(order.server_round, replies, to=self.point.sums, compared=before is not None)
+        views = 0 if before is None else num_views(self.model, self.config)
+        return strategy.add_sums(order.server_round, replies, to=self.point.sums, views=views)
 
     def _evaluate(self, task_id: int, sums: FeatureSums) -> tuple[TaskMatrix, float | None]:
         """Count the hits on the test data of every task so far, among all classes seen so far.

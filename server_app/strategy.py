@@ -402,7 +402,7 @@ class AdapterStrategy(Strategy):
         ]
 
     def add_sums(
-        self, server_round: int, replies: Iterable[tuple[int, Message]], *, to: FeatureSums, compared: bool
+        self, server_round: int, replies: Iterable[tuple[int, Message]], *, to: FeatureSums, views: int
     ) -> FeatureSums:
         """Add the clients' feature sums up as they come, in order of partition id; a bad one is refused.
 
@@ -414,28 +414,32 @@ class AdapterStrategy(Strategy):
             Partition ids and their replies.
         to
             The sums of earlier tasks.
-        compared
-            Whether the clients have summed (before, now), so that `to` can follow.
+        views
+            Of each example that clients have compared before and now, so that `to` can follow; 0 where they have not.
 
         Raises
         ------
         TooFewReplies
             If fewer than ``min-replies`` good ones remain.
         """
-        num_classes, size = to.moment.shape
-        like = FeatureSums.zero(num_classes=num_classes, feature_dim=(1 + compared) * (size - 1))
-        total, num_good = like, 0
+        total = like = FeatureSums(torch.zeros_like(to.gram), torch.zeros_like(to.moment))
+        total_drift, num_good = like.gram.new_zeros(()), 0
         for partition, reply in replies:
             try:
                 sums = wire.read_sums(reply, like=like)
                 self._check_counts(self.task_id, partition, sums.moment[:, -1])
                 self._check_sums(sums)
+                if views:
+                    num_vectors = views * int(sums.moment[:, -1].sum())
+                    drift = wire.read_drift(reply, num_vectors=num_vectors, feature_dim=len(like.gram) - 1)
+                    self._check_norm(float((drift.trace() / (2 * num_vectors)).sqrt()))
+                    total_drift = total_drift + drift
             except BadUpdate as refusal:
                 self.tally.fail(partition, f"refused: {refusal}")
                 continue
             total, num_good = total + sums, num_good + 1
         self.require(num_good, server_round)
-        return to.followed(total) if compared else to + total
+        return (to.followed(total_drift) if views else to) + total
 
     def class_means(
         self, server_round: int, replies: Iterable[tuple[int, Message]], *, feature_dim: int
@@ -527,7 +531,10 @@ class AdapterStrategy(Strategy):
     def _check_sums(self, sums: FeatureSums) -> None:
         if not sums.possible():
             raise BadUpdate("sums contradict each other: no examples have such sums")
-        if not (norm := sums.feature_norm()) <= self.config.norm_limit:
+        self._check_norm(sums.feature_norm())
+
+    def _check_norm(self, norm: float) -> None:
+        if not norm <= self.config.norm_limit:
             raise BadUpdate(f"features have a norm of {norm:.3g}, norm-limit is {self.config.norm_limit:g}")
 
     def require(self, num_good: int, server_round: int) -> None:

@@ -414,12 +414,12 @@ def test_two_thousand_bad_sums_are_refused_with_a_reason_and_none_is_added():
         for name, reply in bad:
             strategy.tally = Tally()
             with pytest.raises(RunFailed, match="has 0 good replies"):
-                strategy.add_sums(1, [(0, reply)], to=before, compared=False)
+                strategy.add_sums(1, [(0, reply)], to=before, views=0)
             (failure,) = strategy.tally.failures
             assert failure.reason.startswith("refused: "), name
     assert peak.bytes < MEMORY_LIMIT
     order = Message(RecordDict(), dst_node_id=1, message_type="train.sums")
-    added = strategy.add_sums(1, [(0, Message(wire.sums_reply(root), reply_to=order))], to=before, compared=False)
+    added = strategy.add_sums(1, [(0, Message(wire.sums_reply(root), reply_to=order))], to=before, views=0)
     assert torch.equal(added.gram, root.sums().gram) and torch.equal(added.moment, root.moment)
 
 

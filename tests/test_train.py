@@ -345,22 +345,39 @@ def test_sums_of_features_are_those_of_the_features_themselves():
     assert torch.equal(got.moment, wanted.moment)
 
 
-def test_features_before_and_now_are_summed_side_by_side_whatever_the_order_of_batches():
+def test_views_are_in_the_order_of_the_examples_whatever_that_of_batches():
     class Backwards(OneNumber.Identity):
+        modality = "text"
+
         def batch_order(self, inputs):
             return torch.arange(len(inputs)).flip(0)
 
     model = OneNumber()
     model.backbone = Backwards()
     examples = Examples(torch.arange(7.0).unsqueeze(1), torch.tensor([0, 1, 1, 2, 3, 3, 3]))
-    before = train.lifted_features(
-        model, Examples(examples.inputs**2, examples.labels), head=LINEAR, config=configured()
+    views = train.lifted_views(model, examples, head=LINEAR, config=configured(), seed=[0])
+    assert torch.equal(views, examples.inputs)  # of a text there is but one
+
+
+def test_views_of_images_are_the_same_under_any_state(model, examples):
+    config, head, size = configured(drift_views=2), LINEAR, len(examples)
+    before, again, others = (
+        train.lifted_views(model, examples, head=head, config=config, seed=[seed]) for seed in (0, 0, 1)
     )
-    got = sum_features(model, examples, head=LINEAR, num_classes=4, config=configured(), before=before)
-    both = torch.cat([examples.inputs**2, examples.inputs], 1)
-    wanted = FeatureSums.of(both, examples.labels, num_classes=4)
-    torch.testing.assert_close(got.sums().gram, wanted.gram)
-    assert torch.equal(got.moment, wanted.moment)
+    assert before.shape == (3 * size, 192) and torch.equal(before, again)
+    assert torch.equal(before[:size], others[:size])  # the images themselves
+    for view in range(1, 3):
+        mine = slice(view * size, (view + 1) * size)
+        assert not torch.isclose(before[mine], others[mine]).all(1).any()
+    assert not torch.isclose(before[size : 2 * size], before[2 * size :]).all(1).any()
+
+
+def test_drift_is_summed_over_pairs_of_views():
+    before, now = torch.randn(30, 3), torch.randn(30, 3)
+    wanted = FeatureSums.of(torch.cat([before, now], 1), torch.zeros(30, dtype=torch.int64), num_classes=1).gram
+    root = train.sum_drift(before, now)
+    assert root.shape == (7, 7)
+    torch.testing.assert_close(root.T @ root, wanted)
 
 
 @pytest.mark.parametrize(("precision", "fused"), [("bf16", False), ("fp32", True)])

@@ -308,6 +308,40 @@ def test_sums_that_are_not_finite_are_refused(part):
         wire.read_sums(message(wire.sums_reply(root)), like=make_sums())
 
 
+def drift_reply(num_vectors: int = 3) -> Message:
+    root = torch.linalg.qr(torch.randn(num_vectors, 13, dtype=torch.float64), mode="r").R
+    return message(wire.sums_reply(make_root(), root))
+
+
+def test_a_drift_comes_off_the_wire_as_its_gram_and_the_sums_beside_it():
+    root = torch.linalg.qr(torch.randn(5, 13, dtype=torch.float64), mode="r").R
+    reply = message(wire.sums_reply(make_root(), root))
+    assert torch.equal(wire.read_drift(reply, num_vectors=5, feature_dim=6), root.T @ root)
+    wire.read_sums(reply, like=make_sums())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda content: content.pop("drift"), "the drift cannot be read: KeyError"),
+        (lambda content: content["drift"].clear(), "the drift cannot be read: ValueError"),
+        (lambda content: None, r"sums have a root of \(36,\) numbers, expected 46 in 4 rows"),
+    ],
+    ids=["no record", "no array", "other views"],
+)
+def test_a_drift_that_is_not_there_or_over_other_views_is_refused(spoil, reason):
+    reply = drift_reply()
+    spoil(reply.content)
+    with pytest.raises(BadUpdate, match=reason):
+        wire.read_drift(reply, num_vectors=4, feature_dim=6)
+
+
+def test_a_drift_that_is_not_finite_is_refused():
+    root = torch.full((3, 13), float("nan"), dtype=torch.float64)
+    with pytest.raises(BadUpdate, match="not finite"):
+        wire.read_drift(message(wire.sums_reply(make_root(), root)), num_vectors=3, feature_dim=6)
+
+
 def test_client_refuses_a_server_of_another_library_version():
     content = state_message(make_state())
     content.content[ORDER]["library"] = "9.9"

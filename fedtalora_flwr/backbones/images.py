@@ -76,8 +76,10 @@ class ImageBackbone(Backbone):
     def pool(self, batch: Tensor, *, augment: str, generator: torch.Generator | None) -> Tensor:
         """Augment, resize, normalise and encode images (n, 3, H, W) uint8 into features (n, d)."""
         images = batch.float().div_(255)
-        if augment != "none":
-            images = _augment(images, crop=augment == "crop-flip", generator=generator)
+        if augment == "remix":
+            images = _remix(images, generator=generator)
+        elif augment != "none":
+            images = _augment(images, smallest=0.6 if augment == "crop-flip" else 1.0, generator=generator)
         if images.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             images = F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp_(0, 1)
@@ -196,12 +198,26 @@ def _try_out(backbone: ImageBackbone) -> int:
     return feature.shape[1]
 
 
-def _augment(images: Tensor, *, crop: bool, generator: torch.Generator | None) -> Tensor:
-    """Flip each image with probability 1/2 and, for `crop`, zoom into a random 60 to 100 % of its area."""
+def _remix(images: Tensor, *, generator: torch.Generator | None) -> Tensor:
+    """Make images (n, 3, H, W) in [0, 1] that are like many others: zoomed, recoloured, mixed with one another.
+
+    They are not trained on: features of them show how features move where no example of a class is at hand.
+    """
+    n = len(images)
+    images = _augment(images, smallest=0.2, generator=generator)
+    draw = torch.rand(n, 5, generator=generator).to(images.device)[:, :, None, None]
+    middle = images.mean((2, 3), keepdim=True)
+    contrast, brightness = 0.35 + 1.3 * draw[:, :1], 0.5 + draw[:, 1:4]  # of all channels; of each
+    images = ((images - middle) * contrast + middle * brightness).clamp(0, 1)
+    return torch.lerp(images, images.roll(1, 0), draw[:, 4:])
+
+
+def _augment(images: Tensor, *, smallest: float, generator: torch.Generator | None) -> Tensor:
+    """Flip each image with probability 1/2, and zoom into a random part of its area, `smallest` to 1."""
     n = len(images)
     draw = torch.rand(n, 4, generator=generator).to(images.device)
     flip = torch.where(draw[:, 0] < 0.5, -1.0, 1.0)
-    zoom = (0.6 + 0.4 * draw[:, 1]).sqrt() if crop else torch.ones_like(flip)
+    zoom = (smallest + (1 - smallest) * draw[:, 1]).sqrt()
     shift = (2 * draw[:, 2:] - 1) * (1 - zoom).unsqueeze(1)
     theta = images.new_zeros(n, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = zoom * flip, zoom, shift

@@ -70,34 +70,33 @@ class FeatureSums:
         """Give the root of the mean square norm of the summed features, their trailing 1 included."""
         return float((self.gram.trace() / self.gram[-1, -1]).sqrt())
 
-    def followed(self, drift: "FeatureSums", *, shrinkage: float = _DRIFT_LAMBDA) -> "FeatureSums":
-        """Carry the sums over to features that have moved since, and add the examples that showed how.
+    def followed(self, drift: Tensor, *, shrinkage: float = _DRIFT_LAMBDA) -> "FeatureSums":
+        """Carry the sums over to features that have moved since.
 
-        With features f of the new examples and f' of the same examples before, a trailing 1 in either, the linear map
+        With features f of newer examples and f' of the same examples before, a trailing 1 in either, the linear map
         from old to new that fits them best, drawn to the identity where they say little, is
 
             T = I + (sum (f - f') f'^T) (sum f' f'^T + lambda I)^-1,
 
         and the old examples' sums become ``T G T^T`` and ``M T^T``: what they would be if theirs had moved alike. Where
-        the move is linear and the new examples span the features, that is exact as lambda goes to 0.
+        the move is linear and the newer examples span the features, that is exact as lambda goes to 0.
 
         Parameters
         ----------
         drift
-            Over the new examples, of vectors (f', f) of twice this size.
+            sum z z^T over the newer examples, z = (f', f, 1): (2 d + 1, 2 d + 1) float64.
         shrinkage
             lambda, relative to the mean square of a feature; above 0.
         """
         m = self.gram.shape[0] - 1
         before = torch.tensor([*range(m), 2 * m])  # f' and the constant
         after = torch.arange(m, 2 * m + 1)  # f and the constant
-        old = drift.gram[before][:, before]
-        moved = drift.gram[after][:, before] - old  # sum (f - f') f'^T
+        old = drift[before][:, before]
+        moved = drift[after][:, before] - old  # sum (f - f') f'^T
         strength = shrinkage * old.diagonal()[:-1].mean()
         T = torch.linalg.solve(old + strength * torch.eye(m + 1, dtype=old.dtype), moved.T).T
         T += torch.eye(m + 1, dtype=old.dtype)
-        new = FeatureSums(drift.gram[after][:, after], drift.moment[:, after])
-        return FeatureSums(T @ self.gram @ T.T, self.moment @ T.T) + new
+        return FeatureSums(T @ self.gram @ T.T, self.moment @ T.T)
 
     def __add__(self, other: "FeatureSums") -> "FeatureSums":
         return FeatureSums(self.gram + other.gram, self.moment + other.moment)

@@ -2,8 +2,12 @@
 
 Classes are taken for Gaussians of one covariance S. From the sums over all clients' examples, n_c of class c,
 
-    mu_c = M_c / n_c,   S = (G - sum_c M_c M_c^T / n_c) / n,
-    logits_c(f) = mu_c^T S_lambda^-1 f - mu_c^T S_lambda^-1 mu_c / 2,   S_lambda = S + lambda mean(diag S) I.
+    mu_c = M_c / n_c,   mu = mean_c mu_c,   S = (G - sum_c M_c M_c^T / n_c) / n + lambda mean(diag S) I,
+    w_c = S^-1 (mu_c - mu),   l_c = ((mu_c - mu)^T w_c)^(1/2),   logits_c(f) = mean(l) w_c^T (f - mu) / l_c.
+
+Where all lengths l_c are equal, that is the discriminant. They are not: a class whose sums have followed features that
+moved (`FeatureSums.followed`) lies nearer to the middle than it should, since a map shows less than there was, and the
+discriminant's ``- l_c^2 / 2`` would let it win where it must not. So a class is told by its direction.
 
 LoRA is trained with the linear head's loss; clients send the sums of `heads.ridge`, under the aggregated model, after
 a task's last round. Unlike in the ridge solution, the rows of a class do not depend on how many other classes there are
@@ -21,7 +25,7 @@ from fedtalora_flwr.heads.base import Classifier, FeatureSums, Head
 
 @dataclass(frozen=True)
 class LdaHead(Head):
-    """Classify by the nearest class mean in the metric of the covariance within classes.
+    """Classify by the direction of the class mean in the metric of the covariance within classes.
 
     Parameters
     ----------
@@ -39,8 +43,14 @@ class LdaHead(Head):
         within = (sums.gram[:-1, :-1] - moment.T @ means) / counts.sum().clamp(min=1)
         squares = within.diagonal()
         within = within + (self.shrinkage * squares.mean()).expand_as(squares).diag()
-        weight = torch.linalg.solve(within, means.T).T  # (C, d)
-        bias = -0.5 * (weight * means).sum(1)
+        known = counts > 0
+        middle = means[known].mean(0) if known.any() else means[0]
+        away = torch.where(known[:, None], means - middle, 0)  # (C, d)
+        weight = torch.linalg.solve(within, away.T).T
+        length = (weight * away).sum(1).clamp(min=0).sqrt()
+        alike = length[known].mean() if known.any() else length.sum()
+        weight = weight * (alike / length.clamp(min=1e-12))[:, None]
+        bias = -weight @ middle
         return Classifier({"weight": weight.float().contiguous(), "bias": bias.float()})
 
 

@@ -13,13 +13,25 @@ from fedtalora_flwr.wire.counts import COUNTS, MOST_EXAMPLES, class_numbers, pac
 from fedtalora_flwr.wire.factors import pack_factors
 from fedtalora_flwr.wire.records import ARRAYS, METRICS, array_record, read_arrays
 
+_DRIFT = "drift"
 
-def sums_reply(root: FeatureRoot) -> RecordDict:
-    """Build the content of a reply with feature sums: the root from its diagonal on, and the rows that are not zero."""
-    rows, columns = torch.triu_indices(*root.root.shape)
+
+def sums_reply(root: FeatureRoot, drift: Tensor | None = None) -> RecordDict:
+    """Build the content of a reply with feature sums: roots from their diagonal on, and the rows that are not zero.
+
+    Parameters
+    ----------
+    root
+        Of the features.
+    drift
+        The root of features before and now, (k, 2 d + 1); see `FeatureSums.followed`.
+    """
     held = root.moment[:, -1].nonzero().flatten()  # the last feature is the constant 1: it counts the examples
-    tensors = {"sums/root": root.root[rows, columns], "sums/moment": root.moment[held], "sums/class": held.int()}
-    return RecordDict({ARRAYS: array_record(tensors)})
+    tensors = {"sums/root": _upper(root.root), "sums/moment": root.moment[held], "sums/class": held.int()}
+    content = RecordDict({ARRAYS: array_record(tensors)})
+    if drift is not None:
+        content[_DRIFT] = array_record({"drift/root": _upper(drift)})
+    return content
 
 
 def read_sums(message: Message, *, like: FeatureSums) -> FeatureSums:
@@ -41,16 +53,56 @@ def read_sums(message: Message, *, like: FeatureSums) -> FeatureSums:
         raise BadUpdate(f"sums cannot be read: {type(error).__name__} {error}") from error
     if moment.shape != (len(held), like.moment.shape[1]):
         raise BadUpdate(f"sums have a moment of shape {tuple(moment.shape)}")
-    if not (torch.isfinite(upper).all() and torch.isfinite(moment).all()):
+    if not torch.isfinite(moment).all():
         raise BadUpdate("sums hold a number that is not finite")
-    size = like.gram.shape[0]
-    num_rows = int(moment[:, -1].sum().clamp(0, size))  # the root has one for each example, up to its width
+    size = len(like.gram)
+    root = _triangle(upper, num_vectors=int(moment[:, -1].sum().clamp(0, size)), size=size)
+    return FeatureRoot(root, torch.zeros_like(like.moment).index_copy_(0, held, moment)).sums()
+
+
+def read_drift(message: Message, *, num_vectors: int, feature_dim: int) -> Tensor:
+    """Read from a reply with feature sums how features have moved: a gram matrix, (2 d + 1, 2 d + 1) float64.
+
+    Parameters
+    ----------
+    message
+        The reply.
+    num_vectors
+        That it must be over: the client's examples, times the views of each.
+    feature_dim
+        d.
+
+    Raises
+    ------
+    BadUpdate
+        If it is missing, has another shape, or holds a number that is not finite.
+    """
+    try:
+        upper = read_arrays(message.content.array_records[_DRIFT], only={"drift/root"})["drift"]["root"]
+        if upper.dtype != torch.float64:
+            raise ValueError(f"it holds {upper.dtype}, expected torch.float64")
+    except Exception as error:  # as of an update
+        raise BadUpdate(f"the drift cannot be read: {type(error).__name__} {error}") from error
+    root = _triangle(upper, num_vectors=num_vectors, size=2 * feature_dim + 1)
+    return root.T @ root
+
+
+def _upper(root: Tensor) -> Tensor:
+    rows, columns = torch.triu_indices(*root.shape)
+    return root[rows, columns]
+
+
+def _triangle(upper: Tensor, *, num_vectors: int, size: int) -> Tensor:
+    """Undo `_upper` of a root over so many vectors: it has a row for each, up to its width."""
+    num_rows = min(num_vectors, size)
     rows, columns = torch.triu_indices(num_rows, size)
     if upper.shape != rows.shape:
         raise BadUpdate(f"sums have a root of {tuple(upper.shape)} numbers, expected {len(rows)} in {num_rows} rows")
-    root = like.gram.new_zeros(num_rows, size)
+    if not torch.isfinite(upper).all():
+        raise BadUpdate("sums hold a number that is not finite")
+    root = upper.new_zeros(num_rows, size)
     root[rows, columns] = upper
-    return FeatureRoot(root, torch.zeros_like(like.moment).index_copy_(0, held, moment)).sums()
+    return root
 
 
 def means_reply(moment: Tensor) -> RecordDict:

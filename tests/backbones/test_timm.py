@@ -384,7 +384,7 @@ def test_augmentation_follows_the_generator_and_none_leaves_the_images():
     def features(augment: str, seed: int) -> torch.Tensor:
         return backbone(pictures(8), augment=augment, generator=torch.Generator().manual_seed(seed))
 
-    for augment in ("flip", "crop-flip"):
+    for augment in ("flip", "crop-flip", "remix"):
         assert torch.equal(features(augment, 4), features(augment, 4))
         assert not torch.equal(features(augment, 4), features(augment, 5))
     assert torch.equal(features("none", 4), features("none", 5))
