@@ -60,6 +60,11 @@ class RunConfig:
     fraction_train: float
     min_replies: int
     norm_limit: float
+    outlier_limit: float
+    aggregation_weights: str
+    suspects: float
+    max_weight: float
+    max_change: float
     wire_dtype: str
     round_timeout: float
     node_timeout: float
@@ -228,6 +233,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fraction-train": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "min-replies": _at_least(1),
     "norm-limit": _POSITIVE,
+    "outlier-limit": _NOT_NEGATIVE,
+    "aggregation-weights": _one_of("examples", "equal", "geometric-median", "multi-krum", "trimmed"),
+    "suspects": (lambda value: 0 <= value < 0.5, "at least 0 and below 0.5"),
+    "max-weight": (lambda value: value == 0 or 1 <= value < float("inf"), "0, or at least 1"),
+    "max-change": _NOT_NEGATIVE,
     "wire-dtype": _one_of("fp32", "fp16"),
     "round-timeout": _POSITIVE,
     "node-timeout": _POSITIVE,

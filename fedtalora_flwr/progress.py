@@ -75,7 +75,7 @@ class RunProgress:
         self._console.print(
             f"each client trains {count['trainable']:,} of {count['total']:,} parameters "
             f"(LoRA {count['lora']:,}, head {count['head']:,}) and sends {count['transmitted']:,} a round"
-            + (f", {count['sums']:,} sums at a task's end" if count.get("sums") else ""),
+            + (f", at most {count['sums']:,} sums at a task's end" if count.get("sums") else ""),
             highlight=False,
             soft_wrap=True,
         )

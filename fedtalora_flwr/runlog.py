@@ -19,7 +19,7 @@ from fedtalora_flwr.config import MAY_CHANGE_ON_RESUME
 from fedtalora_flwr.metrics import TaskMatrix, measured
 
 _OPTIONAL = (
-    *("resent", "kept_energy", "exactness_error", "accuracy_seen_linear"),
+    *("resent", "weights", "kept_energy", "exactness_error", "accuracy_seen_linear"),
     *("cluster_accuracy", "routing_accuracy", "accuracy_routed", "slots"),
 )
 _LIBRARIES = ("torch", "flwr", "timm", "peft", "transformers", "datasets", "numpy", "ray")
@@ -53,7 +53,8 @@ class RoundLog:
     """One line of ``rounds.jsonl``; bytes are message bytes, times are seconds, the loss is a mean over steps.
 
     ``resent`` are partitions that had lost the base and got it once more; ``kept_energy`` is the share of the
-    residual's energy that was sent, where ``residual-energy`` is below 1. ``accuracy_seen_linear`` is what the
+    residual's energy that was sent, where ``residual-energy`` is below 1. ``weights`` are the clients that counted
+    less than their examples say, as a share of that. ``accuracy_seen_linear`` is what the
     trained class rows alone would give, where the head is another one.
 
     Of a method over slots: `slots` are those of the round; ``cluster_accuracy`` is the share of all slots whose cluster
@@ -72,6 +73,7 @@ class RoundLog:
     mean_loss: float | None
     residual_norm: float
     resent: Sequence[int] = ()
+    weights: Mapping[int, float] = field(default_factory=dict)
     kept_energy: float | None = None
     exactness_error: float | None = None
     accuracy_seen: float | None = None
@@ -150,7 +152,7 @@ class RunFolder:
         """Append a line to ``rounds.jsonl``; what does not apply to the round is left out."""
         values = asdict(line)
         for optional in _OPTIONAL:
-            if values[optional] in (None, [], ()):
+            if values[optional] in (None, [], (), {}):
                 del values[optional]
         with (self.path / "rounds.jsonl").open("a") as file:
             file.write(json.dumps(_finite(values)) + "\n")

@@ -190,6 +190,7 @@ class Server:
             residual_norm=trained.residual_norm,
             kept_energy=trained.kept_energy,
             resent=sorted(tally.resent),
+            weights=tally.weights,
             exactness_error=trained.exactness_error,
             accuracy_seen=scored.accuracy_seen,
             accuracy_seen_linear=scored.accuracy_seen_linear,
@@ -334,7 +335,9 @@ class Server:
         )
         replies = strategy.exchange(self.grid, messages)
         views = 0 if before is None else num_views(self.model, self.config)
-        return strategy.add_sums(order.server_round, replies, to=self.point.sums, views=views)
+        scaled = self.config.feature_norm == "rms"
+        usual_norm = self.head.usual_norm(self.model.backbone.feature_dim) if scaled else None
+        return strategy.add_sums(order.server_round, replies, to=self.point.sums, views=views, usual_norm=usual_norm)
 
     def _evaluate(self, task_id: int, sums: FeatureSums) -> tuple[TaskMatrix, float | None]:
         """Count the hits on the test data of every task so far, among all classes seen so far.
@@ -445,9 +448,12 @@ class Server:
         }
 
     def _num_sums(self) -> int:
-        """Count the float64 numbers that a client sends at a task's end: half of the symmetric gram, and the moment."""
+        """Count the float64 numbers that a client sends at most at a task's end: half of each gram, and the moment."""
+        if not self.head.collects_sums:
+            return 0
         size = self.point.sums.gram.shape[0]
-        return size * (size + 1) // 2 + self.point.sums.moment.numel() if self.head.collects_sums else 0
+        grams = [size, 2 * size - 1] if self._follows_drift else [size]
+        return sum(n * (n + 1) // 2 for n in grams) + self.point.sums.moment.numel()
 
     def _image_side(self) -> int | None:
         """Give the side in pixels at which images are stored before the model enlarges them; None for text."""

@@ -243,6 +243,8 @@ def check_settings(config: RunConfig, *, own_data: bool) -> None:
         raise ConfigError(f"method {config.method} needs a data set that all nodes read, not dataset {config.dataset}")
     if config.head != "linear":
         raise ConfigError(f"method {config.method} trains class rows in every slot; set head=linear")
+    if config.aggregation_weights != "examples" or config.max_weight:
+        raise ConfigError(f"method {config.method} weighs slots by their examples: set aggregation-weights=examples")
     if config.loss_classes == "seen" or config.penalty != "none":
         raise ConfigError(
             f"method {config.method} trains all tasks at once, there are no earlier ones: set loss-classes=task and "

@@ -20,9 +20,11 @@ from fedtalora_flwr.aggregation import (
     ClientUpdate,
     ClusteredState,
     GlobalState,
+    Weighing,
     check_update,
     exactness_error,
     kept_energy,
+    outliers,
 )
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import ClassList
@@ -34,6 +36,7 @@ from server_app.census import Census
 log = getLogger("fedtalora.server")
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between two looks for replies, a twentieth of the wait so far
+_NORM_SLACK = 2.0  # random projections of features are not all of one norm
 _GRACE = 15.0  # seconds beyond a message's time to live, so that its expiry is reported and not just silence
 LONGEST_REASON = 500  # characters
 
@@ -62,6 +65,8 @@ class Tally:
         Spent waiting for replies.
     resent
         Partitions that had lost the base and were sent it once more.
+    weights
+        Partitions that counted less than their examples say, relative to the one that counted most, and how much.
     """
 
     participants: set[int] = field(default_factory=set)
@@ -70,6 +75,7 @@ class Tally:
     bytes_down: int = 0
     wait_seconds: float = 0.0
     resent: set[int] = field(default_factory=set)
+    weights: dict[int, float] = field(default_factory=dict)
 
     def fail(self, partition: int, reason: str) -> None:
         """Note a failure on one line and not for ever long: a client may have written the reason."""
@@ -101,6 +107,8 @@ class AdapterStrategy(Strategy):
         self.absent: dict[int, str] = {}  # partition id -> why no node has it yet
         self.task_id = 0
         self.tally = Tally()
+        self.weighing = Weighing(config.aggregation_weights, config.suspects, config.max_weight, config.max_change)
+        self.trust: dict[int, float] = {}  # partition id -> its weight by its examples, relative to the largest such
         self.ledger = Ledger(state.residual)
         self.before: GlobalState | None = None  # the state that the task began with
         self._before_ledger = Ledger({})
@@ -349,7 +357,7 @@ class AdapterStrategy(Strategy):
             If fewer than ``min-replies`` good updates remain.
         """
         updates: list[ClientUpdate] = []
-        losses: list[float] = []
+        losses: dict[int, float] = {}
         partition_of = {node: partition for partition, node in self.node_of.items()}
         for reply in replies:
             partition = partition_of[reply.metadata.src_node_id]
@@ -363,9 +371,15 @@ class AdapterStrategy(Strategy):
                 self.tally.fail(partition, f"refused: {refusal}")
                 continue
             updates.append(update)
-            losses.append(mean_loss)
+            losses[partition] = mean_loss
+        far_off = outliers(self.state, updates, limit=self.config.outlier_limit)
+        for partition, reason in far_off.items():
+            self.tally.fail(partition, f"refused: {reason}")
+        updates = [update for update in updates if update.partition_id not in far_off]
         self.require(len(updates), server_round)
-        mean_loss = float(np.average(losses, weights=[update.num_examples for update in updates]))
+        updates = self._weighed(updates)
+        weights = [update.num_examples for update in updates]
+        mean_loss = float(np.average([losses[update.partition_id] for update in updates], weights=weights))
         updates += self._own_update(updates)
         new_state = self.method.aggregate(self.state, updates)
         metrics: dict[str, int | float | list[int] | list[float]] = {
@@ -380,6 +394,18 @@ class AdapterStrategy(Strategy):
         self.ledger.advance(new_state.residual, new_state.step)
         self._records.clear()
         return None, MetricRecord(metrics)
+
+    def _weighed(self, updates: list[ClientUpdate]) -> list[ClientUpdate]:
+        """Weigh the clients by the run's rule; how much less than by its examples one counts goes for its sums too."""
+        weighed = self.weighing(self.state, updates)
+        examples = {update.partition_id: update.num_examples for update in updates}
+        trust = dict.fromkeys(examples, 0.0)
+        trust |= {update.partition_id: update.num_examples / examples[update.partition_id] for update in weighed}
+        most = max(trust.values())
+        self.trust |= {partition: value / most for partition, value in trust.items()}
+        less = {partition: value for partition, value in self.trust.items() if partition in trust and value < 1}
+        self.tally.weights = {partition: round(value, 4) for partition, value in sorted(less.items())}
+        return weighed
 
     def _own_update(self, updates: list[ClientUpdate]) -> list[ClientUpdate]:
         """Let the server's own model take part, with ``task-average``, as if it were one more client's.
@@ -402,7 +428,13 @@ class AdapterStrategy(Strategy):
         ]
 
     def add_sums(
-        self, server_round: int, replies: Iterable[tuple[int, Message]], *, to: FeatureSums, views: int
+        self,
+        server_round: int,
+        replies: Iterable[tuple[int, Message]],
+        *,
+        to: FeatureSums,
+        views: int,
+        usual_norm: float | None = None,
     ) -> FeatureSums:
         """Add the clients' feature sums up as they come, in order of partition id; a bad one is refused.
 
@@ -416,6 +448,8 @@ class AdapterStrategy(Strategy):
             The sums of earlier tasks.
         views
             Of each example that clients have compared before and now, so that `to` can follow; 0 where they have not.
+        usual_norm
+            About the norm that each summed vector must have; None where features are of any size.
 
         Raises
         ------
@@ -428,16 +462,17 @@ class AdapterStrategy(Strategy):
             try:
                 sums = wire.read_sums(reply, like=like)
                 self._check_counts(self.task_id, partition, sums.moment[:, -1])
-                self._check_sums(sums)
+                self._check_sums(sums, usual_norm)
+                trust = self.trust.get(partition, 1.0)
                 if views:
                     num_vectors = views * int(sums.moment[:, -1].sum())
                     drift = wire.read_drift(reply, num_vectors=num_vectors, feature_dim=len(like.gram) - 1)
-                    self._check_norm(float((drift.trace() / (2 * num_vectors)).sqrt()))
-                    total_drift = total_drift + drift
+                    self._check_norm(float((drift.trace() / (2 * num_vectors)).sqrt()), usual_norm)
+                    total_drift = total_drift + trust * drift
             except BadUpdate as refusal:
                 self.tally.fail(partition, f"refused: {refusal}")
                 continue
-            total, num_good = total + sums, num_good + 1
+            total, num_good = total + sums.times(trust), num_good + 1
         self.require(num_good, server_round)
         return (to.followed(total_drift) if views else to) + total
 
@@ -467,7 +502,7 @@ class AdapterStrategy(Strategy):
             except BadUpdate as refusal:
                 self.tally.fail(partition, f"refused: {refusal}")
                 continue
-            total, num_good = total + moment, num_good + 1
+            total, num_good = total + self.trust.get(partition, 1.0) * moment, num_good + 1
         self.require(num_good, server_round)
         return total[:, :-1] / total[:, -1:].clamp(min=1), total[:, -1] > 0
 
@@ -480,7 +515,7 @@ class AdapterStrategy(Strategy):
             If fewer than ``min-replies`` good ones remain.
         """
         total: dict[str, Tensor] = {}
-        num_good = num_examples = 0
+        num_good, num_examples = 0, 0.0
         for partition, reply in replies:
             try:
                 sums, counts = wire.read_fisher(reply, like=self.state, trainable=self.method.trainable)
@@ -492,10 +527,11 @@ class AdapterStrategy(Strategy):
             except BadUpdate as refusal:
                 self.tally.fail(partition, f"refused: {refusal}")
                 continue
-            total = {key: value + total.get(key, 0) for key, value in sums.items()}
-            num_good, num_examples = num_good + 1, num_examples + held
+            trust = self.trust.get(partition, 1.0)
+            total = {key: trust * value + total.get(key, 0) for key, value in sums.items()}
+            num_good, num_examples = num_good + 1, num_examples + trust * held
         self.require(num_good, server_round)
-        return {key: value / max(1, num_examples) for key, value in total.items()}
+        return {key: value / max(1.0, num_examples) for key, value in total.items()}
 
     def add_hits(
         self, server_round: int, replies: Iterable[tuple[int, Message]], *, num_tasks: int
@@ -528,12 +564,15 @@ class AdapterStrategy(Strategy):
         if not grows and not torch.equal(counts.double(), held.double()):
             raise BadUpdate("speaks of other examples than the client said it holds of this task")
 
-    def _check_sums(self, sums: FeatureSums) -> None:
+    def _check_sums(self, sums: FeatureSums, usual_norm: float | None = None) -> None:
         if not sums.possible():
             raise BadUpdate("sums contradict each other: no examples have such sums")
-        self._check_norm(sums.feature_norm())
+        self._check_norm(sums.feature_norm(), usual_norm)
 
-    def _check_norm(self, norm: float) -> None:
+    def _check_norm(self, norm: float, usual: float | None) -> None:
+        """Refuse features (their root mean square norm) that no backbone gives, or not the run's."""
+        if usual is not None and not usual / _NORM_SLACK < norm < usual * _NORM_SLACK:
+            raise BadUpdate(f"features have a norm of {norm:.3g}, those of this run about {usual:.3g}")
         if not norm <= self.config.norm_limit:
             raise BadUpdate(f"features have a norm of {norm:.3g}, norm-limit is {self.config.norm_limit:g}")
 

@@ -1,6 +1,7 @@
 """Whole runs of what keeps old tasks: sums that follow features, means over tasks, rows that start at means."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,17 @@ import pytest
 import torch
 from flwr.app import Context, Message
 from local_grid import defaults, tiny_run
-from test_wire import opened
+from tensors import opened
 
 from client_app.app import app as run_client
 from fedtalora_flwr import aggregation, checkpoint, wire
 from fedtalora_flwr.aggregation import ClientUpdate, GlobalState, LoraFactors
 from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.heads import rows_at_means
 from fedtalora_flwr.resident import _base_store
 from server_app.strategy import AdapterStrategy
 
-QUICK = {"dataset": "digits", "head": "lda", "rounds_per_task": 1, "local_epochs": 2}
+QUICK = {"dataset": "digits", "head": "lda", "rounds_per_task": 1, "local_epochs": 2, "drift_views": 1}
 
 
 def rounds(out: Path) -> list[dict[str, Any]]:
@@ -105,6 +107,66 @@ def test_means_that_cannot_be_are_refused_and_the_others_start_the_rows(tmp_path
     (line,) = rounds(tmp_path)
     reasons = [failure["reason"] for failure in line["failures"]]
     assert reasons == ["refused: means hold a number that is not finite"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda content: content.pop("drift"), "the drift cannot be read"),
+        (lambda content: lengthen(content, "drift", 55.0), r"features have a norm of .*, those of this run about 13.9"),
+        (lambda content: lengthen(content, "arrays", 55.0), "sums contradict each other"),
+    ],
+    ids=["none", "too long", "sums too long"],
+)
+def test_a_drift_that_cannot_be_is_refused_and_that_of_the_others_taken(tmp_path, spoil, reason):
+    def lies(message: Message, context: Context) -> Message:
+        reply = run_client(message, context)
+        if wire.tells_before(message.content) and context.node_config["partition-id"] == 1:
+            spoil(reply.content)
+        return reply
+
+    tiny_run(tmp_path, lies, **QUICK)
+    first, second = rounds(tmp_path)
+    assert not first["failures"]
+    (failure,) = second["failures"]
+    assert failure["partition_id"] == 1 and re.match(f"refused: {reason}", failure["reason"])
+
+
+def lengthen(content, record: str, factor: float) -> None:
+    with opened(content, record) as tensors:
+        key = next(key for key in tensors if key.endswith("root"))
+        tensors[key] = factor * tensors[key]
+
+
+def test_rows_end_a_task_at_the_means_of_all_classes_so_far(tmp_path):
+    tiny_run(tmp_path, **QUICK | {"rows_start": "means"})
+    point = checkpoint.load(tmp_path / "checkpoint")
+    means = point.sums.moment[:, :-1] / point.sums.moment[:, -1:]
+    for name, rows in rows_at_means(means).items():
+        torch.testing.assert_close(point.state.head[name], rows)
+
+
+def test_a_client_that_counts_less_counts_as_much_less_in_the_sums(tmp_path):
+    def loud(message: Message, context: Context) -> Message:
+        reply = run_client(message, context)
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 2:
+            with opened(message.content) as sent, opened(reply.content) as tensors:
+                for key in tensors:
+                    if key.startswith("lora_B"):
+                        tensors[key] = sent[key] + 8 * (tensors[key] - sent[key])
+        return reply
+
+    settings = QUICK | {"stop_after_task": 1, "follow_drift": False}
+    tiny_run(tmp_path / "loud", loud, **settings)
+    (line,) = rounds(tmp_path / "loud")
+    assert not line["failures"] and line["weights"].keys() == {"2"}
+    tiny_run(tmp_path / "fair", **settings)
+    counts, fair = sums_of(tmp_path / "loud")[:, -1], sums_of(tmp_path / "fair")[:, -1]
+    share = line["weights"]["2"]
+    held = json.loads((tmp_path / "fair" / "manifest.json").read_text())["class_counts"][2]
+    seen = fair > 0
+    wanted = fair - (1 - share) * torch.tensor(held, dtype=torch.float64) * seen
+    torch.testing.assert_close(counts, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_every_task_moves_the_model_by_its_share_exactly():

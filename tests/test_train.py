@@ -355,7 +355,7 @@ def test_views_are_in_the_order_of_the_examples_whatever_that_of_batches():
     model = OneNumber()
     model.backbone = Backwards()
     examples = Examples(torch.arange(7.0).unsqueeze(1), torch.tensor([0, 1, 1, 2, 3, 3, 3]))
-    views = train.lifted_views(model, examples, head=LINEAR, config=configured(), seed=[0])
+    views = train.lifted_views(model, examples, head=LINEAR, config=configured(drift_views=2), seed=[0])
     assert torch.equal(views, examples.inputs)  # of a text there is but one
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from fedtalora_flwr import registry
 from fedtalora_flwr.aggregation.base import FACTORS, Aggregator, ClientUpdate, GlobalState, LoraFactors, Method
-from fedtalora_flwr.aggregation.intake import BadUpdate, check_update
+from fedtalora_flwr.aggregation.intake import BadUpdate, check_update, outliers
 from fedtalora_flwr.aggregation.slots import (
     ClusteredState,
     Place,
@@ -15,6 +15,7 @@ from fedtalora_flwr.aggregation.slots import (
 )
 from fedtalora_flwr.aggregation.step import Step, kept_energy
 from fedtalora_flwr.aggregation.verify import exactness_error
+from fedtalora_flwr.aggregation.weights import Weighing
 
 __all__ = [
     "FACTORS",
@@ -29,10 +30,12 @@ __all__ = [
     "Slot",
     "SlotAggregator",
     "Step",
+    "Weighing",
     "available",
     "check_update",
     "exactness_error",
     "kept_energy",
+    "outliers",
     "place_name",
     "resolve",
     "slots_exactness_error",

@@ -103,20 +103,20 @@ class ClientUpdate:
     partition_id
         Stable identity of the client's data; the order of summation.
     num_examples
-        Examples trained on: the client's weight n_k.
+        Examples trained on: the client's weight n_k, or the weight that it was given in their place (`weights`).
     adapters, head
         As in `GlobalState`; the rank may differ from the server's.
     class_counts
-        (C,) int64, examples of each class trained on.
+        (C,) int64, examples of each class trained on; float64 where it is a weight.
     base_version
         `GlobalState.version` that the training started from.
     """
 
     partition_id: int
-    num_examples: int
+    num_examples: float
     adapters: Mapping[str, LoraFactors]
     head: Mapping[str, Tensor]
-    class_counts: Tensor  # (C,) int64
+    class_counts: Tensor  # (C,)
     base_version: int
 
 

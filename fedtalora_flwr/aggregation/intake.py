@@ -1,11 +1,13 @@
 """Refuse a bad update by name before it can touch the state."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from fedtalora_flwr.aggregation.base import FACTORS, ClientUpdate, GlobalState
 from fedtalora_flwr.aggregation.step import Step
+from fedtalora_flwr.aggregation.weights import further
 
 
 class BadUpdate(ValueError):
@@ -46,8 +48,8 @@ def check_update(
         a, b = tuple(theirs.lora_A.shape), tuple(theirs.lora_B.shape)
         if len(a) != 2 or len(b) != 2 or a[1] != d_in or b[0] != d_out or a[0] != b[1] or a[0] < 1:
             raise BadUpdate(f"{name}: lora_A {a} and lora_B {b} do not fit ({d_out}, rank) @ (rank, {d_in})")
-        if a[0] > max(min(d_out, d_in), ours.rank):  # a dense pair's own rank is d_in
-            raise BadUpdate(f"{name}: rank {a[0]} is more than the {d_in}->{d_out} layer can have")
+        if a[0] > ours.rank:
+            raise BadUpdate(f"{name}: rank {a[0]} is more than the run's {ours.rank}")
         if not 0 < theirs.scaling < float("inf"):
             raise BadUpdate(f"{name}: scaling {theirs.scaling} is not a positive number")
         if trainable != FACTORS and theirs.scaling != ours.scaling:  # the mean would be another pair altogether
@@ -69,12 +71,67 @@ def check_update(
         raise BadUpdate(f"changes the weights by a norm of {norm:.3g}, norm-limit is {norm_limit:g}")
 
 
+def outliers(state: GlobalState, updates: Sequence[ClientUpdate], *, limit: float) -> dict[int, str]:
+    """Find the updates that change something far more than the others do.
+
+    What is compared is the norm of the change of the effective weights, of either factor (whose product says nothing
+    of ``(c B, A / c)``), and of a class row. A client that has more examples than the median takes more steps, and may
+    go as much further.
+
+    Parameters
+    ----------
+    state, updates
+        What was sent, and what came back from all clients of a round, checked one by one.
+    limit
+        The multiple of the round's median from which on a change is too large; 0: none is.
+
+    Returns
+    -------
+    Partition id -> why. Nobody, where there are fewer than three: of two it cannot be said which is far off.
+    """
+    if len(updates) < 3 or not limit:
+        return {}
+    examples = torch.tensor([float(update.num_examples) for update in updates], dtype=torch.float64)
+    found: dict[int, str] = {}
+    changes = [_changes(state, update) for update in updates]
+    for what in changes[0]:
+        sizes = torch.tensor([change[what] for change in changes], dtype=torch.float64)
+        usual = sizes.median() * further(examples)
+        for update, size, most in zip(updates, sizes.tolist(), usual.tolist(), strict=True):
+            if size > limit * most > 0:
+                reason = f"changes {what} by {size / most:.3g} times as much as is usual, outlier-limit is {limit:g}"
+                found.setdefault(update.partition_id, reason)
+    return found
+
+
+def _changes(state: GlobalState, update: ClientUpdate) -> dict[str, float]:
+    factors = dict.fromkeys(sorted(FACTORS), 0.0)
+    for name, ours in state.adapters.items():
+        for factor in factors:
+            before, after = getattr(ours, factor), getattr(update.adapters[name], factor)
+            if before.shape == after.shape:  # of another rank the product alone can be compared
+                factors[factor] += float((after - before).double().square().sum())
+    held = update.class_counts.nonzero().flatten()
+    rows = sum(
+        float((update.head[name][held] - value[held]).double().square().sum()) for name, value in state.head.items()
+    )
+    changes = {"the weights": _weights_energy(state, update), "a class row": rows / max(1, len(held)), **factors}
+    return {what: math.sqrt(energy) for what, energy in changes.items()}
+
+
 def update_norm(state: GlobalState, update: ClientUpdate) -> float:
     """Give the Frobenius norm of all that an update changes: the layers' effective weights, and the head's rows.
 
     It is taken from the factors, ``scaling B A - scaling_0 B_0 A_0 = [scaling B, -scaling_0 B_0] [A; A_0]``, where the
     pairs are not dense.
     """
+    energy = _weights_energy(state, update)
+    for name, parameter in state.head.items():
+        energy += float((update.head[name].double() - parameter.double()).square().sum())
+    return math.sqrt(energy)
+
+
+def _weights_energy(state: GlobalState, update: ClientUpdate) -> float:
     energy = 0.0
     for name, ours in state.adapters.items():
         theirs = update.adapters[name]
@@ -83,9 +140,7 @@ def update_norm(state: GlobalState, update: ClientUpdate) -> float:
             continue
         left = torch.cat([theirs.scaling * theirs.lora_B.double(), -ours.scaling * ours.lora_B.double()], 1)
         energy += max(0.0, Step(left, torch.cat([theirs.lora_A, ours.lora_A], 0)).energy())
-    for name, parameter in state.head.items():
-        energy += float((update.head[name].double() - parameter.double()).square().sum())
-    return math.sqrt(energy)
+    return energy
 
 
 def _check_counts(state: GlobalState, update: ClientUpdate) -> None:

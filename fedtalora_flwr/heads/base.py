@@ -3,14 +3,18 @@
 Shape names: C classes, d features, N examples.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
+_DENSE = 2048  # up to which all eigenvalues are found
 _MARGIN = 6.0  # see `rows_at_means`
 _DRIFT_LAMBDA = 0.1  # relative to the mean square of a feature; see docs/BENCHMARK.md
 
@@ -60,11 +64,25 @@ class FeatureSums:
         return FeatureSums(self.gram, _with_zero_rows(self.moment, num_classes))
 
     def possible(self, *, tolerance: float = 1e-6) -> bool:
-        """Tell whether examples with such sums can exist: Cauchy-Schwarz holds, and the moment adds up."""
+        """Tell whether examples with such sums can exist.
+
+        They can if ``[[G, M^T], [M, diag(n)]]`` is positive semi-definite, n_c the examples of class c, which M holds
+        under the constant: no class has more in G than G has, ``G - sum_c M_c^T M_c / n_c >= 0``, and a class without
+        an example has no row. And the rows add up to G's own.
+        """
         largest = self.gram.diagonal().clamp(min=0).sqrt() * (1 + tolerance)
-        bounded = (self.gram.abs() <= torch.outer(largest, largest)).all()
         gap = (self.moment.sum(0) - self.gram[-1]).abs()
-        return bool(bounded and (gap <= tolerance * largest * largest[-1]).all())
+        if not (gap <= tolerance * largest * largest[-1]).all():
+            return False
+        counts = self.moment[:, -1]
+        if (counts < 0).any() or self.moment[counts == 0].any():
+            return False
+        rows = self.moment[counts > 0] / counts[counts > 0].sqrt()[:, None]
+        return _smallest_eigenvalue(self.gram, less=rows) >= -tolerance * float(self.gram.trace())
+
+    def times(self, factor: float) -> "FeatureSums":
+        """Let every example count so many times."""
+        return self if factor == 1 else FeatureSums(factor * self.gram, factor * self.moment)
 
     def feature_norm(self) -> float:
         """Give the root of the mean square norm of the summed features, their trailing 1 included."""
@@ -100,6 +118,16 @@ class FeatureSums:
 
     def __add__(self, other: "FeatureSums") -> "FeatureSums":
         return FeatureSums(self.gram + other.gram, self.moment + other.moment)
+
+
+def _smallest_eigenvalue(gram: Tensor, *, less: Tensor) -> float:
+    """Give the smallest eigenvalue of ``gram - less^T less``: by Lanczos where the matrix (m, m) is large."""
+    if len(gram) <= _DENSE:
+        return float(torch.linalg.eigvalsh(gram - less.T @ less)[0])
+    ours, theirs = gram.numpy(), less.numpy()
+    operator = LinearOperator(ours.shape, matvec=lambda x: ours @ x - theirs.T @ (theirs @ x), dtype=ours.dtype)
+    start = np.random.default_rng(0).standard_normal(len(ours))
+    return float(eigsh(operator, k=1, which="SA", v0=start, tol=1e-3, maxiter=300, return_eigenvectors=False)[0])
 
 
 @dataclass(frozen=True)
@@ -194,6 +222,10 @@ class Head(ABC):
     def lift(self, features: Tensor) -> Tensor:
         """Turn features (N, d) into those that are summed, (N, m)."""
         return features
+
+    def usual_norm(self, feature_dim: int) -> float:
+        """Give the norm of what is summed of an example, the constant included, if features have a mean square of 1."""
+        return math.sqrt(feature_dim + 1)
 
     def projection(self, feature_dim: int) -> Tensor | None:
         """Give P (d, m) where `lift` is ``relu(features @ P)``, so that it can be written down; None: no lift."""

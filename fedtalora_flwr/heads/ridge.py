@@ -71,6 +71,10 @@ class RidgeHead(Head):
         clipped = logits.clamp(min=0)
         return clipped / clipped.sum(dim=1, keepdim=True)
 
+    def usual_norm(self, feature_dim: int) -> float:
+        """As of all heads; a random projection of a feature is as often below zero as above, and half of it is left."""
+        return math.sqrt(self.num_random / 2 + 1) if self.num_random else super().usual_norm(feature_dim)
+
     def lifted_dim(self, feature_dim: int) -> int:
         """Give the number of features that are solved on."""
         return self.num_random or feature_dim

@@ -6,7 +6,7 @@ import pytest
 import torch
 from made_updates import FEATURE_DIM, NUM_CLASSES, draw, make_state, make_update
 
-from fedtalora_flwr.aggregation import BadUpdate, ClientUpdate, GlobalState, LoraFactors, check_update
+from fedtalora_flwr.aggregation import BadUpdate, ClientUpdate, GlobalState, LoraFactors, check_update, outliers
 from fedtalora_flwr.aggregation.intake import update_norm
 
 LAYER = "blocks.0.attn.qkv"  # (7, 5)
@@ -36,8 +36,8 @@ def test_good_update_passes(state, update):
     check_update(state, update)
 
 
-def test_update_of_another_rank_passes_where_its_pair_fits(state, update):
-    check_update(state, with_pair(update, lora_A=torch.ones(4, 5), lora_B=torch.ones(7, 4)))
+def test_update_of_a_lower_rank_passes_where_its_pair_fits(state, update):
+    check_update(state, with_pair(update, lora_A=torch.ones(1, 5), lora_B=torch.ones(7, 1)))
 
 
 @pytest.mark.parametrize("version", [2, 4])
@@ -110,9 +110,64 @@ def test_pair_whose_product_overflows_is_refused(state, update):
         check_update(state, with_pair(update, **huge))
 
 
-def test_rank_that_the_layer_cannot_have_is_refused_before_it_takes_memory(state, update):
-    with pytest.raises(BadUpdate, match=f"{LAYER}: rank 6 is more than the 5->7 layer can have"):
-        check_update(state, with_pair(update, lora_A=torch.ones(6, 5), lora_B=torch.ones(7, 6)))
+def test_rank_above_that_of_the_run_is_refused_before_it_costs_the_server_and_the_others(state, update):
+    with pytest.raises(BadUpdate, match=f"{LAYER}: rank 3 is more than the run's 2"):
+        check_update(state, with_pair(update, lora_A=torch.ones(3, 5), lora_B=torch.ones(7, 3)))
+
+
+def round_of(state, num, **changes):
+    return [make_update(state, k, generator=draw(k), spread=0.1, **changes) for k in range(num)]
+
+
+def in_gauge(update, factor):
+    """The same products of other factors."""
+    pairs = {
+        name: replace(p, lora_A=factor * p.lora_A, lora_B=p.lora_B / factor) for name, p in update.adapters.items()
+    }
+    return replace(update, adapters=pairs)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (lambda update: in_gauge(update, 1e3), "lora_A"),
+        (lambda update: in_gauge(update, 1e-3), "lora_B"),
+        (lambda update: replace(update, head={k: v + 100 for k, v in update.head.items()}), "a class row"),
+        (
+            lambda update: replace(
+                update,
+                adapters={n: replace(p, lora_B=-100 * p.lora_B) for n, p in update.adapters.items()},
+            ),
+            "the weights",
+        ),
+    ],
+    ids=["gauge of A", "gauge of B", "rows", "flipped"],
+)
+def test_one_that_changes_something_far_more_than_the_others_is_found(state, spoil, what):
+    updates = round_of(state, 5)
+    updates[3] = spoil(updates[3])
+    found = outliers(state, updates, limit=10.0)
+    assert found.keys() == {3} and f"changes {what} by " in found[3] and "outlier-limit is 10" in found[3]
+    assert not outliers(state, updates, limit=0.0)
+
+
+def test_honest_clients_are_no_outliers_nor_is_one_of_two(state):
+    updates = round_of(state, 5)
+    assert not outliers(state, updates, limit=10.0)
+    assert not outliers(state, [updates[0], in_gauge(updates[1], 1e6)], limit=10.0)
+
+
+def test_one_that_takes_more_steps_may_go_as_much_further(state):
+    updates = round_of(state, 4)
+    far = make_update(state, 4, generator=draw(9), spread=3.0)
+    assert outliers(state, [*updates, far], limit=10.0).keys() == {4}
+    large = replace(far, num_examples=300 * far.num_examples, class_counts=300 * far.class_counts)
+    assert not outliers(state, [*updates, large], limit=10.0)
+
+
+def test_factors_that_nobody_changes_make_no_outlier(state):
+    frozen = {"trainable": frozenset({"lora_B"})}
+    assert not outliers(state, round_of(state, 5, **frozen), limit=10.0)
 
 
 def test_norm_of_an_update_is_that_of_the_change_of_the_effective_weights_and_the_rows(state, update):
