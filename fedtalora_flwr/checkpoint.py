@@ -4,6 +4,7 @@ Each write goes to a new file that replaces the old by ``os.replace``, so that a
 whole checkpoint, the last or the one before.
 """
 
+import hashlib
 import json
 import os
 from collections import defaultdict
@@ -24,6 +25,7 @@ from fedtalora_flwr.metrics import TaskMatrix
 from fedtalora_flwr.penalties import Memory
 
 _POINTER, _BEFORE = "latest.json", "before "
+_INSTEAD = "go on from an earlier round that was kept (resume-from), or start the run anew"
 
 
 class CheckpointError(ValueError):
@@ -73,8 +75,8 @@ class Checkpoint:
     before: GlobalState | None = None
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint and drop the one before.
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> None:
+    """Write a checkpoint and drop old ones, so that `keep` of them stay, and those of later rounds.
 
     Raises
     ------
@@ -93,7 +95,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         tensors |= _tensors(checkpoint.before, prefix=_BEFORE)
     if checkpoint.routes is not None:
         tensors |= {"routes/gram": checkpoint.routes.gram, "routes/moment": checkpoint.routes.moment}
-    name = f"round-{checkpoint.server_round:06d}.safetensors"
+    name = _tensors_of(checkpoint.server_round)
     temporary = folder / f"{name}.part"
     with _whole(temporary, folder / name):
         try:
@@ -102,6 +104,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"{folder / name} cannot be written: {error}") from error
     facts: dict[str, Any] = {
         "tensors": name,
+        "sha256": _digest(folder / name),
         "server_round": checkpoint.server_round,
         "version": state.version,
         "version_before": None if checkpoint.before is None else checkpoint.before.version,
@@ -121,32 +124,59 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
             "own": sorted(clustered.own),
             "assigned": [[*slot, cluster] for slot, cluster in sorted(clustered.assigned.items())],
         }
+    write_text(folder / _facts_of(checkpoint.server_round), json.dumps(facts))
     write_text(folder / _POINTER, json.dumps(facts))
+    last = checkpoint.server_round
+    kept = sorted(n for n in rounds(folder) if n <= last)[-keep:]
+    names = {path for n in kept for path in (_facts_of(n), _tensors_of(n))}
     for old in folder.glob("round-*"):
-        if old.name != name:
+        if old.name not in names:
             old.unlink(missing_ok=True)
 
 
-def load(folder: Path) -> Checkpoint:
-    """Read the last whole checkpoint.
+def rounds(folder: Path) -> list[int]:
+    """List the rounds of which a checkpoint is kept."""
+    return sorted(int(path.stem.removeprefix("round-")) for path in folder.glob("round-*.json"))
+
+
+def _facts_of(server_round: int) -> str:
+    return f"round-{server_round:06d}.json"
+
+
+def _tensors_of(server_round: int) -> str:
+    return f"round-{server_round:06d}.safetensors"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load(folder: Path, server_round: int = 0) -> Checkpoint:
+    """Read the last whole checkpoint, or that of a round.
 
     Raises
     ------
     CheckpointError
-        If there is none, or its files cannot be read.
+        If there is none, or its files cannot be read or are not what was written.
     """
-    pointer = folder / _POINTER
+    pointer = folder / (_facts_of(server_round) if server_round else _POINTER)
+    if server_round and not pointer.is_file():
+        kept = ", ".join(map(str, rounds(folder))) or "none"
+        raise CheckpointError(f"{folder} keeps no checkpoint of round {server_round}; those kept: {kept}")
     if not pointer.is_file():
         raise CheckpointError(f"{folder} holds no checkpoint ({_POINTER}); the run ended before its first round did")
     try:
         facts = json.loads(pointer.read_text())
         path = folder / facts["tensors"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{pointer} cannot be read; start the run anew") from error
+        raise CheckpointError(f"{pointer} cannot be read; {_INSTEAD}") from error
     try:
+        if _digest(path) != facts.get("sha256"):
+            raise CheckpointError(f"{path} is not what was written: its SHA-256 is another; {_INSTEAD}")
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}, to which {_POINTER} points, cannot be read; start the run anew") from error
+        raise CheckpointError(f"{path}, to which {pointer.name} points, cannot be read; {_INSTEAD}") from error
     state = _state(tensors, facts["scaling"], version=facts["version"])
     before = None
     if (version := facts["version_before"]) is not None:

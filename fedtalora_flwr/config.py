@@ -14,7 +14,17 @@ from fedtalora_flwr import registry
 # Where and how a run is carried out, which a resumed run may do otherwise; all else is what the run is.
 MAY_CHANGE_ON_RESUME = frozenset(
     {
-        *("out", "resume", "device", "cache-gb", "base-cache-gb", "check-data", "data-root"),
+        *(
+            "out",
+            "resume",
+            "resume-from",
+            "keep-checkpoints",
+            "device",
+            "cache-gb",
+            "base-cache-gb",
+            "check-data",
+            "data-root",
+        ),
         *("norm-limit", "round-timeout", "node-timeout"),
     }
 )
@@ -109,6 +119,8 @@ class RunConfig:
     seed: int
     out: str
     resume: bool
+    resume_from: int
+    keep_checkpoints: int
 
     @classmethod
     def parse(cls, run_config: Mapping[str, Any]) -> "RunConfig":
@@ -270,6 +282,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "eval-batch-size": _at_least(1),
     "precision": _one_of("auto", "fp32", "bf16"),
     "threads": _at_least(1),
+    "resume-from": _at_least(0),
+    "keep-checkpoints": _at_least(1),
     "seed": (lambda value: 0 <= value < 2**63, "at least 0 and below 2^63"),
 }
 

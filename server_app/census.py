@@ -22,7 +22,7 @@ class Census:
     counts
         Training examples of each class, (C,) int64, by task id and partition id.
     tests
-        Task id -> partitions that have held-out examples of it; none where the server has the test data.
+        Task id -> partition id -> how many examples of it are held out; none where the server has the test data.
     told
         Partition id -> the classes under the names that it has said itself; none where all read one data set.
     remarks
@@ -31,7 +31,7 @@ class Census:
 
     classes: ClassList
     counts: Mapping[tuple[int, int], Tensor]
-    tests: Mapping[int, Sequence[int]]
+    tests: Mapping[int, Mapping[int, int]]
     told: Mapping[int, ClassList]
     remarks: tuple[str, ...] = ()
 
@@ -79,7 +79,7 @@ def of_own(hellos: Sequence[Hello], classes: ClassList, *, next_task: int, confi
         for hello in hellos
         for task_id in range(len(classes.tasks))
     }
-    tests: dict[int, set[int]] = {}
+    tests: dict[int, dict[int, int]] = {}
     remarks = []
     for hello in hellos:
         remarks += [f"partition {hello.partition_id}: {remark}" for remark in hello.remarks]
@@ -92,11 +92,12 @@ def of_own(hellos: Sequence[Hello], classes: ClassList, *, next_task: int, confi
             task_id, row = place
             counts[task_id, hello.partition_id][row] += one.num_train
             if one.num_test:
-                tests.setdefault(task_id, set()).add(hello.partition_id)
+                of_task = tests.setdefault(task_id, {})
+                of_task[hello.partition_id] = of_task.get(hello.partition_id, 0) + one.num_test
     return Census(
         classes,
         counts,
-        tests={task_id: sorted(partitions) for task_id, partitions in tests.items()},
+        tests=tests,
         told={hello.partition_id: classes.only(hello.own) for hello in hellos},
         remarks=tuple(remarks),
     )

@@ -106,6 +106,12 @@ class Server:
         """Whether the sums of finished tasks follow the features; without training these do not move."""
         return self.head.collects_sums and self.config.follow_drift and bool(self.config.rounds_per_task)
 
+    @property
+    def _compares_with_start(self) -> bool:
+        """Whether the end of any task needs the state that the task began with; that of the first does not."""
+        averages = self.config.task_average and bool(self.config.rounds_per_task)
+        return (self._follows_drift or averages) and self.num_rounds > self.rounds_per_task
+
     def run(self) -> None:
         """Meet the clients, play all rounds, write the result.
 
@@ -148,7 +154,7 @@ class Server:
         self.strategy.tally = tally = Tally(failures=self.strategy.tally.failures if is_first else [])
         if self.data is None and round_in_task == 0 and not is_first:
             self._ask_again(order)
-        if round_in_task == 0 and self._follows_drift:
+        if round_in_task == 0 and self._compares_with_start:
             self.point = replace(self.point, before=self.strategy.state)
             self.strategy.begin_task(self.strategy.state)
         if round_in_task == 0 and self.config.rounds_per_task and self.config.rows_start == "means":
@@ -207,7 +213,7 @@ class Server:
         """Log and checkpoint a round; where that cannot be, the checkpoint before it stays as it was."""
         try:
             self.folder.append_round(line)
-            checkpoint.save(self.folder.checkpoint, point)
+            checkpoint.save(self.folder.checkpoint, point, keep=self.config.keep_checkpoints)
         except (OSError, CheckpointError) as error:
             done = self.point.server_round
             kept = f"the checkpoint of round {done} is whole" if done else "no round was finished before"
@@ -228,6 +234,8 @@ class Server:
         _, metrics = strategy.aggregate_train(order.server_round, (reply for _, reply in replies))
         assert metrics is not None
         numbers: dict[str, Any] = {key.replace("-", "_"): float(str(value)) for key, value in metrics.items()}
+        if order.round_in_task + 1 == self.rounds_per_task and (error := strategy.end_task()) is not None:
+            numbers["exactness_error"] = max(error, numbers["exactness_error"])
         return Trained(**numbers)
 
     def _start_rows(self, order: wire.RoundOrder) -> None:
@@ -514,7 +522,7 @@ class Server:
         return ClassList(self.data.source.class_names, self.data.stream.tasks)
 
     def _resumed(self) -> Checkpoint:
-        point = checkpoint.load(self.folder.checkpoint)
+        point = checkpoint.load(self.folder.checkpoint, self.config.resume_from)
         self.folder.check_config(self.config.flat())
         self.folder.keep_rounds(point.server_round)
         log.info("resuming after round %d", point.server_round)

@@ -66,8 +66,32 @@ def test_only_the_last_checkpoint_is_kept(tmp_path):
     for server_round in (1, 2, 10):
         last = make_checkpoint(server_round)
         checkpoint.save(tmp_path, last)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest.json", "round-000010.safetensors"]
+    kept = ["latest.json", "round-000010.json", "round-000010.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
     assert_same(checkpoint.load(tmp_path), last)
+
+
+def test_as_many_checkpoints_as_asked_for_are_kept_and_can_be_gone_back_to(tmp_path):
+    saved = {server_round: make_checkpoint(server_round) for server_round in (1, 2, 3, 4)}
+    for each in saved.values():
+        checkpoint.save(tmp_path, each, keep=3)
+    assert checkpoint.rounds(tmp_path) == [2, 3, 4]
+    assert_same(checkpoint.load(tmp_path, 2), saved[2])
+    with pytest.raises(CheckpointError, match="keeps no checkpoint of round 1; those kept: 2, 3, 4"):
+        checkpoint.load(tmp_path, 1)
+    checkpoint.save(tmp_path, saved[3], keep=3)  # a run that went on from round 2: what came after it is of another one
+    assert checkpoint.rounds(tmp_path) == [2, 3]
+
+
+@pytest.mark.parametrize("place", [100, -100])
+def test_a_flipped_bit_is_refused_by_the_name_of_the_file(tmp_path, place):
+    checkpoint.save(tmp_path, make_checkpoint())
+    path = tmp_path / "round-000003.safetensors"
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"round-000003\.safetensors is not what was written"):
+        checkpoint.load(tmp_path)
 
 
 @pytest.mark.parametrize("killed_at", ["save_file", "_flush", "write_text"])

@@ -1,5 +1,6 @@
 """The way to the server's residual, down; and what a client holds that cannot go it, up."""
 
+import re
 from collections.abc import Sequence
 from copy import copy
 
@@ -8,7 +9,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from fedtalora_flwr.aggregation import Step
 from fedtalora_flwr.residual import Parcel
 from fedtalora_flwr.wire.records import ARRAYS, BASE, BASE_ARRAYS, ORDER, array_record, read_arrays
+from fedtalora_flwr.wire.refusal import WireError
 
+_DIGEST = re.compile("[0-9a-f]{64}")
 _BEFORE = ".before"  # behind the names of the records that speak of an earlier state
 
 
@@ -48,6 +51,8 @@ def tells_before(content: RecordDict) -> bool:
 def read_parcel(message: Message) -> Parcel:
     """Read from a training message how to reach the base."""
     chain = str(message.content.config_records[BASE]["chain"]).split()
+    if odd := [digest for digest in chain if not _DIGEST.fullmatch(digest)]:  # names of files on a client's disk
+        raise WireError(f"a base is named by 64 hexadecimal digits, not {odd[0][:80]!r}")
     base = read_arrays(message.content.array_records[BASE_ARRAYS])
     steps = tuple(
         {name: Step(left, base[f"right {index}"][name]) for name, left in base.get(f"left {index}", {}).items()}
