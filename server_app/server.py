@@ -106,12 +106,6 @@ class Server:
         """Whether the sums of finished tasks follow the features; without training these do not move."""
         return self.head.collects_sums and self.config.follow_drift and bool(self.config.rounds_per_task)
 
-    @property
-    def _compares_with_start(self) -> bool:
-        """Whether the end of any task needs the state that the task began with; that of the first does not."""
-        averages = self.config.task_average and bool(self.config.rounds_per_task)
-        return (self._follows_drift or averages) and self.num_rounds > self.rounds_per_task
-
     def run(self) -> None:
         """Meet the clients, play all rounds, write the result.
 
@@ -154,7 +148,7 @@ class Server:
         self.strategy.tally = tally = Tally(failures=self.strategy.tally.failures if is_first else [])
         if self.data is None and round_in_task == 0 and not is_first:
             self._ask_again(order)
-        if round_in_task == 0 and self._compares_with_start:
+        if round_in_task == 0 and self._follows_drift:
             self.point = replace(self.point, before=self.strategy.state)
             self.strategy.begin_task(self.strategy.state)
         if round_in_task == 0 and self.config.rounds_per_task and self.config.rows_start == "means":
@@ -234,8 +228,6 @@ class Server:
         _, metrics = strategy.aggregate_train(order.server_round, (reply for _, reply in replies))
         assert metrics is not None
         numbers: dict[str, Any] = {key.replace("-", "_"): float(str(value)) for key, value in metrics.items()}
-        if order.round_in_task + 1 == self.rounds_per_task and (error := strategy.end_task()) is not None:
-            numbers["exactness_error"] = max(error, numbers["exactness_error"])
         return Trained(**numbers)
 
     def _start_rows(self, order: wire.RoundOrder) -> None:

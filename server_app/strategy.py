@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from logging import getLogger
 from math import ceil
 
@@ -24,7 +24,6 @@ from fedtalora_flwr.aggregation import (
     check_update,
     exactness_error,
     kept_energy,
-    mean_residual,
     outliers,
 )
 from fedtalora_flwr.config import RunConfig
@@ -37,7 +36,6 @@ from server_app.census import Census
 log = getLogger("fedtalora.server")
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between two looks for replies, a twentieth of the wait so far
-_TASKS_BEFORE = 3  # that the start of a run counts as, see `end_task`; chosen on held-out data, docs/BENCHMARK.md
 _GROWTH = 2  # times the examples that a node said it holds, which it may have by now
 _NORM_SLACK = 2.0  # random projections of features are not all of one norm
 _GRACE = 15.0  # seconds beyond a message's time to live, so that its expiry is reported and not just silence
@@ -383,6 +381,7 @@ class AdapterStrategy(Strategy):
         updates = self._weighed(updates)
         weights = [update.num_examples for update in updates]
         mean_loss = float(np.average([losses[update.partition_id] for update in updates], weights=weights))
+        updates += self._own_update(updates)
         new_state = self.method.aggregate(self.state, updates)
         metrics: dict[str, int | float | list[int] | list[float]] = {
             "mean-loss": mean_loss,
@@ -409,30 +408,25 @@ class AdapterStrategy(Strategy):
         self.tally.weights = {partition: round(value, 4) for partition, value in sorted(less.items())}
         return weighed
 
-    def end_task(self) -> float | None:
-        """Move the model by its share of the way that the task took it, with ``task-average``.
+    def _own_update(self, updates: list[ClientUpdate]) -> list[ClientUpdate]:
+        """Let the server's own model take part, with ``task-average``, as if it were one more client's.
 
-        After t finished tasks that is ``1 / (t + 3)`` of the way in the effective weights, which the method takes as it
-        takes the mean over clients: exactly, where it is exact. The class rows stay.
-
-        Returns
-        -------
-        The exactness error, with ``verify`` and where the model was moved.
+        After t finished tasks it has t times the weight of all the round's examples, and a round moves the model by
+        ``1 / (t + 1)`` of the way: the mean over tasks is taken as that over clients is, exactly. Of the class rows
+        it says nothing.
         """
-        if not (self.config.task_average and self.task_id and self.before is not None):
-            return None
-        share = 1 / (self.task_id + _TASKS_BEFORE)
-        ways = {-2: (self.before, 1 - share), -1: (self.state, share)}
-        mixed = replace(self.state, residual=mean_residual(*zip(*ways.values(), strict=True)))
-        nothing = torch.zeros(len(next(iter(self.state.head.values()))), dtype=torch.int64)
-        updates = [
-            ClientUpdate(number, weight, state.adapters, self.state.head, nothing, self.state.version)
-            for number, (state, weight) in ways.items()
+        if not (self.config.task_average and self.task_id):
+            return []
+        return [
+            ClientUpdate(
+                partition_id=-1,
+                num_examples=self.task_id * sum(update.num_examples for update in updates),
+                adapters=self.state.adapters,
+                head=self.state.head,
+                class_counts=torch.zeros_like(updates[0].class_counts),
+                base_version=self.state.version,
+            )
         ]
-        self.state = self.method.aggregate(mixed, updates)
-        self.ledger.advance(self.state.residual, {})
-        self._records.clear()
-        return exactness_error(mixed, updates, self.state) if self.config.verify else None
 
     def add_sums(
         self,

@@ -94,8 +94,9 @@ def test_state_and_clock_come_off_the_wire_as_they_went_on():
 def test_parcel_comes_off_the_wire_as_it_went_on():
     steps = tuple({LAYER: Step(torch.randn(D_OUT, m), torch.randn(m, D_IN))} for m in (2, 3))
     dense = {"blocks.0.mlp.fc1": torch.randn(4, 3)}
-    _, got, _ = wire.read_state(state_message(make_state(), Parcel(("a", "b", "c"), steps, dense)))
-    assert got.chain == ("a", "b", "c")
+    chain = ("a" * 64, "b" * 64, "c" * 64)
+    _, got, _ = wire.read_state(state_message(make_state(), Parcel(chain, steps, dense)))
+    assert got.chain == chain
     assert_same_tensors(got.dense, dense)
     for mine, theirs in zip(steps, got.steps, strict=True):
         assert torch.equal(mine[LAYER].left, theirs[LAYER].left)
@@ -306,6 +307,13 @@ def test_sums_that_are_not_finite_are_refused(part):
     )
     with pytest.raises(BadUpdate, match="sums hold a number that is not finite"):
         wire.read_sums(message(wire.sums_reply(root)), like=make_sums())
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../../" + "a" * 58, "A" * 64, "a" * 63, "a" * 65])
+def test_a_base_whose_name_is_no_digest_is_refused_before_any_file_is_looked_for(name):
+    content = state_message(make_state(), Parcel((ZERO.digest, name)))
+    with pytest.raises(WireError, match="a base is named by 64 hexadecimal digits, not"):
+        wire.read_state(content)
 
 
 def drift_reply(num_vectors: int = 3) -> Message:

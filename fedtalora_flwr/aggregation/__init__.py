@@ -10,7 +10,6 @@ from fedtalora_flwr.aggregation.slots import (
     Place,
     Slot,
     SlotAggregator,
-    mean_residual,
     place_name,
     slots_exactness_error,
 )
@@ -36,7 +35,6 @@ __all__ = [
     "check_update",
     "exactness_error",
     "kept_energy",
-    "mean_residual",
     "outliers",
     "place_name",
     "resolve",

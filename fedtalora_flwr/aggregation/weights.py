@@ -60,7 +60,7 @@ class Weighing:
         if inner is not None and self.max_change:
             lengths = inner.diagonal().clamp(min=0).sqrt()
             bound = self.max_change * lengths.median() * further(examples)
-            weights = weights * torch.where(lengths > bound, bound / lengths, 1.0)
+            weights = weights * torch.where((lengths > bound) & (bound > 0), bound / lengths, 1.0)
         weights = capped(weights, self.max_weight)
         return [
             update if weight == update.num_examples else _of_weight(update, weight / update.num_examples)

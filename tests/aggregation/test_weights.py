@@ -149,6 +149,12 @@ def test_longer_changes_count_as_if_they_were_of_the_bound():
     assert {weight for weight, _ in of.values()} == {1.0}
 
 
+def test_where_most_change_nothing_the_one_that_does_counts_in_full():
+    state, updates = made(3, spread=0.0)
+    updates[1] = make_update(state, 1, generator=draw(2), spread=0.1)
+    assert [u.num_examples for u in Weighing(max_change=3.0)(state, updates)] == [u.num_examples for u in updates]
+
+
 @given(
     weights=st.lists(st.floats(0.0, 1e9), min_size=1, max_size=12).filter(lambda w: sum(w) > 0),
     max_weight=st.floats(1.0, 20.0),
