@@ -1,13 +1,15 @@
 """The run folder: what a run was, how each round went, how it ended. DESIGN: a contract that tools rely on."""
 
+import fcntl
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -84,6 +86,10 @@ class RoundLog:
     slots: Sequence[SlotLog] = ()
 
 
+class FolderTaken(ValueError):
+    """A run folder that another run writes to; the message says which."""
+
+
 @dataclass
 class RunFolder:
     """Writes a run's folder; every file is whole at any moment.
@@ -109,6 +115,27 @@ class RunFolder:
     def holds_rounds(self) -> bool:
         """Whether a run finished a round here: a fresh one would mix its files with that one's."""
         return (self.checkpoint / "latest.json").is_file()
+
+    @contextmanager
+    def only_ours(self) -> Iterator[None]:
+        """Keep every other run out of the folder; the lock goes with the process, however it ends.
+
+        Raises
+        ------
+        FolderTaken
+            If another run writes here.
+        """
+        lock = os.open(self.path, os.O_RDONLY)  # the folder itself: no file is left behind
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise FolderTaken(
+                    f"another run writes to {self.path} just now; choose another out, or wait until it has ended"
+                ) from None
+            yield
+        finally:
+            os.close(lock)
 
     def write_config(self, flat: Mapping[str, Any]) -> None:
         """Write ``config.json``."""

@@ -28,14 +28,15 @@ def main(grid: Grid, context: Context) -> None:
     config = RunConfig.parse(context.run_config)
     out = Path(config.out or f"runs/{datetime.now():%Y%m%d-%H%M%S}").resolve()
     folder = RunFolder(out)
-    if folder.holds_rounds and not config.resume:
-        raise RunFailed(f"{out} holds a run already; choose another out, or go on with it by resume=true")
-    try:
-        over_slots = isinstance(aggregation.resolve(config.method, **asdict(config)), SlotAggregator)
-        (SlotServer if over_slots else Server)(grid, config, folder).run()
-    except Exception as error:
-        folder.write_status(phase="failed", message=f"{error}" or type(error).__name__)
-        raise
+    with folder.only_ours():
+        if folder.holds_rounds and not config.resume:
+            raise RunFailed(f"{out} holds a run already; choose another out, or go on with it by resume=true")
+        try:
+            over_slots = isinstance(aggregation.resolve(config.method, **asdict(config)), SlotAggregator)
+            (SlotServer if over_slots else Server)(grid, config, folder).run()
+        except Exception as error:
+            folder.write_status(phase="failed", message=f"{error}" or type(error).__name__)
+            raise
     log.info("run folder: %s", out)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Message, MessageType
-from local_grid import defaults, run_server
+from local_grid import defaults, run_server, tiny_run
 from PIL import Image
 from tensors import opened
 
@@ -27,6 +27,7 @@ from fedtalora_flwr.backbones import BackboneError, vit_mini
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import DataError
 from fedtalora_flwr.resident import _base_store, base_store
+from fedtalora_flwr.runlog import FolderTaken, RunFolder
 from fedtalora_flwr.wire import ARRAYS, HELLO, METRICS, WireError
 from server_app.strategy import AdapterStrategy, RunFailed
 
@@ -701,3 +702,22 @@ def test_failed_start_is_in_the_status_too(tmp_path):
         run(tmp_path, lora_blocks="4-9")
     status = read(tmp_path, "status.json")
     assert status["phase"] == "failed" and "4-9" in status["message"]
+
+
+def test_a_folder_that_a_run_writes_to_is_refused_to_another_and_free_again_after_it(tmp_path):
+    refused = []
+
+    def meanwhile(message: Message, context: Context) -> Message:
+        if not refused:
+            for resume in (False, True):
+                with pytest.raises(FolderTaken, match="another run writes to"):
+                    tiny_run(tmp_path, dataset="digits", resume=resume)
+                refused.append(resume)
+        return app(message, context)
+
+    tiny_run(tmp_path, meanwhile, dataset="digits")
+    assert refused == [False, True]
+    assert len((tmp_path / "rounds.jsonl").read_text().splitlines()) == 4
+    assert json.loads((tmp_path / "status.json").read_text())["phase"] == "done"
+    with RunFolder(tmp_path).only_ours():
+        pass
