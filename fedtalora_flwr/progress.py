@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from fedtalora_flwr.sweep.play import Outcome
@@ -125,7 +126,7 @@ class SweepProgress:
 
     def begins(self, name: str, folder: Path, *, resumed: bool) -> None:
         """Show that a run begins or goes on."""
-        self._lines[name] = self._bar.add_task(_plain(name), total=None, facts="starting"), folder
+        self._lines[name] = self._bar.add_task(escape(name), total=None, facts="starting"), folder
         self._say(f"{name} {'goes on' if resumed else 'begins'}")
 
     def ends(self, outcome: Outcome) -> None:
@@ -134,8 +135,8 @@ class SweepProgress:
         self._bar.remove_task(line)
         self._num_ended += 1
         self._bar.update(self._all, completed=self._num_ended, facts=self._count())
-        ending = f"[red]failed[/red]: {_plain(outcome.failure)}" if outcome.failure else "is finished"
-        self._say(f"{self._count()}  {_plain(outcome.run.name)} {ending}")
+        ending = f"[red]failed[/red]: {escape(outcome.failure)}" if outcome.failure else "is finished"
+        self._say(f"{self._count()}  {escape(outcome.run.name)} {ending}")
 
     def tick(self) -> None:
         """Show where each run is."""
@@ -181,16 +182,11 @@ def _round_line(line: dict[str, Any], num_rounds: int) -> str:
     loss = "" if line["mean_loss"] is None else f"  loss {line['mean_loss']:.4f}"
     accuracy = "" if line["accuracy_seen"] is None else f"  [bold]accuracy {line['accuracy_seen']:.4f}[/bold]"
     traffic = f"  up {human_bytes(line['bytes_up'])} down {human_bytes(line['bytes_down'])}"
-    failed = "".join(f"\n    partition {f['partition_id']}: {_plain(f['reason'])}" for f in line["failures"])
+    failed = "".join(f"\n    partition {f['partition_id']}: {escape(f['reason'])}" for f in line["failures"])
     return (
         f"task {line['task_id'] + 1} round {line['server_round']}/{num_rounds}{loss}{accuracy}"
         f"  {len(line['participants'])} clients{traffic}  {line['seconds']['total']:.1f} s{failed}"
     )
-
-
-def _plain(text: str) -> str:
-    """Keep rich from reading markup in a client's words."""
-    return text.replace("[", r"\[")
 
 
 def _whole_lines(path: Path) -> list[str]:

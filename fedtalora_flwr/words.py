@@ -1,6 +1,11 @@
-"""Word numbers of bytes and seconds for people."""
+"""Words for people: numbers of bytes and seconds, and what strangers wrote."""
 
 import math
+
+
+def one_line(text: str, *, most: int) -> str:
+    """Give the first characters of a stranger's text on one line, without those that steer a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:most]).split())
 
 
 def byte_unit(num_bytes: float) -> tuple[float, str]:

@@ -10,6 +10,7 @@ from flwr.serverapp import Grid
 
 from fedtalora_flwr import wire
 from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.words import one_line
 from server_app.strategy import LONGEST_REASON, AdapterStrategy, RunFailed, TooFewReplies
 
 log = getLogger("fedtalora.server")
@@ -171,7 +172,7 @@ class Attendance:
             except wire.WireError as refusal:
                 reasons[node] = str(refusal)
         self._heard |= hellos.keys() | reasons.keys()
-        return hellos, {node: " ".join(reason[:LONGEST_REASON].split()) for node, reason in reasons.items()}
+        return hellos, {node: one_line(reason, most=LONGEST_REASON) for node, reason in reasons.items()}
 
     def _check(self, hello: wire.Hello) -> None:
         """Refuse a hello that fits no partition of this run, or another data set."""

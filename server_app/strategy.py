@@ -31,6 +31,7 @@ from fedtalora_flwr.data import ClassList
 from fedtalora_flwr.heads import FeatureSums
 from fedtalora_flwr.residual import Ledger, Parcel
 from fedtalora_flwr.runlog import Failure
+from fedtalora_flwr.words import one_line
 from server_app.census import Census
 
 log = getLogger("fedtalora.server")
@@ -80,7 +81,7 @@ class Tally:
 
     def fail(self, partition: int, reason: str) -> None:
         """Note a failure on one line and not for ever long: a client may have written the reason."""
-        self.failures.append(Failure(partition, " ".join(reason[:LONGEST_REASON].split())))
+        self.failures.append(Failure(partition, one_line(reason, most=LONGEST_REASON)))
 
 
 class AdapterStrategy(Strategy):

@@ -15,6 +15,7 @@ import fedtalora_flwr
 from fedtalora_flwr import wire
 from fedtalora_flwr.aggregation import BadUpdate, ClientUpdate, GlobalState, LoraFactors, Step
 from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.data import HeldClass
 from fedtalora_flwr.heads import FeatureRoot, FeatureSums
 from fedtalora_flwr.residual import ZERO, Parcel
 from fedtalora_flwr.wire import ARRAYS, HELLO, METRICS, ORDER, RoundOrder, WireError
@@ -186,6 +187,34 @@ def test_hello_comes_off_the_wire_as_it_went_on():
     assert torch.equal(got.class_counts, hello.class_counts)
     assert (got.partition_id, got.num_partitions, got.partition_hash) == (2, 5, "abc123")
     assert got.held == ("d1", "d2")
+
+
+def own_hello(name: str = "ant", *, task: str = "", number: int = 1, remark: str = "odd") -> Message:
+    own = tuple(HeldClass(task, name if number == 1 else f"{name} {k}", 3, 1) for k in range(number))
+    return message(wire.hello_reply(wire.Hello(0, 1, "", torch.zeros(0, dtype=torch.int64), (), own, (remark,))))
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "reason"),
+    [
+        ({"name": "a" * 10_000_000}, "a name has 10000000 characters, at most 200 are taken: 'aaaa"),
+        ({"name": "ant\x1b[31m"}, r"the name 'ant\\x1b\[31m' has characters that cannot be printed"),
+        ({"task": "task\n1"}, r"the name 'task\\n1' has characters"),
+        ({"name": "  "}, "a class has no name"),
+        ({"number": 10_001}, "a list of 10001 is too long, at most 10000 are taken"),
+    ],
+    ids=["long", "escape code", "line break", "blank", "many"],
+)
+def test_names_that_no_page_or_log_could_bear_are_refused(spoiled, reason):
+    with pytest.raises(WireError, match=reason) as refusal:
+        wire.read_hello(own_hello(**spoiled))
+    assert len(str(refusal.value)) < 300
+
+
+def test_names_of_any_script_are_taken_and_remarks_are_cut_to_a_line():
+    got = wire.read_hello(own_hello("méningiome 髄膜腫", remark="two\nlines \x1b[31m" + 1000 * "x"))
+    assert got.own[0].name == "méningiome 髄膜腫"
+    assert got.remarks[0].startswith("two lines [31mxxx") and len(got.remarks[0]) < 500
 
 
 def test_sums_come_off_the_wire_in_float64():

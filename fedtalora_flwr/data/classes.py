@@ -135,16 +135,14 @@ class ClassList:
                 f"the nodes hold {len(task_names)} task folders ({', '.join(task_names)}), num-tasks is {num_tasks}; "
                 "set num-tasks to how many there will be"
             )
-        names = list(self.names)
+        row_of = {name: row for row, name in enumerate(self.names)}
         tasks = [set(rows) for rows in self.tasks] + [set[int]() for _ in range(num_tasks - len(self.tasks))]
         task_ids = {name: task_id for task_id, name in enumerate(task_names)}
         for task_id, name in sorted((task_ids[task], name) for task, name in folders):
             if task_id < next_task:
                 continue
-            if name not in names:
-                names.append(name)
-            tasks[task_id].add(names.index(name))
-        return ClassList(tuple(names), tuple(tuple(sorted(rows)) for rows in tasks), task_names)
+            tasks[task_id].add(row_of.setdefault(name, len(row_of)))
+        return ClassList(tuple(row_of), tuple(tuple(sorted(rows)) for rows in tasks), task_names)
 
 
 def require_distinct(names: Iterable[str], *, where: str = "the nodes") -> None:

@@ -14,6 +14,9 @@ from fedtalora_flwr.data import ClassList, HeldClass
 from fedtalora_flwr.wire.counts import MOST_EXAMPLES, whole_numbers
 from fedtalora_flwr.wire.records import ARRAYS, CLASSES, HELD, HELLO, array_record, read_arrays
 from fedtalora_flwr.wire.refusal import WireError, check_library
+from fedtalora_flwr.words import one_line
+
+_LONGEST_NAME, _LONGEST_REMARK, _MOST_NAMES = 200, 500, 10_000  # of one node
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def read_hello(message: Message) -> Hello:
             class_counts=_counts(whole_numbers(counts)),
             held=tuple(_text(settings["held"]).split()),
             own=_held_classes(own) if own else (),
-            remarks=tuple(_text(remark) for remark in _list(own["remarks"])) if own else (),
+            remarks=tuple(one_line(_text(r), most=_LONGEST_REMARK) for r in _list(own["remarks"])) if own else (),
         )
     except KeyError as error:
         raise WireError(f"the first reply lacks {error}") from error
@@ -112,10 +115,10 @@ def _held_classes(own: Mapping[str, Any]) -> tuple[HeldClass, ...]:
     columns = [_list(own[key]) for key in ("task", "name", "num-train", "num-test")]
     classes = []
     for task, name, *examples in zip(*columns, strict=True):
-        if not _text(name).strip():
+        if not _name(name):
             raise ValueError("a class has no name")
         num_train, num_test = _counts(torch.tensor([_whole(count, what=f"examples of {name}") for count in examples]))
-        classes.append(HeldClass(_text(task), name, int(num_train), int(num_test)))
+        classes.append(HeldClass(_name(task), name, int(num_train), int(num_test)))
     if len({(one.task, one.name) for one in classes}) < len(classes):
         raise ValueError("a class is named twice")
     return tuple(classes)
@@ -133,9 +136,21 @@ def _text(value: Any) -> str:
     return value
 
 
+def _name(value: Any) -> str:
+    """Read a name that stands in logs, on pages and in file names: short, and with nothing that steers a terminal."""
+    name = _text(value)
+    if len(name) > _LONGEST_NAME:
+        raise ValueError(f"a name has {len(name)} characters, at most {_LONGEST_NAME} are taken: {name[:40]!r}...")
+    if not name.isprintable():
+        raise ValueError(f"the name {name!r} has characters that cannot be printed")
+    return name.strip() and name
+
+
 def _list(value: Any) -> list[Any]:
     if type(value) is not list:
         raise ValueError(f"a list was expected, got {value!r}")
+    if len(value) > _MOST_NAMES:
+        raise ValueError(f"a list of {len(value)} is too long, at most {_MOST_NAMES} are taken")
     return value
 
 
