@@ -23,6 +23,7 @@ import logging
 import os
 import random
 import re
+import secrets
 import select
 import shutil
 import signal
@@ -221,7 +222,8 @@ def _ray_environment(home: Path, job: Job, app: Path) -> dict[str, str]:
     merges the job configuration below with that environment and unpacks the packages on every node.
     """
     if job.ray_address is None:
-        return {"RAY_TMPDIR": str(home)}
+        # Ray listens on all interfaces; whoever reaches it unasked could run code as us.
+        return {"RAY_TMPDIR": str(home), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     packages = [str(folder) for folder in sorted(app.iterdir()) if (folder / "__init__.py").is_file()]
     config = {"runtime_env": {"py_modules": packages}}
     return {"RAY_ADDRESS": job.ray_address, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(config)}

@@ -248,6 +248,16 @@ def neighbour(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     launcher.process.wait(GONE_SECONDS)
 
 
+def test_a_runs_own_ray_lets_nobody_in_who_was_not_given_its_token(neighbour: Launcher) -> None:
+    (gcs,) = neighbour.named("gcs_server")
+    port = next(each.laddr.port for each in gcs.net_connections("tcp") if each.status == psutil.CONN_LISTEN)
+    code = f"import ray\nray.init('127.0.0.1:{port}', log_to_driver=False)\nprint('let in')"
+    stranger = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    tried = subprocess.run([sys.executable, "-c", code], env=stranger, capture_output=True, text=True, timeout=60)
+    assert tried.returncode and "let in" not in tried.stdout
+    assert "auth" in tried.stderr.lower()
+
+
 @pytest.mark.parametrize(
     ("crashed", "signals", "code"),
     [
