@@ -430,6 +430,7 @@ class Server:
         self.point = replace(
             self.point, state=state, sums=self.point.sums.with_classes(num_classes), classes=found.classes
         )
+        self.strategy.most_sums = self._num_sums()
         self.strategy.take_stock(found, settled=settled)
 
     def _parameters(self) -> dict[str, int]:

@@ -86,6 +86,12 @@ class SlotStrategy(AdapterStrategy):
         """List a partition's slots."""
         return [Slot(partition, number) for number in range(len(self.tasks_of[partition]))]
 
+    def reply_limit(self) -> int:
+        """Give it for a client with the most slots, or its sums for the router."""
+        size = 1 + (self.config.ridge_features or self.state.head["weight"].shape[1])
+        slots = max(map(len, self.tasks_of.values()), default=0)
+        return slots * super().reply_limit() + 16 * size * (size + slots)
+
     def num_examples(self, slot: Slot) -> int:
         """Count the training examples of a slot."""
         return int(self.census.counts[self.task_of(slot), slot.partition_id].sum())

@@ -38,6 +38,7 @@ log = getLogger("fedtalora.server")
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between two looks for replies, a twentieth of the wait so far
 _GROWTH = 2  # times the examples that a node said it holds, which it may have by now
+_SMALL = 2**22  # bytes that are never too many
 _NORM_SLACK = 2.0  # random projections of features are not all of one norm
 _GRACE = 15.0  # seconds beyond a message's time to live, so that its expiry is reported and not just silence
 LONGEST_REASON = 500  # characters
@@ -110,6 +111,7 @@ class AdapterStrategy(Strategy):
         self.task_id = 0
         self.tally = Tally()
         self.weighing = Weighing(config.aggregation_weights, config.suspects, config.max_weight, config.max_change)
+        self.most_sums = 0  # numbers in a client's feature sums
         self.trust: dict[int, float] = {}  # partition id -> its weight by its examples, relative to the largest such
         self.ledger = Ledger(state.residual)
         self.before: GlobalState | None = None  # the state that the task began with
@@ -234,13 +236,20 @@ class AdapterStrategy(Strategy):
     ) -> None:
         """Take in the replies that are there; `asked` loses those that are answered, `resent` gains whom it is sent."""
         replies = list(grid.pull_messages(list(asked)))
-        self.tally.bytes_up += wire.message_bytes(replies)
+        odd = {
+            reply.metadata.reply_to_message_id: reason
+            for reply in replies
+            if reply.has_content() and (reason := wire.odd_reply(reply, most_bytes=self.reply_limit()))
+        }
+        self.tally.bytes_up += wire.message_bytes(r for r in replies if r.metadata.reply_to_message_id not in odd)
         for reply in replies:
             message = asked.pop(reply.metadata.reply_to_message_id, None)
             if message is None:  # a node may send what nobody asked for
                 continue
             partition = partition_of[message.metadata.dst_node_id]
-            if reply.has_error():
+            if reason := odd.get(reply.metadata.reply_to_message_id):
+                self._settle(settled, partition, f"refused: {reason}")
+            elif reply.has_error():
                 self._settle(settled, partition, f"error {reply.error.code}: {wire.error_text(reply.error)}")
             elif (held := wire.read_base_missing(reply)) is None:
                 self.ledger.acknowledge(partition)
@@ -261,6 +270,12 @@ class AdapterStrategy(Strategy):
                     group_id=message.metadata.group_id,
                 )
                 asked[self._push(grid, [again])[0]] = again
+
+    def reply_limit(self) -> int:
+        """Give the bytes of tensors that a reply can be of use with: twice what a client is asked for at most."""
+        trained = [getattr(pair, factor) for pair in self.state.adapters.values() for factor in self.method.trainable]
+        numbers = sum(int(value.numel()) for value in [*trained, *self.state.head.values()])
+        return 2 * (4 * numbers + 8 * self.most_sums) + _SMALL
 
     def _settle(self, settled: dict[int, Message | None], partition: int, reason: str) -> None:
         settled[partition] = None

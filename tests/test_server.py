@@ -16,7 +16,7 @@ import torch
 from flwr.app import Context, Message, MessageType
 from local_grid import defaults, run_server, tiny_run
 from PIL import Image
-from tensors import opened
+from tensors import opened, packed
 
 import fedtalora_flwr
 from client_app import discreet, handlers
@@ -721,3 +721,29 @@ def test_a_folder_that_a_run_writes_to_is_refused_to_another_and_free_again_afte
     assert json.loads((tmp_path / "status.json").read_text())["phase"] == "done"
     with RunFolder(tmp_path).only_ours():
         pass
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda content: content.update({"extra": content[METRICS]}), "holds a record 'extra', which nobody asked for"),
+        (
+            lambda content: content.update({ARRAYS: packed({"x": np.zeros(2**22, dtype=np.float32)})}),
+            r"holds 16.8 MB, at most [\d.]+ MB can be of use",
+        ),
+        (lambda content: content[METRICS].update({"x": [0.5] * 2**22}), "holds 3[0-9.]+ MB, at most"),
+    ],
+    ids=["unknown record", "large arrays", "large metrics"],
+)
+def test_reply_that_nobody_could_have_asked_for_is_refused_unread_and_the_round_goes_on(tmp_path, spoil, reason):
+    def floods(message: Message, context: Context) -> Message:
+        reply = app(message, context)
+        if message.metadata.message_type == MessageType.TRAIN and context.node_config["partition-id"] == 1:
+            spoil(reply.content)
+        return reply
+
+    tiny_run(tmp_path, floods, dataset="digits", num_tasks=1, rounds_per_task=1)
+    (line,) = rounds(tmp_path)
+    (failure,) = line["failures"]
+    assert failure["partition_id"] == 1 and re.match(f"refused: {reason}", failure["reason"])
+    assert line["bytes_up"] < 10e6

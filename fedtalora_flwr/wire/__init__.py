@@ -40,7 +40,7 @@ from fedtalora_flwr.wire.sums import (
     read_sums,
     sums_reply,
 )
-from fedtalora_flwr.wire.traffic import message_bytes
+from fedtalora_flwr.wire.traffic import message_bytes, odd_reply
 from fedtalora_flwr.wire.update import read_update, update_reply
 
 __all__ = [
@@ -65,6 +65,7 @@ __all__ = [
     "means_reply",
     "message_bytes",
     "node_is_gone",
+    "odd_reply",
     "pack_parcel",
     "pack_state",
     "partition_of",

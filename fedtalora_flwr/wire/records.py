@@ -13,7 +13,7 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 ARRAYS, ORDER, METRICS, HELLO, BASE, BASE_ARRAYS = "arrays", "order", "metrics", "hello", "base", "base-arrays"
-CLASSES, HELD = "classes", "held"
+CLASSES, HELD, DRIFT = "classes", "held", "drift"
 TENSORS = "tensors"  # the one array of a record
 _FORMAT = "safetensors"
 _LENGTH_BYTES = 8  # of the header, before it

@@ -11,9 +11,7 @@ from fedtalora_flwr.aggregation import BadUpdate, GlobalState
 from fedtalora_flwr.heads import FeatureRoot, FeatureSums
 from fedtalora_flwr.wire.counts import COUNTS, MOST_EXAMPLES, class_numbers, pack_counts, read_counts
 from fedtalora_flwr.wire.factors import pack_factors
-from fedtalora_flwr.wire.records import ARRAYS, METRICS, array_record, read_arrays
-
-_DRIFT = "drift"
+from fedtalora_flwr.wire.records import ARRAYS, DRIFT, METRICS, array_record, read_arrays
 
 
 def sums_reply(root: FeatureRoot, drift: Tensor | None = None) -> RecordDict:
@@ -30,7 +28,7 @@ def sums_reply(root: FeatureRoot, drift: Tensor | None = None) -> RecordDict:
     tensors = {"sums/root": _upper(root.root), "sums/moment": root.moment[held], "sums/class": held.int()}
     content = RecordDict({ARRAYS: array_record(tensors)})
     if drift is not None:
-        content[_DRIFT] = array_record({"drift/root": _upper(drift)})
+        content[DRIFT] = array_record({"drift/root": _upper(drift)})
     return content
 
 
@@ -78,7 +76,7 @@ def read_drift(message: Message, *, num_vectors: int, feature_dim: int) -> Tenso
         If it is missing, has another shape, or holds a number that is not finite.
     """
     try:
-        upper = read_arrays(message.content.array_records[_DRIFT], only={"drift/root"})["drift"]["root"]
+        upper = read_arrays(message.content.array_records[DRIFT], only={"drift/root"})["drift"]["root"]
         if upper.dtype != torch.float64:
             raise ValueError(f"it holds {upper.dtype}, expected torch.float64")
     except Exception as error:  # as of an update

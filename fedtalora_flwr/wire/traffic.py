@@ -1,4 +1,4 @@
-"""How many bytes messages take."""
+"""How many bytes messages take, and which replies are not even looked at."""
 
 from collections.abc import Iterable
 
@@ -8,6 +8,11 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_object_tree,
     no_object_id_recompute,
 )
+
+from fedtalora_flwr.wire.records import ARRAYS, BASE, DRIFT, HELD, HELLO, METRICS
+from fedtalora_flwr.words import human_bytes
+
+_MOST_REST = 2**24  # bytes of what is not a tensor: names of classes, numbers
 
 
 def message_bytes(messages: Iterable[Message]) -> int:
@@ -33,6 +38,34 @@ def message_bytes(messages: Iterable[Message]) -> int:
             sizes |= {name: len(objects[name].deflate()) for name in objects.keys() - sizes.keys()}
             total += get_object_tree(content).ByteSize() + sum(sizes[name] for name in objects)
     return total
+
+
+def odd_reply(reply: Message, *, most_bytes: int) -> str | None:
+    """Say what is wrong with a reply as a whole, before anything in it is read: foreign records, or too many bytes.
+
+    Parameters
+    ----------
+    reply
+        With content.
+    most_bytes
+        That its tensors may take.
+    """
+    known = {ARRAYS, METRICS, HELLO, HELD, BASE, DRIFT}
+    for name in reply.content:
+        if name not in known and name.rpartition(".")[0] not in known:  # of a slot
+            return f"holds a record {name[:40]!r}, which nobody asked for"
+    tensors = sum(len(array.data) for record in reply.content.array_records.values() for array in record.values())
+    rest = sum(_length(list(record.values())) for record in reply.content.config_records.values())
+    rest += sum(_length(list(record.values())) for record in reply.content.metric_records.values())
+    if tensors > most_bytes or rest > _MOST_REST:
+        return f"holds {human_bytes(tensors + rest)}, at most {human_bytes(most_bytes)} can be of use"
+    return None
+
+
+def _length(value: object) -> int:
+    if isinstance(value, list):
+        return sum(map(_length, value))
+    return len(value) if isinstance(value, str | bytes) else 8
 
 
 def _same_arrays(record: ArrayRecord) -> ArrayRecord:
