@@ -174,7 +174,8 @@ def _gauge(factor: float) -> Attack:
     def attack(kind: str, sent: Tensors, answered: Tensors, content: RecordDict) -> None:
         if kind == "train":
             for key, value in answered.items():
-                answered[key] = value * {"lora_A": factor, "lora_B": 1 / factor}.get(key.split("/")[0], 1.0)
+                if key.startswith("lora_"):
+                    answered[key] = value * (factor if key.startswith("lora_A") else 1 / factor)
 
     return attack
 

@@ -68,7 +68,8 @@ def make_strategy(state: GlobalState) -> AdapterStrategy:
     config = RunConfig.parse(defaults() | {"num-clients": 1})
     strategy = AdapterStrategy(config=config, method=resolve("fedtalora"), state=state)
     strategy.node_of = {0: 1}
-    strategy.census = Census(ClassList(), counts={(0, 0): COUNTS}, tests={}, told={})
+    tests = {0: {0: 4, 1: 4}, 1: {0: 2, 1: 2}}
+    strategy.census = Census(ClassList(), counts={(0, 0): COUNTS}, tests=tests, told={})
     return strategy
 
 

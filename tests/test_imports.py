@@ -22,7 +22,7 @@ ALLOWED = {
     "clustering": {"numpy", "scipy", "sklearn", "threadpoolctl"},
     "metrics": {"torch", "numpy", "fedtalora_flwr.registry"},
     "penalties": {"torch", "numpy", "fedtalora_flwr.registry", "fedtalora_flwr.heads"},
-    "heads": {"torch", "numpy", "fedtalora_flwr.registry"},
+    "heads": {"torch", "numpy", "scipy", "fedtalora_flwr.registry"},
     "data": {"torch", "numpy", "PIL", "datasets", "sklearn", "huggingface_hub", "fedtalora_flwr.registry"},
     "backbones": {
         *("torch", "numpy", "timm", "transformers", "peft", "safetensors"),
@@ -49,7 +49,7 @@ ALLOWED = {
     "residual": {"torch", "safetensors", *ours("aggregation")},
     "wire": {
         *("flwr", "torch", "safetensors"),
-        *ours("aggregation", "config", "data", "heads", "penalties", "residual"),
+        *ours("aggregation", "config", "data", "heads", "penalties", "residual", "words"),
     },
     "config.py": ours("registry"),
     "settings.py": ours("config"),

@@ -235,10 +235,10 @@ def test_run_killed_within_a_round_goes_on_to_the_same_bits(undisturbed, tmp_pat
 def test_run_killed_between_log_and_checkpoint_repeats_that_round_and_logs_it_once(undisturbed, tmp_path, monkeypatch):
     save = checkpoint.save
 
-    def save_or_die(folder, point):
+    def save_or_die(folder, point, **options):
         if point.server_round == 3:
             raise Killed
-        save(folder, point)
+        save(folder, point, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", save_or_die)

@@ -221,18 +221,18 @@ def test_bad_slot_is_refused_alone_with_its_reason_and_a_reply_about_slots_that_
 
 @pytest.mark.parametrize("signature", ["lora_B", "raw"])
 def test_slot_of_another_rank_is_refused_where_the_signature_compares_equal_ranks_only(tmp_path, signature):
-    def widen(reply: Message) -> None:
+    def narrow(reply: Message) -> None:
         with opened(reply.content, "arrays.1") as tensors:
             for key in [key for key in tensors if key.startswith(("lora_A/", "lora_B/"))]:
                 axis = 0 if key.startswith("lora_A/") else 1
-                tensors[key] = np.concatenate([tensors[key], tensors[key]], axis)
+                tensors[key] = tensors[key].take([0], axis)
 
-    run(tmp_path, meddle(widen), signature=signature)
+    run(tmp_path, meddle(narrow), signature=signature, rank=2)
     first, second = rounds(tmp_path)
     (failure,) = first["failures"]
     assert failure["partition_id"] == 1 and not second["failures"]
     assert failure["reason"].startswith("slot 1 refused: ")
-    assert f"rank 2, the server's is 1; signature {signature} compares equal ranks only" in failure["reason"]
+    assert f"rank 1, the server's is 2; signature {signature} compares equal ranks only" in failure["reason"]
 
 
 def test_run_fails_where_fewer_clients_than_min_replies_have_a_good_slot(tmp_path):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 
 _DENSE = 2048  # up to which all eigenvalues are found
@@ -70,6 +70,8 @@ class FeatureSums:
         under the constant: no class has more in G than G has, ``G - sum_c M_c^T M_c / n_c >= 0``, and a class without
         an example has no row. And the rows add up to G's own.
         """
+        if not torch.isfinite(self.gram).all():
+            return False
         largest = self.gram.diagonal().clamp(min=0).sqrt() * (1 + tolerance)
         gap = (self.moment.sum(0) - self.gram[-1]).abs()
         if not (gap <= tolerance * largest * largest[-1]).all():
@@ -123,11 +125,17 @@ class FeatureSums:
 def _smallest_eigenvalue(gram: Tensor, *, less: Tensor) -> float:
     """Give the smallest eigenvalue of ``gram - less^T less``: by Lanczos where the matrix (m, m) is large."""
     if len(gram) <= _DENSE:
-        return float(torch.linalg.eigvalsh(gram - less.T @ less)[0])
+        try:
+            return float(torch.linalg.eigvalsh(gram - less.T @ less)[0])
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # the numbers are beyond any that features have
+            return -math.inf
     ours, theirs = gram.numpy(), less.numpy()
     operator = LinearOperator(ours.shape, matvec=lambda x: ours @ x - theirs.T @ (theirs @ x), dtype=ours.dtype)
     start = np.random.default_rng(0).standard_normal(len(ours))
-    return float(eigsh(operator, k=1, which="SA", v0=start, tol=1e-3, maxiter=300, return_eigenvectors=False)[0])
+    try:
+        return float(eigsh(operator, k=1, which="SA", v0=start, tol=1e-3, return_eigenvectors=False)[0])
+    except ArpackError:
+        return float(np.linalg.eigvalsh(ours - theirs.T @ theirs)[0])
 
 
 @dataclass(frozen=True)
