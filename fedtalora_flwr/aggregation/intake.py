@@ -76,7 +76,7 @@ def outliers(state: GlobalState, updates: Sequence[ClientUpdate], *, limit: floa
 
     What is compared is the norm of the change of the effective weights, of either factor (whose product says nothing
     of ``(c B, A / c)``), and of a class row. A client that has more examples than the median takes more steps, and may
-    go as much further.
+    go as much further; a factor may always change by its own norm, since in a client's first step lora_A does not move.
 
     Parameters
     ----------
@@ -96,12 +96,20 @@ def outliers(state: GlobalState, updates: Sequence[ClientUpdate], *, limit: floa
     changes = [_changes(state, update) for update in updates]
     for what in changes[0]:
         sizes = torch.tensor([change[what] for change in changes], dtype=torch.float64)
-        usual = sizes.median() * further(examples)
-        for update, size, most in zip(updates, sizes.tolist(), usual.tolist(), strict=True):
-            if size > limit * most > 0:
-                reason = f"changes {what} by {size / most:.3g} times as much as is usual, outlier-limit is {limit:g}"
+        allowed = (limit * sizes.median() * further(examples)).clamp(min=_factor_norm(state, what))
+        for update, size, most in zip(updates, sizes.tolist(), allowed.tolist(), strict=True):
+            if size > most > 0:
+                times = limit * size / most
+                reason = f"changes {what} by {times:.3g} times as much as is usual, outlier-limit is {limit:g}"
                 found.setdefault(update.partition_id, reason)
     return found
+
+
+def _factor_norm(state: GlobalState, factor: str) -> float:
+    """Give the norm of a factor over all layers; 0 for what is no factor."""
+    if factor not in FACTORS:
+        return 0.0
+    return math.sqrt(sum(float(getattr(pair, factor).double().square().sum()) for pair in state.adapters.values()))
 
 
 def _changes(state: GlobalState, update: ClientUpdate) -> dict[str, float]:

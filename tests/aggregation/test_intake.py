@@ -165,6 +165,13 @@ def test_one_that_takes_more_steps_may_go_as_much_further(state):
     assert not outliers(state, [*updates, large], limit=10.0)
 
 
+@pytest.mark.parametrize("factor", [1e3, 1e6])
+def test_another_gauge_is_found_in_the_first_round_too_where_lora_A_does_not_move(state, factor):
+    updates = round_of(state, 5, trainable=frozenset({"lora_B"}))
+    found = outliers(state, [*updates[:4], in_gauge(updates[4], factor)], limit=10.0)
+    assert found.keys() == {4} and "changes lora_A by " in found[4]
+
+
 def test_factors_that_nobody_changes_make_no_outlier(state):
     frozen = {"trainable": frozenset({"lora_B"})}
     assert not outliers(state, round_of(state, 5, **frozen), limit=10.0)
