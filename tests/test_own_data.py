@@ -362,7 +362,7 @@ def test_class_that_arrives_under_a_name_like_a_known_one_leaves_out_its_node_al
 
 
 def test_reason_that_repeats_a_nodes_own_words_is_cut(paths, tmp_path):
-    long = 300 * "long "
+    long = 39 * "long "
     asked = []
 
     def client(message: Message, context: Context) -> Message | None:
