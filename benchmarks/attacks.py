@@ -181,11 +181,12 @@ def _gauge(factor: float) -> Attack:
 
 
 def _fisher(kind: str, sent: Tensors, answered: Tensors, content: RecordDict) -> None:
-    """Say that every factor matters as much as is let through."""
+    """Say that every number of every factor matters alike, and as much as `norm-limit` lets through."""
     if kind == "train.fisher":
-        for key, value in answered.items():
-            if key.startswith("fisher/"):
-                answered[key] = torch.full_like(value, 0.9 * _FISHER_LIMIT**2 / 1e5)
+        keys = [key for key in answered if key.startswith("fisher/")]
+        numbers = sum(answered[key].numel() for key in keys)
+        each = (0.99 * _FISHER_LIMIT) ** 2 * int(answered["counts/examples"].sum()) / numbers
+        answered.update({key: torch.full_like(answered[key], each) for key in keys})
 
 
 def _rank(rank: int) -> Attack:
