@@ -23,6 +23,7 @@ from fedtalora_flwr.resident import base_store, device_of, model_of, slots_of
 from fedtalora_flwr.residual import Base, BaseMissing
 from fedtalora_flwr.routing import sum_slots
 from fedtalora_flwr.train import (
+    Examples,
     compared_classes,
     count_correct,
     fit,
@@ -167,12 +168,12 @@ def sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[s
     earlier = wire.before_of(message)
     if earlier is None:
         model, _, order = _loaded(message, config)
-        examples = holding.training(order.task_id)
+        examples = _summed(holding, order, config)
         return wire.sums_reply(sum_features(model, examples, head=head, num_classes=num_classes, config=config))
     reached, views = base_store(config).reach_all(wire.read_parcel(each) for each in (earlier, message)), []
     for each in (earlier, message):
         model, _, order = _loaded(each, config, reached)
-        examples, seed = holding.training(order.task_id), [config.seed, order.task_id, partition_id]
+        examples, seed = _summed(holding, order, config), [config.seed, order.task_id, partition_id]
         views.append(lifted_views(model, examples, head=head, config=config, seed=seed))
     sums = FeatureRoot.of(views[1][: len(examples)], examples.labels, num_classes=num_classes)
     return wire.sums_reply(sums, sum_drift(*views))
@@ -184,7 +185,7 @@ def means(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
     """Sum this node's features of the task by class, under the server's state."""
     config, _, holding = _settings(message, run_config, node_config)
     model, _, order = _loaded(message, config)
-    examples = holding.training(order.task_id)
+    examples = _summed(holding, order, config)
     plain = heads.resolve("linear", {})  # the rows act on the features as they are, whatever the head lifts
     sums = sum_features(model, examples, head=plain, num_classes=holding.num_classes, config=config)
     return wire.means_reply(sums.moment)
@@ -234,6 +235,11 @@ def _settings(
     torch.set_num_threads(config.threads)
     partition_id, classes = wire.partition_of(node_config, config), wire.read_classes(message)
     return config, partition_id, holding_of(config, node_config, partition_id=partition_id, classes=classes)
+
+
+def _summed(holding: Share | Own, order: wire.RoundOrder, config: RunConfig) -> Examples:
+    """Give the examples of the task that feature sums tell of."""
+    return holding.training(order.task_id).without_rare(config.min_class_examples)
 
 
 def _loaded(

@@ -111,6 +111,7 @@ class RunConfig:
     lda_shrinkage: float
     follow_drift: bool
     drift_views: int
+    min_class_examples: int
     eval_every: int
     eval_batch_size: int
     device: str
@@ -278,6 +279,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "ridge-features": _at_least(0),
     "lda-shrinkage": _POSITIVE,
     "drift-views": _at_least(0),
+    "min-class-examples": _at_least(1),
     "eval-every": _at_least(0),
     "eval-batch-size": _at_least(1),
     "precision": _one_of("auto", "fp32", "bf16"),

@@ -37,6 +37,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def without_rare(self, least: int) -> "Examples":
+        """Leave out the classes of which there are fewer examples than `least`."""
+        common = torch.bincount(self.labels)[self.labels] >= least
+        return self if common.all() else Examples(self.inputs[common], self.labels[common])
+
 
 @dataclass(frozen=True)
 class FitResult:

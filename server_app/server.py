@@ -241,7 +241,7 @@ class Server:
         messages = strategy.messages(
             self._packed(strategy.state),
             order,
-            partitions=strategy.holds_task[order.task_id],
+            partitions=strategy.tellers(order.task_id),
             message_type="train.means",
         )
         replies = strategy.exchange(self.grid, messages)
@@ -329,7 +329,7 @@ class Server:
         messages = strategy.messages(
             self._packed(strategy.state),
             order,
-            partitions=strategy.holds_task[order.task_id],
+            partitions=strategy.tellers(order.task_id),
             message_type="train.sums",
             before=before,
         )

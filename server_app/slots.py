@@ -251,6 +251,8 @@ def check_settings(config: RunConfig, *, own_data: bool) -> None:
         raise ConfigError(f"method {config.method} trains class rows in every slot; set head=linear")
     if config.aggregation_weights != "examples" or config.max_weight:
         raise ConfigError(f"method {config.method} weighs slots by their examples: set aggregation-weights=examples")
+    if config.min_class_examples > 1:
+        raise ConfigError(f"method {config.method} sums over slots and not classes; set min-class-examples=1")
     if config.loss_classes == "seen" or config.penalty != "none":
         raise ConfigError(
             f"method {config.method} trains all tasks at once, there are no earlier ones: set loss-classes=task and "

@@ -1,10 +1,11 @@
 """One exchange with the clients as a Flower strategy: what to send to whom, and what the replies mean."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import getLogger
 from math import ceil
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from fedtalora_flwr.aggregation import (
     Weighing,
     check_update,
     exactness_error,
+    far_off,
     kept_energy,
     outliers,
 )
@@ -42,6 +44,9 @@ _SMALL = 2**22  # bytes that are never too many
 _NORM_SLACK = 2.0  # random projections of features are not all of one norm
 _GRACE = 15.0  # seconds beyond a message's time to live, so that its expiry is reported and not just silence
 LONGEST_REASON = 500  # characters
+
+Read = TypeVar("Read")
+Sized = TypeVar("Sized", bound=tuple[Any, ...])
 
 
 class RunFailed(RuntimeError):
@@ -289,6 +294,23 @@ class AdapterStrategy(Strategy):
         count = min(len(held), max(self.config.min_replies, share))
         return sorted(rng.choice(held, size=count, replace=False).tolist())
 
+    def tellers(self, task_id: int) -> list[int]:
+        """List the partitions that hold ``min-class-examples`` of some class of a task, and so have sums to tell.
+
+        Raises
+        ------
+        RunFailed
+            If they are fewer than ``min-replies``.
+        """
+        least = self.config.min_class_examples
+        able = [p for p in self.holds_task[task_id] if int(self.census.counts[task_id, p].max()) >= least]
+        if len(able) < self.config.min_replies:
+            raise RunFailed(
+                f"of task {task_id}, {len(able)} partitions hold {least} examples of a class (min-class-examples), and "
+                f"min-replies is {self.config.min_replies}: lower one of them, or spread the data over fewer partitions"
+            )
+        return able
+
     def reachable(self, partitions: Iterable[int]) -> list[int]:
         """List those of the partitions that a node holds; a run that goes on may have lost some, which are named."""
         found = []
@@ -389,10 +411,10 @@ class AdapterStrategy(Strategy):
                 continue
             updates.append(update)
             losses[partition] = mean_loss
-        far_off = outliers(self.state, updates, limit=self.config.outlier_limit)
-        for partition, reason in far_off.items():
+        refused = outliers(self.state, updates, limit=self.config.outlier_limit)
+        for partition, reason in refused.items():
             self.tally.fail(partition, f"refused: {reason}")
-        updates = [update for update in updates if update.partition_id not in far_off]
+        updates = [update for update in updates if update.partition_id not in refused]
         self.require(len(updates), server_round)
         updates = self._weighed(updates)
         weights = [update.num_examples for update in updates]
@@ -475,21 +497,21 @@ class AdapterStrategy(Strategy):
         """
         total = like = FeatureSums(torch.zeros_like(to.gram), torch.zeros_like(to.moment))
         total_drift, num_good = like.gram.new_zeros(()), 0
-        for partition, reply in replies:
-            try:
-                sums = wire.read_sums(reply, like=like)
-                self._check_counts(self.task_id, partition, sums.moment[:, -1])
-                self._check_sums(sums, usual_norm)
-                trust = self.trust.get(partition, 1.0)
-                if views:
-                    num_vectors = views * int(sums.moment[:, -1].sum())
-                    drift = wire.read_drift(reply, num_vectors=num_vectors, feature_dim=len(like.gram) - 1)
-                    self._check_norm(float((drift.trace() / (2 * num_vectors)).sqrt()), usual_norm)
-                    total_drift = total_drift + trust * drift
-            except BadUpdate as refusal:
-                self.tally.fail(partition, f"refused: {refusal}")
-                continue
-            total, num_good = total + sums.times(trust), num_good + 1
+
+        def read(partition: int, reply: Message) -> tuple[FeatureSums, Tensor, float]:
+            sums = wire.read_sums(reply, like=like)
+            self._check_counts(self.task_id, partition, sums.moment[:, -1], least=self.config.min_class_examples)
+            norm, drift = self._check_sums(sums, usual_norm), like.gram.new_zeros(())
+            if views:
+                num_vectors = views * int(sums.moment[:, -1].sum())
+                drift = wire.read_drift(reply, num_vectors=num_vectors, feature_dim=len(like.gram) - 1)
+                norm = max(norm, self._check_norm(float((drift.trace() / (2 * num_vectors)).sqrt()), usual_norm))
+            return sums, drift, norm
+
+        good = self._good(replies, read)
+        for partition, (sums, drift, _) in good if usual_norm else self._near(good, "features"):
+            trust = self.trust.get(partition, 1.0)
+            total, total_drift, num_good = total + sums.times(trust), total_drift + trust * drift, num_good + 1
         self.require(num_good, server_round)
         return (to.followed(total_drift) if views else to) + total
 
@@ -509,16 +531,14 @@ class AdapterStrategy(Strategy):
         """
         num_classes = len(self.census.classes.names)
         total, num_good = torch.zeros(num_classes, feature_dim + 1, dtype=torch.float64), 0
-        for partition, reply in replies:
-            try:
-                moment = wire.read_means(reply, num_classes=num_classes, feature_dim=feature_dim)
-                self._check_counts(self.task_id, partition, moment[:, -1])
-                longest = float((moment[:, :-1] / moment[:, -1:].clamp(min=1)).norm(dim=1).max())
-                if not longest <= self.config.norm_limit:
-                    raise BadUpdate(f"means have a norm of {longest:.3g}, norm-limit is {self.config.norm_limit:g}")
-            except BadUpdate as refusal:
-                self.tally.fail(partition, f"refused: {refusal}")
-                continue
+
+        def read(partition: int, reply: Message) -> tuple[Tensor, float]:
+            moment = wire.read_means(reply, num_classes=num_classes, feature_dim=feature_dim)
+            self._check_counts(self.task_id, partition, moment[:, -1], least=self.config.min_class_examples)
+            longest = float((moment[:, :-1] / moment[:, -1:].clamp(min=1)).norm(dim=1).max())
+            return moment, self._check_norm(longest)
+
+        for partition, (moment, _) in self._near(self._good(replies, read), "class means"):
             total, num_good = total + self.trust.get(partition, 1.0) * moment, num_good + 1
         self.require(num_good, server_round)
         return total[:, :-1] / total[:, -1:].clamp(min=1), total[:, -1] > 0
@@ -533,17 +553,15 @@ class AdapterStrategy(Strategy):
         """
         total: dict[str, Tensor] = {}
         num_good, num_examples = 0, 0.0
-        for partition, reply in replies:
-            try:
-                sums, counts = wire.read_fisher(reply, like=self.state, trainable=self.method.trainable)
-                self._check_counts(self.task_id, partition, counts)
-                held = int(counts.sum())
-                norm = (sum(float(value.double().sum()) for value in sums.values()) / max(1, held)) ** 0.5
-                if not norm <= self.config.norm_limit:
-                    raise BadUpdate(f"gradients have a norm of {norm:.3g}, norm-limit is {self.config.norm_limit:g}")
-            except BadUpdate as refusal:
-                self.tally.fail(partition, f"refused: {refusal}")
-                continue
+
+        def read(partition: int, reply: Message) -> tuple[dict[str, Tensor], int, float]:
+            sums, counts = wire.read_fisher(reply, like=self.state, trainable=self.method.trainable)
+            self._check_counts(self.task_id, partition, counts)
+            held = int(counts.sum())
+            norm = (sum(float(value.double().sum()) for value in sums.values()) / max(1, held)) ** 0.5
+            return sums, held, self._check_norm(norm, what="gradients")
+
+        for partition, (sums, held, _) in self._near(self._good(replies, read), "gradients"):
             trust = self.trust.get(partition, 1.0)
             total = {key: trust * value + total.get(key, 0) for key, value in sums.items()}
             num_good, num_examples = num_good + 1, num_examples + trust * held
@@ -560,18 +578,39 @@ class AdapterStrategy(Strategy):
         RunFailed
             If no good one remains; how many there are depends on who has held out any example.
         """
-        good = []
-        for partition, reply in replies:
-            try:
-                hits = wire.read_hits(reply, num_tasks=num_tasks)
-                self._check_tested(partition, hits[1])
-                good.append(hits)
-            except BadUpdate as refusal:
-                self.tally.fail(partition, f"refused: {refusal}")
+
+        def read(partition: int, reply: Message) -> tuple[list[int], list[int]]:
+            hits = wire.read_hits(reply, num_tasks=num_tasks)
+            self._check_tested(partition, hits[1])
+            return hits
+
+        good = [hits for _, hits in self._good(replies, read)]
         if not good:
             self.require(0, server_round)
         correct, total = np.sum(good, axis=0).tolist()
         return correct, total
+
+    def _good(
+        self, replies: Iterable[tuple[int, Message]], read: Callable[[int, Message], Read]
+    ) -> Iterator[tuple[int, Read]]:
+        """Give what can be read of each reply; a bad one is refused."""
+        for partition, reply in replies:
+            try:
+                good = read(partition, reply)
+            except BadUpdate as refusal:
+                self.tally.fail(partition, f"refused: {refusal}")
+                continue
+            yield partition, good
+
+    def _near(self, good: Iterable[tuple[int, Sized]], what: str) -> Iterator[tuple[int, Sized]]:
+        """Leave out those whose size, the last of what was read, is far beyond the round's median."""
+        heard = dict(good)
+        sizes = {partition: float(read[-1]) for partition, read in heard.items()}
+        for partition, times in far_off(sizes, limit=self.config.outlier_limit).items():
+            limit = f"outlier-limit is {self.config.outlier_limit:g}"
+            self.tally.fail(partition, f"refused: {what} are {times:.3g} times as large as is usual, {limit}")
+            del heard[partition]
+        yield from heard.items()
 
     def _check_tested(self, partition: int, total: Sequence[int]) -> None:
         """Refuse hits on other examples than the node said that it has held out; its data may have grown since."""
@@ -579,27 +618,29 @@ class AdapterStrategy(Strategy):
         if any(count > _GROWTH * known for count, known in zip(total, held, strict=True)):
             raise BadUpdate(f"counts hits on {list(total)} examples of the tasks, the node said it has {held}")
 
-    def _check_counts(self, task_id: int, partition: int, counts: Tensor) -> None:
-        """Refuse examples of each class (C,) that are not those which the client holds of the task.
+    def _check_counts(self, task_id: int, partition: int, counts: Tensor, *, least: int = 1) -> None:
+        """Refuse examples of each class (C,) that are not those which the client holds of the task, `least` or more.
 
         To data that a node brings, examples may come at any time, but of no class that it has not named.
         """
         held = self.census.counts[task_id, partition]
+        held = torch.where(held < least, 0, held)
         grows = partition in self.census.told and not (counts.long() > 0)[held == 0].any()
         if not grows and not torch.equal(counts.double(), held.double()):
             raise BadUpdate("speaks of other examples than the client said it holds of this task")
 
-    def _check_sums(self, sums: FeatureSums, usual_norm: float | None = None) -> None:
+    def _check_sums(self, sums: FeatureSums, usual_norm: float | None = None) -> float:
         if not sums.possible():
             raise BadUpdate("sums contradict each other: no examples have such sums")
-        self._check_norm(sums.feature_norm(), usual_norm)
+        return self._check_norm(sums.feature_norm(), usual_norm)
 
-    def _check_norm(self, norm: float, usual: float | None) -> None:
-        """Refuse features (their root mean square norm) that no backbone gives, or not the run's."""
+    def _check_norm(self, norm: float, usual: float | None = None, *, what: str = "features") -> float:
+        """Refuse a (root mean square) norm that nothing has, or not what is usual in this run; else give it."""
         if usual is not None and not usual / _NORM_SLACK < norm < usual * _NORM_SLACK:
-            raise BadUpdate(f"features have a norm of {norm:.3g}, those of this run about {usual:.3g}")
+            raise BadUpdate(f"{what} have a norm of {norm:.3g}, those of this run about {usual:.3g}")
         if not norm <= self.config.norm_limit:
-            raise BadUpdate(f"features have a norm of {norm:.3g}, norm-limit is {self.config.norm_limit:g}")
+            raise BadUpdate(f"{what} have a norm of {norm:.3g}, norm-limit is {self.config.norm_limit:g}")
+        return norm
 
     def require(self, num_good: int, server_round: int) -> None:
         """Check that a round has ``min-replies`` good replies.

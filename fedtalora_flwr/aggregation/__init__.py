@@ -4,7 +4,7 @@ from typing import Any
 
 from fedtalora_flwr import registry
 from fedtalora_flwr.aggregation.base import FACTORS, Aggregator, ClientUpdate, GlobalState, LoraFactors, Method
-from fedtalora_flwr.aggregation.intake import BadUpdate, check_update, outliers
+from fedtalora_flwr.aggregation.intake import BadUpdate, check_update, far_off, outliers
 from fedtalora_flwr.aggregation.slots import (
     ClusteredState,
     Place,
@@ -34,6 +34,7 @@ __all__ = [
     "available",
     "check_update",
     "exactness_error",
+    "far_off",
     "kept_energy",
     "outliers",
     "place_name",

@@ -1,7 +1,8 @@
 """Refuse a bad update by name before it can touch the state."""
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -103,6 +104,14 @@ def outliers(state: GlobalState, updates: Sequence[ClientUpdate], *, limit: floa
                 reason = f"changes {what} by {times:.3g} times as much as is usual, outlier-limit is {limit:g}"
                 found.setdefault(update.partition_id, reason)
     return found
+
+
+def far_off(sizes: Mapping[int, float], *, limit: float) -> dict[int, float]:
+    """Find sizes of more than `limit` times the median: partition id -> how many times. Of two nobody is far off."""
+    if len(sizes) < 3 or not limit:
+        return {}
+    usual = statistics.median(sizes.values())
+    return {partition: size / usual for partition, size in sizes.items() if size > limit * usual > 0}
 
 
 def _factor_norm(state: GlobalState, factor: str) -> float:
