@@ -16,7 +16,9 @@ from fedtalora_flwr.aggregation import (
     Slot,
     SlotAggregator,
     check_update,
+    far_off,
     slots_exactness_error,
+    update_norm,
 )
 from fedtalora_flwr.clustering import in_matched_group
 from fedtalora_flwr.config import ConfigError, RunConfig
@@ -139,13 +141,18 @@ class SlotStrategy(AdapterStrategy):
         TooFewReplies
             If fewer than ``min-replies`` clients have a good slot.
         """
-        updates: dict[Slot, ClientUpdate] = {}
-        losses: list[float] = []
         partition_of = {node: partition for partition, node in self.node_of.items()}
+        heard: dict[Slot, tuple[ClientUpdate, float, float]] = {}
         for reply in replies:
             for slot, update, mean_loss in self._read(partition_of[reply.metadata.src_node_id], reply):
-                updates[slot] = update
-                losses.append(mean_loss)
+                heard[slot] = update, mean_loss, update_norm(self.clustered.of(slot), update)
+        limit = self.config.outlier_limit
+        for slot, times in far_off({slot: norm for slot, (_, _, norm) in heard.items()}, limit=limit).items():
+            reason = f"changes the weights by {times:.3g} times as much as is usual, outlier-limit is {limit:g}"
+            self.tally.fail(slot.partition_id, f"slot {slot.number} refused: {reason}")
+            del heard[slot]
+        updates = {slot: update for slot, (update, _, _) in heard.items()}
+        losses = [mean_loss for _, mean_loss, _ in heard.values()]
         self.require(len({slot.partition_id for slot in updates}), server_round)
         new = self.method.aggregate(self.clustered, updates)
         states = new.states()

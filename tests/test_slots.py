@@ -192,6 +192,7 @@ BAD_SLOTS = (
     (lambda reply: reply.content.pop("arrays.1") and reply.content.pop("metrics.1"), "slot 1 refused: it did not"),
     (lambda reply: claim(reply, "metrics.1", "base-version", 7), "slot 1 refused: trained on version 7"),
     (lambda reply: claim(reply, "metrics.1", "partition-id", 0), "slot 1 refused: speaks for partition 0, holds 1"),
+    (lambda reply: fill(reply, "arrays.1", "lora_B/", 3.0), "slot 1 refused: changes the weights by "),
     (lambda reply: boast(reply), "slot 1 refused: speaks of other examples than the client said it holds"),
 )
 BAD_REPLIES = (

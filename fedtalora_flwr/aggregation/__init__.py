@@ -4,7 +4,7 @@ from typing import Any
 
 from fedtalora_flwr import registry
 from fedtalora_flwr.aggregation.base import FACTORS, Aggregator, ClientUpdate, GlobalState, LoraFactors, Method
-from fedtalora_flwr.aggregation.intake import BadUpdate, check_update, far_off, outliers
+from fedtalora_flwr.aggregation.intake import BadUpdate, check_update, far_off, outliers, update_norm
 from fedtalora_flwr.aggregation.slots import (
     ClusteredState,
     Place,
@@ -40,6 +40,7 @@ __all__ = [
     "place_name",
     "resolve",
     "slots_exactness_error",
+    "update_norm",
 ]
 
 

@@ -2,13 +2,16 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
 from fedtalora_flwr.aggregation.base import FACTORS, ClientUpdate, GlobalState
 from fedtalora_flwr.aggregation.step import Step
 from fedtalora_flwr.aggregation.weights import further
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class BadUpdate(ValueError):
@@ -106,12 +109,12 @@ def outliers(state: GlobalState, updates: Sequence[ClientUpdate], *, limit: floa
     return found
 
 
-def far_off(sizes: Mapping[int, float], *, limit: float) -> dict[int, float]:
-    """Find sizes of more than `limit` times the median: partition id -> how many times. Of two nobody is far off."""
+def far_off(sizes: Mapping[Key, float], *, limit: float) -> dict[Key, float]:
+    """Find sizes of more than `limit` times the median, and how many times it is; of two nobody is far off."""
     if len(sizes) < 3 or not limit:
         return {}
     usual = statistics.median(sizes.values())
-    return {partition: size / usual for partition, size in sizes.items() if size > limit * usual > 0}
+    return {key: size / usual for key, size in sizes.items() if size > limit * usual > 0}
 
 
 def _factor_norm(state: GlobalState, factor: str) -> float:
