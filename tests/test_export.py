@@ -270,15 +270,15 @@ def run_alone(code: str, *arguments: str, folder: Path) -> str:
     return done.stdout
 
 
-def snippet_of_readme(word: str) -> str:
-    """Give the README's Python example in which a word stands."""
-    section = (ROOT / "README.md").read_text().split("## Use the model")[1].split("\n## ")[0]
+def snippet_of_docs(word: str) -> str:
+    """Give the Python example of docs/EXPORT.md in which a word stands."""
+    section = (ROOT / "docs" / "EXPORT.md").read_text()
     (found,) = (code for code in re.findall(r" *```python\n(.*?)```", section, re.S) if word in code)
     return textwrap.dedent(found)
 
 
 def in_place_of(name: str, folder: Path, tmp_path: Path) -> Path:
-    """Put an export where the README's examples look for one, below the folder that is given back."""
+    """Put an export where the documented examples look for one, below the folder that is given back."""
     shutil.copytree(folder, tmp_path / "runs" / name / "export" / "merged")
     return tmp_path
 
@@ -291,30 +291,30 @@ def default_run(tmp_path_factory):
     return out
 
 
-def test_the_readmes_load_py_snippet_fits_the_export_of_a_run_with_the_default_model(default_run, exported, tmp_path):
+def test_the_documented_load_py_snippet_fits_the_export_of_the_default_model(default_run, exported, tmp_path):
     folder = exported("default_run", "merged").folder
     assert "label_names" not in json.loads((folder / "config.json").read_text())  # its outputs are no classes
     (image, *_), wanted = logits_of_run(default_run, 1)
     image.save(tmp_path / "scan.png")
-    printed = run_alone(snippet_of_readme("runpy"), folder=in_place_of("digits", folder, tmp_path))
+    printed = run_alone(snippet_of_docs("runpy"), folder=in_place_of("digits", folder, tmp_path))
     assert printed.strip() == json.loads((folder / "fedtalora.json").read_text())["class_names"][int(wanted.argmax())]
 
 
-def test_the_readmes_timm_snippet_classifies_by_a_linear_head(timm_run, exported, tmp_path):
+def test_the_documented_timm_snippet_classifies_by_a_linear_head(timm_run, exported, tmp_path):
     folder = exported("timm_run", "merged").folder
-    code = snippet_of_readme("label_names") + "assert model(images).shape == (1, 10)"
+    code = snippet_of_docs("label_names") + "assert model(images).shape == (1, 10)"
     printed = run_alone(code, folder=in_place_of("digits", folder, tmp_path))
     assert printed.strip() in [str(digit) for digit in range(10)]
 
 
-def test_the_readmes_transformers_snippet_gives_the_runs_own_logits(small_bert, text_run, tmp_path):
+def test_the_documented_transformers_snippet_gives_the_runs_own_logits(small_bert, text_run, tmp_path):
     settings = json.loads((text_run / "config.json").read_text())
     same = {"dataset": "text", "data_path": settings["data-path"], "backbone": f"hf:{small_bert}"}
     run = tiny_run(tmp_path / "run", **same, head="ridge", stop_after_task=1, rounds_per_task=1)
     trained = open_trained(run, device="cpu")
     wanted = trained.logits(trained.encode(["what is my balance"]))
     folder = export(run, to="merged").folder
-    code = snippet_of_readme("transformers")
+    code = snippet_of_docs("transformers")
     code += 'print(F.linear(features, head["weight"], head["bias"]).tolist())'
     name, found = run_alone(code, folder=in_place_of("clinc150", folder, tmp_path)).splitlines()
     assert name == trained.class_names[int(wanted.argmax())]

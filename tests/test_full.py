@@ -40,10 +40,10 @@ def test_demo_learns_all_ten_digits(tmp_path):
     assert metrics["faa"] > 0.85
 
 
-def test_the_readmes_snippet_classifies_with_the_export_of_the_demos_run_as_it_is(tmp_path):
+def test_the_documented_snippet_classifies_with_the_export_of_the_demos_run_as_it_is(tmp_path):
     finished(tmp_path / "runs" / "digits", "--engine", "process")
     trained = open_trained(export(tmp_path / "runs" / "digits", to="merged").folder.parents[1], device="cpu")
-    snippet = re.search(r"```python\n(import runpy.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    snippet = re.search(r"```python\n(import runpy.*?)```", (ROOT / "docs" / "EXPORT.md").read_text(), re.S)[1]
     for row, image in enumerate(data_of(trained.config).source.test.read(np.arange(5))):
         image.save(tmp_path / "scan.png")
         code = "import sys; sys.modules['fedtalora_flwr'] = None\n" + snippet
