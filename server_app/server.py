@@ -517,7 +517,8 @@ class Server:
     def _resumed(self) -> Checkpoint:
         point = checkpoint.load(self.folder.checkpoint, self.config.resume_from)
         self.folder.check_config(self.config.flat())
-        self.folder.keep_rounds(point.server_round)
+        for damage in self.folder.keep_rounds(point.server_round):
+            log.warning("%s: %s; the line is left out", self.folder.path, damage)
         log.info("resuming after round %d", point.server_round)
         return replace(point, classes=self._classes()) if self.data else point
 
