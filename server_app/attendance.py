@@ -216,6 +216,8 @@ class Attendance:
     def insist(self, exchange: Callable[[wire.RoundOrder], _Given], order: wire.RoundOrder) -> _Given:
         """Do an exchange; where so many nodes are gone that it has too few replies, do it again when they are back.
 
+        Where it was closed without late ones, it is done again with them.
+
         An exchange changes nothing unless it succeeds, and what is drawn in it depends on the round alone: done again,
         it gives what it would have given.
 
@@ -229,6 +231,10 @@ class Attendance:
             try:
                 return exchange(order)
             except TooFewReplies as shortage:
+                if self.strategy.closed_early:  # what came in time was not all good
+                    self.strategy.patient = True
+                    log.warning("%s; it is repeated, and waits for those that were late", shortage)
+                    continue
                 if len(self._holders(order.task_id)) >= self.config.min_replies:
                     raise  # the nodes are there: waiting would mend nothing
                 log.warning("%s; it is repeated when they are back", shortage)
