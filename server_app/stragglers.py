@@ -32,3 +32,7 @@ class Stragglers:
         """Give the nodes among those that are written to that are still busy, each with the round it is busy with."""
         nodes = {message.metadata.dst_node_id for message in messages}
         return {node: server_round for node, (_, server_round) in self._busy.items() if node in nodes}
+
+    def forget(self, node: int) -> None:
+        """Take a node for free: it was gone, and may have been started anew."""
+        self._busy.pop(node, None)

@@ -183,17 +183,18 @@ class AdapterStrategy(Strategy):
                 )
 
     def rejoin(self, node: int, hello: wire.Hello) -> None:
-        """Take a node for the holder of its partition from now on, in place of the one before.
-
-        Raises
-        ------
-        WireError
-            If it holds other data than that one; data of a node's own may have grown.
-        """
-        if not self.census.told and hello.partition_hash != self.hashes.get(hello.partition_id):
-            raise wire.WireError(f"it holds other data than partition {hello.partition_id} of this run")
+        """Take a node for the holder of its partition from now on."""
         self.node_of[hello.partition_id] = node
+        self.absent.pop(hello.partition_id, None)
+        self.hashes[hello.partition_id] = hello.partition_hash
         self.ledger.report(hello.partition_id, hello.held)
+        self.stragglers.forget(node)
+
+    def dismiss(self, node: int, reason: str) -> None:
+        """Ask a node nothing any more, until it rejoins."""
+        for partition in [partition for partition, holder in self.node_of.items() if holder == node]:
+            del self.node_of[partition]
+            self.absent[partition] = reason
 
     def exchange(self, grid: Grid, messages: Iterable[Message]) -> Iterator[tuple[int, Message]]:
         """Send messages and give the replies with content, while the tally takes the cost and the failures.

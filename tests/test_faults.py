@@ -296,6 +296,27 @@ def test_superlink_killed_goes_on_from_its_database_and_the_run_from_its_checkpo
     row("SuperLink killed, database kept, run resumed with `resume=true`", seconds, watch)
 
 
+def test_newcomer_that_claims_the_partition_of_a_node_that_is_there_is_refused_by_name(
+    tmp_path: Path, row: Row
+) -> None:
+    with Deployment(tmp_path / "lab", num_nodes=NUM_NODES) as lab:
+        watch = Watch(lab, tmp_path / "out")
+        run_id = watch.submit(stop_after_task=3)
+        watch.await_training(1, lab.nodes[1])
+        guest = lab.guest(1)
+        began = time.monotonic()
+        guest.start()
+        lab.await_online(guest)
+        watch.await_round(2)
+        seconds = time.monotonic() - began
+        outcome = lab.outcome(run_id, seconds=PATIENCE)
+        assert outcome.status == COMPLETED
+    assert watch.failures() == {}
+    assert "(partition 1) cannot take part: partition 1 is held by node " in outcome.log
+    assert "is back with partition 1" not in outcome.log
+    row("another node claims the partition of one that is there (no node keys)", seconds, watch)
+
+
 @pytest.mark.parametrize("changed", ["version", "a line of code"])
 def test_node_with_another_version_of_the_library_is_named_before_the_first_round(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: str
@@ -312,7 +333,7 @@ def test_node_with_another_version_of_the_library_is_named_before_the_first_roun
         node.start()
         lab.await_online(node)
         watch = Watch(lab, tmp_path / "out")
-        outcome = lab.outcome(watch.submit(), seconds=PATIENCE)
+        outcome = lab.outcome(watch.submit(min_replies=NUM_NODES), seconds=PATIENCE)
     assert outcome.status == "finished:failed"
     ours = fedtalora_flwr.build()
     theirs = "9.9+" if changed == "version" else f"{fedtalora_flwr.__version__}+"
