@@ -25,7 +25,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
             "check-data",
             "data-root",
         ),
-        *("norm-limit", "round-timeout", "node-timeout"),
+        *("norm-limit", "round-timeout", "close-after", "node-timeout"),
     }
 )
 
@@ -77,6 +77,7 @@ class RunConfig:
     max_change: float
     wire_dtype: str
     round_timeout: float
+    close_after: float
     node_timeout: float
     rounds_per_task: int
     task_average: bool
@@ -253,6 +254,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max-change": _NOT_NEGATIVE,
     "wire-dtype": _one_of("fp32", "fp16"),
     "round-timeout": _POSITIVE,
+    "close-after": _NOT_NEGATIVE,
     "node-timeout": _POSITIVE,
     "rounds-per-task": _at_least(0),
     "local-epochs": _at_least(1),

@@ -1,6 +1,7 @@
 """Show a run as it goes, from the files it writes: a live bar on a terminal, a line a round elsewhere."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from fedtalora_flwr import roundlines
 from fedtalora_flwr.sweep.play import Outcome
 from fedtalora_flwr.words import human_bytes, human_time
 
@@ -27,7 +29,8 @@ class RunProgress:
     def __init__(self, folder: Path, console: Console) -> None:
         self._folder = folder
         self._console = console
-        self._seen = len(_whole_lines(folder / "rounds.jsonl"))
+        lines, self._damages = roundlines.read(folder / "rounds.jsonl")
+        self._seen = len(lines)
         self._stamp: int | None = None
         self._introduced = False
         self._bar = Progress(
@@ -82,11 +85,13 @@ class RunProgress:
         )
 
     def _show_rounds(self, num_rounds: int) -> None:
-        lines = _whole_lines(self._folder / "rounds.jsonl")
-        for text in lines[self._seen :]:
-            line = json.loads(text)
-            self._console.print(_round_line(line, num_rounds), highlight=False, soft_wrap=True)
-        self._seen = len(lines)
+        lines, damages = roundlines.read(self._folder / "rounds.jsonl")
+        for line in lines[self._seen :]:
+            self._console.print(_round_line(line.values, num_rounds), highlight=False, soft_wrap=True)
+        for damage in damages:
+            if not damage.cut and damage not in self._damages:  # a line that is cut may just be written
+                self._console.print(escape(f"{damage}"), highlight=False, soft_wrap=True)
+        self._seen, self._damages = len(lines), damages
 
 
 class SweepProgress:
@@ -178,7 +183,7 @@ def _facts(status: dict[str, Any]) -> str:
     return "  ".join(facts)
 
 
-def _round_line(line: dict[str, Any], num_rounds: int) -> str:
+def _round_line(line: Mapping[str, Any], num_rounds: int) -> str:
     loss = "" if line["mean_loss"] is None else f"  loss {line['mean_loss']:.4f}"
     accuracy = "" if line["accuracy_seen"] is None else f"  [bold]accuracy {line['accuracy_seen']:.4f}[/bold]"
     traffic = f"  up {human_bytes(line['bytes_up'])} down {human_bytes(line['bytes_down'])}"
@@ -187,9 +192,3 @@ def _round_line(line: dict[str, Any], num_rounds: int) -> str:
         f"task {line['task_id'] + 1} round {line['server_round']}/{num_rounds}{loss}{accuracy}"
         f"  {len(line['participants'])} clients{traffic}  {line['seconds']['total']:.1f} s{failed}"
     )
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """Read the lines that are whole: a round may be looked at while it is written, or a full disk have cut it."""
-    text = path.read_text() if path.exists() else ""
-    return text[: text.rfind("\n") + 1].splitlines()

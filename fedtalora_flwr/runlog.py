@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import fedtalora_flwr
+from fedtalora_flwr import roundlines
 from fedtalora_flwr.checkpoint import write_text
 from fedtalora_flwr.config import MAY_CHANGE_ON_RESUME
 from fedtalora_flwr.metrics import TaskMatrix, measured
+from fedtalora_flwr.roundlines import Damage
 
 _OPTIONAL = (
     *("resent", "weights", "kept_energy", "exactness_error", "accuracy_seen_linear"),
@@ -181,20 +183,14 @@ class RunFolder:
         for optional in _OPTIONAL:
             if values[optional] in (None, [], (), {}):
                 del values[optional]
-        with (self.path / "rounds.jsonl").open("a") as file:
-            file.write(json.dumps(_finite(values)) + "\n")
+        roundlines.append(self.path / "rounds.jsonl", _finite(values))
 
-    def keep_rounds(self, last: int) -> None:
-        """Drop the lines of rounds after `last`, and a line that a kill cut short."""
+    def keep_rounds(self, last: int) -> list[Damage]:
+        """Drop the lines of rounds after `last`, and those that are cut or damaged, which are given back."""
         path = self.path / "rounds.jsonl"
-        kept = []
-        for text in path.read_text().splitlines() if path.exists() else []:
-            try:
-                if json.loads(text)["server_round"] <= last:
-                    kept.append(text + "\n")
-            except json.JSONDecodeError:
-                break
-        write_text(path, "".join(kept))
+        lines, damages = roundlines.read(path)
+        write_text(path, "".join(f"{line.raw.decode()}\n" for line in lines if line.values["server_round"] <= last))
+        return damages
 
     def write_metrics(
         self, matrix: TaskMatrix, *, bytes_up: int, bytes_down: int, wall_seconds: float, num_rounds: int

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import getLogger
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
@@ -47,14 +47,26 @@ class Attendance:
     ) -> None:
         self.grid, self.config, self.strategy, self.show = grid, config, strategy, show
         self._num_classes = num_classes
-        self._heard: set[int] = set()  # nodes that have said what they hold, or why they cannot
+        self._names: dict[int, str] = {}  # node id -> the name that its key was registered under, where it has one
+        self._since: dict[int, str] = {}  # node id -> since when it is connected, as of the last look
+        self._heard: dict[int, str] = {}  # node id -> the same, as it said what it holds, or why it cannot
+        self._holder: dict[int, int] = {}  # partition id -> the node that it belongs to, connected or not
+        self._behind: dict[int, int] = {}  # node that was refused -> the connected node whose partition it claims
         self._claims: dict[int, int] = {}  # node id -> the partition that it says it is
         self._given_up: set[int] = set()  # partitions that were waited for in vain and not seen since
+
+    def _look(self) -> dict[int, str]:
+        """Give the nodes that are connected, each with the time since when: another one after it was gone."""
+        nodes = list(self.grid.get_nodes())
+        self._names |= {node.node_id: node.name for node in nodes if node.name}
+        self._since = {node.node_id: node.last_activated_at for node in nodes}
+        return self._since
 
     def gather(self, server_round: int) -> tuple[dict[int, wire.Hello], dict[int, str]]:
         """Wait until every partition has a node, and hear what each holds.
 
-        A run that goes on does so without some of them, once ``node-timeout`` is over or the others cannot take part.
+        A node that cannot take part is refused by name, and the run begins with the others. A run that goes on does so
+        also without nodes that are not there, once ``node-timeout`` is over.
 
         Returns
         -------
@@ -63,56 +75,97 @@ class Attendance:
         Raises
         ------
         RunFailed
-            If a node is missing or cannot take part, of a run that goes on: if fewer than ``min-replies`` are left; or
-            if nodes do not go together.
+            If a node is missing, unless the run goes on; if fewer than ``min-replies`` are left; or if the federation
+            is of another size than the run.
         """
         wanted, began, said = self.config.num_clients, time.monotonic(), ""
         hellos: dict[int, wire.Hello] = {}
         reasons: dict[int, str] = {}
         while True:
-            connected = set(self.grid.get_node_ids())
-            if new := sorted(connected - hellos.keys() - reasons.keys()):
+            connected = self._look()
+            if new := sorted(connected.keys() - hellos.keys() - reasons.keys()):
                 self.show("meeting the clients", server_round)
                 found, refused = self.hellos(new)
                 hellos, reasons = hellos | found, reasons | refused
             hellos = {node: hello for node, hello in hellos.items() if node in connected}
-            reasons = {node: reason for node, reason in reasons.items() if node in connected}
-            _check_together(hellos, num_clients=wanted, num_nodes=len(connected))
-            refusals = "; ".join(f"{self._name(node)} cannot take part: {text}" for node, text in reasons.items())
-            if refusals and not self.config.resume:
-                raise RunFailed(refusals)
+            _check_size(hellos, num_clients=wanted, num_nodes=len(connected))
+            odd = self._odd(hellos)
+            hellos = {node: hello for node, hello in hellos.items() if node not in odd}
+            reasons = {node: why for node, why in (reasons | odd).items() if self._stays_refused(node)}
             lacking = sorted(set(range(wanted)) - {hello.partition_id for hello in hellos.values()})
             waited = time.monotonic() - began
-            if not lacking or waited > self.config.node_timeout or len(hellos) + len(reasons) >= wanted:
+            # Nodes that are refused are those of partitions that are lacking, as far as they say which.
+            nameless = [node for node in reasons if node not in self._claims]
+            unclaimed = set(lacking) - {self._claims.get(node) for node in reasons}
+            if len(unclaimed) <= len(nameless) or waited > self.config.node_timeout:
                 break
             if (line := f"waiting: {len(hellos)} of {wanted} nodes are here, {_partitions(lacking)} not") != said:
                 log.info("%s", said := line)
                 self.show("waiting for nodes", server_round)
             time.sleep(_LOOK_SECONDS)
-        if lacking and not (self.config.resume and len(hellos) >= self.config.min_replies):
-            raise RunFailed(
-                f"{len(hellos)} of {wanted} nodes are here after {waited:.1f} s, {_partitions(lacking)} not"
-                f"{refusals and f' ({refusals})'}. Start every node with its own partition-id, then "
-                f"{'go on with resume=true' if self.config.resume else 'run again'}; node-timeout, now "
-                f"{self.config.node_timeout:g} s, is how long they are waited for"
-            )
+        refusals = {node: f"{self._name(node)} cannot take part: {why}" for node, why in reasons.items()}
+        have_come = len(lacking) <= len(reasons)
+        if lacking and not (len(hellos) >= self.config.min_replies and (have_come or self.config.resume)):
+            self._fail_to_begin(lacking, len(hellos), list(refusals.values()), waited, have_come=have_come)
+        for refusal in refusals.values():
+            log.warning("%s", refusal)
         if lacking:
-            because = refusals and f": {refusals}"
-            log.warning("goes on after %.0f s, but %s not here%s", waited, _partitions(lacking), because)
+            log.warning("goes on after %.0f s, but %s not here", waited, _partitions(lacking))
         self._given_up = set(lacking)
-        of_claimed = {self._claims[node]: reason for node, reason in reasons.items() if node in self._claims}
-        return hellos, {partition: of_claimed.get(partition, "no node has come for it") for partition in lacking}
+        self._holder = {hello.partition_id: node for node, hello in hellos.items()}
+        of_claimed = {self._claims[node]: why for node, why in reasons.items() if node in self._claims}
+        otherwise = "; ".join(refusals[node] for node in nameless) or "no node has come for it"
+        return hellos, {partition: of_claimed.get(partition, otherwise) for partition in lacking}
+
+    def _odd(self, hellos: Mapping[int, wire.Hello]) -> dict[int, str]:
+        """Find the nodes that do not go with the others: of another federation, or with a partition that is taken."""
+        odd: dict[int, str] = {}
+        node_of: dict[int, int] = {}
+        for node, hello in hellos.items():
+            if hello.num_partitions != self.config.num_clients:
+                odd[node] = f"it says num-partitions {hello.num_partitions}, num-clients is {self.config.num_clients}"
+            elif (other := node_of.setdefault(hello.partition_id, node)) != node:
+                self._behind[node] = other
+                odd[node] = (
+                    f"partition {hello.partition_id} is held by node {other}, which is connected; give every node its "
+                    "own partition-id in its node config"
+                )
+        return odd
+
+    def _stays_refused(self, node: int) -> bool:
+        """Say whether a node that was refused is still there, and so is the one whose partition it claims."""
+        return node in self._since and self._behind.get(node, node) in self._since
+
+    def _fail_to_begin(
+        self, lacking: Sequence[int], num_here: int, refusals: Sequence[str], waited: float, *, have_come: bool
+    ) -> NoReturn:
+        """End a run that lacks nodes: all have come, and too few can take part; or some have not come."""
+        wanted, again = self.config.num_clients, "go on with resume=true" if self.config.resume else "run again"
+        because = "; ".join(refusals)
+        if have_come:
+            raise RunFailed(
+                f"{because}. {num_here} of {wanted} nodes can take part, min-replies is {self.config.min_replies}: "
+                f"mend that, then {again}"
+            )
+        raise RunFailed(
+            f"{num_here} of {wanted} nodes are here after {waited:.1f} s, {_partitions(lacking)} not"
+            f"{because and f' ({because})'}. Start every node with its own partition-id, then {again}; node-timeout, "
+            f"now {self.config.node_timeout:g} s, is how long they are waited for"
+        )
 
     def roll_call(self, order: wire.RoundOrder) -> tuple[list[wire.Hello], dict[int, str]]:
         """Before a task, hear what every partition holds by now; those whose node is gone are waited for.
 
-        One that was waited for in vain is not waited for again before it was seen, unless too few are there.
+        One that was waited for in vain is not waited for again before it was seen, unless too few are there. One that
+        was refused may have been mended and is asked again.
 
         Returns
         -------
         What partitions say, in order of partition id; and why others say nothing, by partition id.
         """
         everyone, began, deadline = range(self.config.num_clients), time.monotonic(), 0.0
+        holders = set(self.strategy.node_of.values())
+        self._heard = {node: since for node, since in self._heard.items() if node in holders}
         hellos: dict[int, wire.Hello] = {}
         reasons: dict[int, str] = {}
         while True:
@@ -126,6 +179,7 @@ class Attendance:
                     reasons[partition] = f"it is partition {found[node].partition_id} now"
                 elif node in found:
                     hellos[partition] = found[node]
+                    self.strategy.hashes[partition] = found[node].partition_hash
             self._given_up -= hellos.keys() | reasons.keys()
             gone = [p for p in everyone if p not in hellos and p not in reasons]
             if not gone or (self._given_up.issuperset(gone) and len(hellos) >= self.config.min_replies):
@@ -144,7 +198,7 @@ class Attendance:
         self._given_up.update(gone)
         for partition, reason in reasons.items():
             log.warning("%s sits the task out: %s", self._name(self.strategy.node_of[partition]), reason)
-        reasons |= dict.fromkeys(gone, "its node is not connected")
+        reasons |= {partition: self.strategy.absent.get(partition, "its node is not connected") for partition in gone}
         return [hellos[partition] for partition in sorted(hellos)], reasons
 
     def hellos(self, nodes: Iterable[int]) -> tuple[dict[int, wire.Hello], dict[int, str]]:
@@ -155,6 +209,7 @@ class Attendance:
         hellos: dict[int, wire.Hello] = {}
         reasons: dict[int, str] = {}
         nodes = list(nodes)
+        self._behind = {node: other for node, other in self._behind.items() if node not in nodes}
         replies = self.ask(nodes)
         for node in nodes:
             try:
@@ -171,11 +226,11 @@ class Attendance:
                     reasons[node] = wire.error_text(reply.error)
             except wire.WireError as refusal:
                 reasons[node] = str(refusal)
-        self._heard |= hellos.keys() | reasons.keys()
+        self._heard |= {node: self._since.get(node, "") for node in hellos.keys() | reasons.keys()}
         return hellos, {node: one_line(reason, most=LONGEST_REASON) for node, reason in reasons.items()}
 
     def _check(self, hello: wire.Hello) -> None:
-        """Refuse a hello that fits no partition of this run, or another data set."""
+        """Refuse a hello that fits no partition of this run, or that is of other data than the partition's."""
         if hello.partition_id >= self.config.num_clients:
             raise wire.WireError(
                 f"partition-id {hello.partition_id} is not among the {self.config.num_clients} of num-clients"
@@ -186,6 +241,9 @@ class Attendance:
                 f"it knows {len(hello.class_counts)} classes, the server {num_classes}; "
                 "both must read the same data set"
             )
+        known = self.strategy.hashes.get(hello.partition_id)
+        if self._num_classes is not None and known and hello.partition_hash != known:
+            raise wire.WireError(f"it holds other data than partition {hello.partition_id} of this run")
 
     def ask(self, nodes: Iterable[int]) -> dict[int, Message]:
         """Ask nodes what they hold: node id -> its reply, as far as there is one."""
@@ -216,6 +274,8 @@ class Attendance:
     def insist(self, exchange: Callable[[wire.RoundOrder], _Given], order: wire.RoundOrder) -> _Given:
         """Do an exchange; where so many nodes are gone that it has too few replies, do it again when they are back.
 
+        Where it was closed without late ones, it is done again with them.
+
         An exchange changes nothing unless it succeeds, and what is drawn in it depends on the round alone: done again,
         it gives what it would have given.
 
@@ -229,6 +289,10 @@ class Attendance:
             try:
                 return exchange(order)
             except TooFewReplies as shortage:
+                if self.strategy.closed_early:  # what came in time was not all good
+                    self.strategy.patient = True
+                    log.warning("%s; it is repeated, and waits for those that were late", shortage)
+                    continue
                 if len(self._holders(order.task_id)) >= self.config.min_replies:
                     raise  # the nodes are there: waiting would mend nothing
                 log.warning("%s; it is repeated when they are back", shortage)
@@ -259,44 +323,68 @@ class Attendance:
         return self._present(self.strategy.holds_task[task_id])
 
     def _present(self, partitions: Iterable[int]) -> list[int]:
-        """List those of the partitions whose node is connected; a node that is new is asked first."""
-        connected = set(self.grid.get_node_ids())
-        self._heard &= connected
-        self._greet(sorted(connected - self._heard - set(self.strategy.node_of.values())))
+        """List those of the partitions whose node is connected; a node that is new, or was gone, is asked first."""
+        connected = self._look()
+        self._heard = {
+            node: since
+            for node, since in self._heard.items()
+            if connected.get(node) == since and self._stays_refused(node)
+        }
+        self._greet(sorted(connected.keys() - self._heard.keys()))
         return [partition for partition in partitions if self.strategy.node_of.get(partition) in connected]
 
-    def _greet(self, newcomers: list[int]) -> None:
-        """Give its partition back to a node that was started anew: without node keys it has another id then."""
-        hellos, reasons = self.hellos(newcomers)
+    def _greet(self, nodes: list[int]) -> None:
+        """Take in nodes that are back, and such as were started anew: without node keys these have another id then."""
+        hellos, reasons = self.hellos(nodes)
         for node, hello in hellos.items():
             try:
+                self._recognise(node, hello)
                 self.strategy.rejoin(node, hello)
             except wire.WireError as refusal:
                 reasons[node] = str(refusal)
             else:
+                self._holder[hello.partition_id] = node
                 log.info("node %d is back with partition %d", node, hello.partition_id)
         for node, reason in reasons.items():
             log.warning("%s cannot take part: %s", self._name(node), reason)
+            self.strategy.dismiss(node, reason)
+
+    def _recognise(self, node: int, hello: wire.Hello) -> None:
+        """Refuse a node that is not the one to which the partition that it claims belongs.
+
+        A node with a key has one id for ever, and the name under which the key is registered. One without has another
+        id each time that it is started: nothing but its data tell that it is the same, once the one before is gone.
+        """
+        claimed = hello.partition_id
+        before = next((partition for partition, holder in self._holder.items() if holder == node), claimed)
+        if before != claimed:
+            raise wire.WireError(f"it was partition {before} of this run, and says {claimed} now")
+        holder = self._holder.get(claimed, node)
+        if holder == node:
+            return
+        if holder in self._since:
+            self._behind[node] = holder
+            raise wire.WireError(f"partition {claimed} is held by node {holder}, which is connected")
+        if name := self._names.get(holder):
+            if self._names.get(node) == name:  # whoever registers keys has put this one in its place
+                return
+            raise wire.WireError(f"partition {claimed} belongs to the node that is registered as {name!r}, in this run")
+        known = self.strategy.hashes.get(claimed)
+        if known and hello.partition_hash != known:  # data of a node's own: `_check` knows the others
+            raise wire.WireError(
+                f"it holds other data than partition {claimed} showed last, and without a node key nothing else says "
+                "that it is the same node"
+            )
 
 
-def _check_together(hellos: Mapping[int, wire.Hello], *, num_clients: int, num_nodes: int) -> None:
-    """Refuse nodes that do not go together: of a federation of another size, or two with one partition."""
-    sizes = {hello.num_partitions for hello in hellos.values()}
-    if sizes == {num_nodes} != {num_clients}:
+def _check_size(hellos: Mapping[int, wire.Hello], *, num_clients: int, num_nodes: int) -> None:
+    """Refuse a run that is of another size than the federation, as all of its nodes say."""
+    if {hello.num_partitions for hello in hellos.values()} == {num_nodes} != {num_clients}:
         raise RunFailed(
             f"num-clients is {num_clients}, but {num_nodes} SuperNodes are connected. In simulation pass "
             f'--federation-config "num-supernodes={num_clients}" to flwr run (its default is 2), or use '
             f"fedtalora run, which does; or set num-clients={num_nodes}"
         )
-    if sizes and sizes != {num_clients}:
-        raise RunFailed(f"nodes say num-partitions {sorted(sizes)}, the run has num-clients {num_clients}")
-    node_of: dict[int, int] = {}
-    for node, hello in hellos.items():
-        if (other := node_of.setdefault(hello.partition_id, node)) != node:
-            raise RunFailed(
-                f"partition {hello.partition_id} is held by two nodes, {other} and {node}; "
-                "give every node its own partition-id in its node config"
-            )
 
 
 def _partitions(ids: Sequence[int]) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.data import ClassList, DataError
+from fedtalora_flwr.data import ClassList, DataError, TooFewClasses
 from fedtalora_flwr.wire import Hello
 
 
@@ -106,17 +106,41 @@ def of_own(hellos: Sequence[Hello], classes: ClassList, *, next_task: int, confi
 def compatible(
     hellos: Sequence[Hello], classes: ClassList, *, next_task: int, config: RunConfig
 ) -> tuple[list[Hello], dict[int, str]]:
-    """Leave out the nodes whose names or layout do not go with what is known, or with partitions before theirs.
+    """Leave out the nodes whose names or layout do not go with what is known, or with the other nodes.
+
+    As long as nothing is known, the odd ones are those that do not go with most: each node in turn is taken for the
+    first, until more than half go together.
 
     Returns
     -------
     The others, which `of_own` takes; and why the rest is left out, by partition id.
     """
+    try:
+        of_own(hellos, classes, next_task=next_task, config=config)
+        return list(hellos), {}
+    except DataError:  # somebody is odd, or there is too little of all
+        good, reasons = _going_with(hellos, classes, next_task=next_task, config=config)
+    for first in range(1, 0 if classes.names else len(hellos)):
+        if 2 * len(good) > len(hellos):
+            break
+        turned = [hellos[first], *hellos[:first], *hellos[first + 1 :]]
+        others, left_out = _going_with(turned, classes, next_task=next_task, config=config)
+        if len(others) > len(good):
+            good, reasons = others, left_out
+    return sorted(good, key=lambda hello: hello.partition_id), reasons
+
+
+def _going_with(
+    hellos: Sequence[Hello], classes: ClassList, *, next_task: int, config: RunConfig
+) -> tuple[list[Hello], dict[int, str]]:
+    """Leave out the nodes that do not go with what is known and with those before them."""
     good: list[Hello] = []
     reasons: dict[int, str] = {}
     for hello in hellos:
         try:
             of_own([*good, hello], classes, next_task=next_task, config=config)
+        except TooFewClasses:  # so far: no fault of this node
+            good.append(hello)
         except DataError as error:
             reasons[hello.partition_id] = str(error)
         else:

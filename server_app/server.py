@@ -376,16 +376,20 @@ class Server:
     def _meet(self) -> None:
         """Wait for the nodes, learn who holds what, and write the manifest."""
         self._show("waiting for nodes", self.point.server_round)
+        self.strategy.hashes = dict(enumerate(self.point.partition_hashes))  # of a run that goes on
         hellos, absent = self.nodes.gather(self.point.server_round)
-        said = {hello.partition_id: hello for hello in hellos.values()}
-        everyone = range(self.config.num_clients)
-        hashes = tuple(said[p].partition_hash if p in said else self.point.partition_hashes[p] for p in everyone)
-        self.strategy.meet(hellos, hashes=hashes, absent=absent)
-        if self.data and self.config.resume and hashes != self.point.partition_hashes:
-            raise RunFailed(f"{self.folder.path} was run on other data or another partition; it cannot be resumed")
-        self.point = replace(self.point, partition_hashes=hashes)
+        said, everyone = {hello.partition_id: hello for hello in hellos.values()}, range(self.config.num_clients)
+        shares = []
         if self.data:  # which says also what a partition holds whose node is not here
             shares = [said.get(p) or Share(self.config, p).hello(num_partitions=len(everyone)) for p in everyone]
+            hashes = tuple(share.partition_hash for share in shares)
+            if self.config.resume and hashes != self.point.partition_hashes:
+                raise RunFailed(f"{self.folder.path} was run on other data or another partition; it cannot be resumed")
+        else:
+            hashes = tuple(said[p].partition_hash if p in said else self.strategy.hashes.get(p, "") for p in everyone)
+        self.strategy.meet(hellos, hashes=hashes, absent=absent)
+        self.point = replace(self.point, partition_hashes=hashes)
+        if self.data:
             self._take_stock(census.of_shared(shares, self.point.classes), settled=range(self.config.last_task))
         else:
             next_task, begun = divmod(self.point.server_round, self.rounds_per_task)
@@ -406,13 +410,13 @@ class Server:
     def _take_in(self, hellos: list[wire.Hello], absent: Mapping[int, str], *, playing: int, next_task: int) -> None:
         """Take in what nodes bring by now: new classes get rows behind the others.
 
-        Once classes are known, a node whose own do not go with them sits the task out, as do those in `absent`.
+        A node whose own do not go with those known, or with most nodes', sits the task out, as do those in `absent`.
         """
-        reasons = dict(absent)
-        if self.point.classes.names:
-            hellos, refused = census.compatible(hellos, self.point.classes, next_task=next_task, config=self.config)
-            reasons |= refused
-        for partition, why in sorted(reasons.items()):
+        hellos, refused = census.compatible(hellos, self.point.classes, next_task=next_task, config=self.config)
+        for partition, why in refused.items():
+            node = self.strategy.node_of.get(partition, "gone")
+            log.warning("partition %d (node %s) sits the task out: %s", partition, node, why)
+        for partition, why in sorted({**absent, **refused}.items()):
             self.strategy.tally.fail(partition, f"sits the task out: {why}")
         found = census.of_own(hellos, self.point.classes, next_task=next_task, config=self.config)
         for remark in found.remarks:
@@ -517,7 +521,8 @@ class Server:
     def _resumed(self) -> Checkpoint:
         point = checkpoint.load(self.folder.checkpoint, self.config.resume_from)
         self.folder.check_config(self.config.flat())
-        self.folder.keep_rounds(point.server_round)
+        for damage in self.folder.keep_rounds(point.server_round):
+            log.warning("%s: %s; the line is left out", self.folder.path, damage)
         log.info("resuming after round %d", point.server_round)
         return replace(point, classes=self._classes()) if self.data else point
 

@@ -35,6 +35,7 @@ from fedtalora_flwr.residual import Ledger, Parcel
 from fedtalora_flwr.runlog import Failure
 from fedtalora_flwr.words import one_line
 from server_app.census import Census
+from server_app.stragglers import Stragglers
 
 log = getLogger("fedtalora.server")
 
@@ -89,6 +90,11 @@ class Tally:
         """Note a failure on one line and not for ever long: a client may have written the reason."""
         self.failures.append(Failure(partition, one_line(reason, most=LONGEST_REASON)))
 
+    def miss(self, partition: int, reason: str) -> None:
+        """Note that a partition was not asked; once, however many exchanges the round has."""
+        if partition not in {failure.partition_id for failure in self.failures}:
+            self.fail(partition, reason)
+
 
 class AdapterStrategy(Strategy):
     """Send the shared adapter to a sample of the clients and fold their updates with a method.
@@ -119,6 +125,9 @@ class AdapterStrategy(Strategy):
         self.most_sums = 0  # numbers in a client's feature sums
         self.trust: dict[int, float] = {}  # partition id -> its weight by its examples, relative to the largest such
         self.ledger = Ledger(state.residual)
+        self.stragglers = Stragglers()
+        self.patient = False  # whether the next exchange waits for all, whatever ``close-after`` says
+        self.closed_early = False  # whether the last one did not
         self.before: GlobalState | None = None  # the state that the task began with
         self._before_ledger = Ledger({})
         self._frozen = wire.frozen_digest(state.adapters, method.trainable)
@@ -179,23 +188,25 @@ class AdapterStrategy(Strategy):
                 )
 
     def rejoin(self, node: int, hello: wire.Hello) -> None:
-        """Take a node for the holder of its partition from now on, in place of the one before.
-
-        Raises
-        ------
-        WireError
-            If it holds other data than that one; data of a node's own may have grown.
-        """
-        if not self.census.told and hello.partition_hash != self.hashes.get(hello.partition_id):
-            raise wire.WireError(f"it holds other data than partition {hello.partition_id} of this run")
+        """Take a node for the holder of its partition from now on."""
         self.node_of[hello.partition_id] = node
+        self.absent.pop(hello.partition_id, None)
+        self.hashes[hello.partition_id] = hello.partition_hash
         self.ledger.report(hello.partition_id, hello.held)
+        self.stragglers.forget(node)
+
+    def dismiss(self, node: int, reason: str) -> None:
+        """Ask a node nothing any more, until it rejoins."""
+        for partition in [partition for partition, holder in self.node_of.items() if holder == node]:
+            del self.node_of[partition]
+            self.absent[partition] = reason
 
     def exchange(self, grid: Grid, messages: Iterable[Message]) -> Iterator[tuple[int, Message]]:
         """Send messages and give the replies with content, while the tally takes the cost and the failures.
 
         A reply that comes from the server's own side (expired, node gone) names no node, so replies are tied
-        to messages and not to senders. A client that has lost the base is sent it once more.
+        to messages and not to senders. A client that has lost the base is sent it once more. After ``close-after`` it
+        is enough that ``min-replies`` replies are there.
 
         Yields
         ------
@@ -203,12 +214,15 @@ class AdapterStrategy(Strategy):
         they are read while others still train.
         """
         partition_of = {node: partition for partition, node in self.node_of.items()}
+        patient, self.patient, self.closed_early = self.patient, False, False
         sent = sorted(messages, key=lambda message: partition_of[message.metadata.dst_node_id])
+        sent = self._without_busy(grid, sent, partition_of, needed=len(sent) if patient else self.config.min_replies)
         order = [partition_of[message.metadata.dst_node_id] for message in sent]
         asked = dict(zip(self._push(grid, sent), sent, strict=True))
         if any(message.metadata.message_type != MessageType.EVALUATE for message in sent):
             self.tally.participants.update(order)
-        began = time.monotonic()
+        began, num_given = time.monotonic(), 0
+        may_close = self.config.close_after > 0 and not patient
         settled: dict[int, Message | None] = {}
         resent: set[int] = set()
         for partition in order:
@@ -220,11 +234,39 @@ class AdapterStrategy(Strategy):
                         self._settle(settled, late, f"no reply within {self.config.round_timeout:g} s")
                     break
                 self._pull(grid, asked, partition_of, settled, resent)
+                num_there = num_given + sum(reply is not None for reply in settled.values())
+                if may_close and waited > self.config.close_after and num_there >= self.config.min_replies:
+                    self._close(asked, partition_of, settled)
                 if partition not in settled:
                     time.sleep(min(_LONGEST_PAUSE, max(_SHORTEST_PAUSE, waited / 20)))
                 self.tally.wait_seconds += time.monotonic() - began - waited
             if reply := settled.pop(partition):
+                num_given += 1
                 yield partition, reply
+
+    def _without_busy(
+        self, grid: Grid, messages: list[Message], partition_of: Mapping[int, int], *, needed: int
+    ) -> list[Message]:
+        """Leave out those to nodes that still work for a round that was closed, unless these are needed."""
+        self.tally.bytes_up += wire.message_bytes(self.stragglers.late_replies(grid))
+        busy = self.stragglers.busy(messages)
+        free = [message for message in messages if message.metadata.dst_node_id not in busy]
+        if len(free) < needed:
+            return messages
+        for node, server_round in busy.items():
+            self.tally.miss(partition_of[node], f"not asked: it is still busy with round {server_round}")
+        return free
+
+    def _close(
+        self, asked: dict[str, Message], partition_of: Mapping[int, int], settled: dict[int, Message | None]
+    ) -> None:
+        """Go on without those that have not answered; `asked` loses them."""
+        self.closed_early = bool(asked)
+        self.stragglers.leave(asked.values())
+        for message in asked.values():
+            late = partition_of[message.metadata.dst_node_id]
+            self._settle(settled, late, f"late: the round was closed without it after {self.config.close_after:g} s")
+        asked.clear()
 
     def _push(self, grid: Grid, messages: list[Message]) -> list[str]:
         grid.push_messages(messages)
@@ -317,8 +359,8 @@ class AdapterStrategy(Strategy):
         for partition in partitions:
             if partition in self.node_of:
                 found.append(partition)
-            elif partition not in {failure.partition_id for failure in self.tally.failures}:
-                self.tally.fail(partition, self.absent[partition])  # once, however many exchanges the round has
+            else:
+                self.tally.miss(partition, self.absent[partition])
         return found
 
     def messages(

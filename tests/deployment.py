@@ -259,6 +259,13 @@ class Deployment:
         """Wait until a node that was started has its id from the SuperLink."""
         self._await(lambda: "SuperNode ID:" in node.log, START_SECONDS, "its id", needs=node)
 
+    def guest(self, partition_id: int) -> Part:
+        """Build another SuperNode that says it holds a partition; no key of it is registered, it is not started."""
+        command = self._node_command(partition_id)
+        command[command.index("--port") + 1] = str(self._port())
+        self.nodes.append(self._part("guest", command))
+        return self.nodes[-1]
+
     def close(self) -> None:
         """End every process of the deployment, those that Flower started included."""
         parts = [*self.nodes, *self._streams.values(), self.superlink]

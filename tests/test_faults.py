@@ -228,6 +228,32 @@ def test_client_beyond_the_deadline_does_not_replay_stale_rounds(tmp_path: Path,
     row(f"client slower than `round-timeout` ({deadline:.0f} s)", seconds, watch)
 
 
+def test_client_that_is_late_is_left_behind_until_it_is_done_and_its_late_reply_counts_nowhere(
+    tmp_path: Path, row: Row
+) -> None:
+    close_after = 40.0
+    with Deployment(tmp_path / "lab", num_nodes=NUM_NODES) as lab:
+        watch = Watch(lab, tmp_path / "out")
+        run_id = watch.submit(close_after=close_after, stop_after_task=5, verify=True)
+        pid = watch.await_training(2, lab.nodes[1])
+        os.kill(pid, signal.SIGSTOP)
+        began = time.monotonic()
+        watch.await_round(2)
+        seconds = time.monotonic() - began
+        watch.await_round(3)
+        os.kill(pid, signal.SIGCONT)
+        assert lab.outcome(run_id, seconds=PATIENCE).status == COMPLETED
+    failed = watch.failures()
+    assert failed[2] == {1: f"late: the round was closed without it after {close_after:g} s"}
+    assert failed[3] == {1: "not asked: it is still busy with round 2"}
+    assert failed.keys() <= {2, 3, 4}  # it is asked again once it is done
+    lines = watch.rounds()
+    assert [line["participants"] for line in lines][1:3] == [[0, 1], [0]] and lines[-1]["participants"] == [0, 1]
+    assert max(line["exactness_error"] for line in lines) < 1e-6
+    assert seconds < close_after + 30
+    row(f"client slower than `close-after` ({close_after:.0f} s)", seconds, watch)
+
+
 def test_serverapp_killed_is_resumed_by_one_command_and_ends_with_the_same_metrics(
     tmp_path: Path, row: Row, undisturbed: Path
 ) -> None:
@@ -270,6 +296,27 @@ def test_superlink_killed_goes_on_from_its_database_and_the_run_from_its_checkpo
     row("SuperLink killed, database kept, run resumed with `resume=true`", seconds, watch)
 
 
+def test_newcomer_that_claims_the_partition_of_a_node_that_is_there_is_refused_by_name(
+    tmp_path: Path, row: Row
+) -> None:
+    with Deployment(tmp_path / "lab", num_nodes=NUM_NODES) as lab:
+        watch = Watch(lab, tmp_path / "out")
+        run_id = watch.submit(stop_after_task=3)
+        watch.await_training(1, lab.nodes[1])
+        guest = lab.guest(1)
+        began = time.monotonic()
+        guest.start()
+        lab.await_online(guest)
+        watch.await_round(2)
+        seconds = time.monotonic() - began
+        outcome = lab.outcome(run_id, seconds=PATIENCE)
+        assert outcome.status == COMPLETED
+    assert watch.failures() == {}
+    assert "(partition 1) cannot take part: partition 1 is held by node " in outcome.log
+    assert "is back with partition 1" not in outcome.log
+    row("another node claims the partition of one that is there (no node keys)", seconds, watch)
+
+
 @pytest.mark.parametrize("changed", ["version", "a line of code"])
 def test_node_with_another_version_of_the_library_is_named_before_the_first_round(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: str
@@ -286,7 +333,7 @@ def test_node_with_another_version_of_the_library_is_named_before_the_first_roun
         node.start()
         lab.await_online(node)
         watch = Watch(lab, tmp_path / "out")
-        outcome = lab.outcome(watch.submit(), seconds=PATIENCE)
+        outcome = lab.outcome(watch.submit(min_replies=NUM_NODES), seconds=PATIENCE)
     assert outcome.status == "finished:failed"
     ours = fedtalora_flwr.build()
     theirs = "9.9+" if changed == "version" else f"{fedtalora_flwr.__version__}+"

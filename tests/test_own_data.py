@@ -449,13 +449,56 @@ WRONG: dict[str, tuple[Callable[[list[Path]], None], str]] = {
 }
 
 
+# Who is odd: the second node, but where the first one differs from both others.
+SPOILT = {"a name that differs by a space on one node": 0}
+
+
 @pytest.mark.parametrize("what", WRONG)
-def test_node_is_refused_before_the_first_round_with(paths, tmp_path, what):
+def test_node_is_refused_by_name_before_the_first_round_with(paths, tmp_path, caplog, what):
+    spoil, message = WRONG[what]
+    spoil(paths)
+    odd = SPOILT.get(what, 1)
+    out = run(tmp_path / "run", paths, min_replies=1)
+    (failure,) = rounds(out)[0]["failures"]
+    assert failure["partition_id"] == odd and message in failure["reason"]
+    named = rf"node 10{odd}( \(partition {odd}\))? cannot take part|partition {odd} \(node 10{odd}\) sits the task out"
+    assert re.search(rf"({named}): .*{re.escape(message)}", caplog.text)
+    assert rounds(out)[0]["participants"] == [p for p in range(3) if p != odd]
+
+
+def test_node_that_was_refused_and_is_mended_takes_part_in_the_next_task(paths, tmp_path, caplog):
+    (broken := paths[0] / "task-2" / "bee" / "x.png").write_bytes(b"x")
+    out = run(tmp_path / "run", paths, before_task(1, broken.unlink))
+    assert [line["participants"] for line in rounds(out)] == [[1, 2], [0, 2]]
+    assert [[f["partition_id"] for f in line["failures"]] for line in rounds(out)] == [[0], []]
+    assert "node 100 is back with partition 0" in caplog.text
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_run_that_such_a_node_leaves_with_too_few_fails_by_name(paths, tmp_path, what):
     spoil, message = WRONG[what]
     spoil(paths)
     with pytest.raises((RunFailed, DataError), match=re.escape(message)):
-        run(tmp_path / "run", paths)
+        run(tmp_path / "run", paths, min_replies=3)
     assert message.split("'")[0] in read(tmp_path / "run", "status.json")["message"]
+
+
+def test_odd_one_is_who_does_not_go_with_most_and_not_who_comes_last(paths, tmp_path):
+    for path in (paths[1], paths[2]):
+        draw(path / "task-2", "bee", 6)
+        (path / "task-2" / "bee").rename(path / "task-2" / "Bee")
+    out = run(tmp_path / "run", paths)
+    (failure,) = rounds(out)[0]["failures"]
+    assert failure["partition_id"] == 0 and "a class 'Bee' and a class 'bee'" in failure["reason"]
+    assert rounds(out)[0]["participants"] == [1, 2]
+
+
+def test_nodes_that_hold_too_few_classes_together_are_none_of_them_odd(tmp_path):
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        draw(path, "ant", 5)
+    with pytest.raises(DataError, match="the nodes hold 1 classes, too few for num-tasks 2; lower num-tasks"):
+        run(tmp_path / "run", paths)
 
 
 def test_node_that_names_no_folder_is_told_how_to(paths, tmp_path):
@@ -499,3 +542,20 @@ def test_run_can_be_opened_and_names_its_classes(paths, tmp_path):
     picture = next((paths[0] / "task-2" / "ant").iterdir())
     (found,) = predict(trained, read_items([str(picture)], modality="image", stdin=io.BytesIO()), top=1)
     assert found.ranking[0][0] == "ant"
+
+
+@pytest.mark.parametrize("new_id", [102, 202])
+def test_data_that_grew_while_a_node_was_away_are_taken_from_the_same_node_alone(
+    paths, tmp_path, border, monkeypatch, caplog, new_id
+):
+    monkeypatch.setattr(border, "new_id", new_id)
+
+    def client(message: Message, context: Context) -> Message | None:
+        if message.metadata.message_type == MessageType.EVALUATE and context.node_id == 102:
+            draw(paths[2] / "task-10", "cat", 12)
+        return run_client(message, context)
+
+    out = run(tmp_path / "run", paths, client, min_replies=1, node_timeout=0.3)
+    other = "it holds other data than partition 2 showed last, and without a node key nothing else says that it is"
+    assert (f"node 202 (partition 2) cannot take part: {other}" in caplog.text) == (new_id == 202)
+    assert (2 in rounds(out)[1]["participants"]) == (new_id == 102)

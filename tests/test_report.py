@@ -343,8 +343,6 @@ def test_a_missing_number_leaves_a_gap_and_not_an_error(run):
         ("config.json", None, FileNotFoundError, "config.json is missing"),
         ("config.json", "{", ValueError, "config.json is not JSON"),
         ("manifest.json", "[]", ValueError, "must hold a JSON object, got list"),
-        ("rounds.jsonl", "{\n{}\n", ValueError, "line 1 is not JSON"),
-        ("rounds.jsonl", '{"task_id": 0}\n', ValueError, "line 1 needs a whole number 'server_round'"),
     ],
 )
 def test_what_is_no_run_folder_is_refused_by_name(run, file, content, error, message):

@@ -47,7 +47,9 @@ def state(folder: Path) -> bytes:
 
 
 def rounds(folder: Path) -> list[dict[str, object]]:
-    return [json.loads(text) | {"seconds": {}} for text in (folder / "rounds.jsonl").read_text().splitlines()]
+    return [
+        json.loads(text) | {"seconds": {}, "crc32": 0} for text in (folder / "rounds.jsonl").read_text().splitlines()
+    ]
 
 
 def family(process: psutil.Process) -> list[psutil.Process]:

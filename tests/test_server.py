@@ -76,7 +76,7 @@ def result(out: Path) -> dict[str, Any]:
     """All that a run leaves, less its times and the bytes sent, which depend on what clients still hold."""
     point = checkpoint.load(out / "checkpoint")
     tensors = next((out / "checkpoint").glob("*.safetensors")).read_bytes()
-    aside = {"seconds", "wall_seconds", "bytes_down", "bytes_down_total"}
+    aside = {"seconds", "wall_seconds", "bytes_down", "bytes_down_total", "crc32"}
     return {
         "metrics": {key: value for key, value in read(out, "metrics.json").items() if key not in aside},
         "rounds": [{key: value for key, value in line.items() if key not in aside} for line in rounds(out)],
@@ -187,7 +187,7 @@ def test_each_round_has_a_line_with_what_the_contract_names(undisturbed):
     for line in lines:
         assert set(line) == {
             *("server_round", "task_id", "participants", "failures", "bytes_up", "bytes_down", "seconds"),
-            *("mean_loss", "residual_norm", "exactness_error", "accuracy_seen"),
+            *("mean_loss", "residual_norm", "exactness_error", "accuracy_seen", "crc32"),
         }
         assert set(line["seconds"]) == {"wait", "aggregate", "evaluate", "total"}
         assert line["participants"] == [0, 1, 2] and line["failures"] == []
@@ -441,34 +441,55 @@ def test_wrong_number_of_nodes_is_an_error_that_names_the_option(tmp_path, num_n
     assert read(tmp_path, "status.json")["phase"] == "failed"
 
 
-def test_node_with_another_version_of_the_library_fails_the_run_before_it_begins(tmp_path):
-    def change(reply):
-        reply.content[HELLO]["library"] = "9.9"
+def with_hello(**changes: Any) -> Callable[[Message], Message]:
+    """Change what a node says of itself."""
+
+    def changed(reply: Message) -> Message:
+        for key, value in changes.items():
+            reply.content[HELLO][key.replace("_", "-")] = value
         return reply
 
-    with pytest.raises(
-        RunFailed,
-        match=r"node 101 \(partition 1\) cannot take part: the client runs fedtalora 9\.9, this side .*; install",
-    ):
-        run(tmp_path, meddle(change, kind="query", server_round=0))
-    assert "9.9" in read(tmp_path, "status.json")["message"]
+    return changed
 
 
-def test_two_nodes_with_one_partition_fail_the_run_before_it_begins(tmp_path):
-    def change(reply):
-        reply.content[HELLO]["partition-id"] = 0
-        return reply
+ODD: dict[str, tuple[Callable[[Message], Message | None], str]] = {
+    "another version": (with_hello(library="9.9"), "the client runs fedtalora 9.9, this side"),
+    "another number of classes": (
+        edit("counts/class", lambda counts: counts[:-1]),
+        "it knows 9 classes, the server 10; both must read the same data set",
+    ),
+    "another federation": (with_hello(num_partitions=7), "it says num-partitions 7, num-clients is 3"),
+    "no such partition": (with_hello(partition_id=5), "partition-id 5 is not among the 3 of num-clients"),
+    "the partition of another": (
+        with_hello(partition_id=0),
+        "partition 0 is held by node 100, which is connected; give every node its own partition-id in its node config",
+    ),
+    "a broken hello": (lose(HELLO), "the first reply lacks 'hello'"),
+    "an error": (fail, "the disk is full"),
+    "no answer": (lambda reply: None, "no reply in time"),
+}
 
-    with pytest.raises(RunFailed, match="partition 0 is held by two nodes, 100 and 101; give every node its own"):
-        run(tmp_path, meddle(change, kind="query", server_round=0))
+
+@pytest.mark.parametrize("what", ODD)
+def test_one_odd_node_is_refused_by_name_and_the_run_begins_with_the_others(tmp_path, caplog, what):
+    change, reason = ODD[what]
+    logging.getLogger("fedtalora").propagate = True
+    run(tmp_path, meddle(change, kind="query", server_round=0), **SHORT, min_replies=2, node_timeout=0.1)
+    assert re.search(rf"node 101( \(partition \d\))? cannot take part: .*{re.escape(reason)}", caplog.text)
+    for line in rounds(tmp_path):
+        assert line["participants"] == [0, 2]
+        (failure,) = line["failures"]
+        assert failure["partition_id"] == 1
+        assert reason in failure["reason"] or what in ("no such partition", "the partition of another")
+    assert len(set(read(tmp_path, "manifest.json")["partition_hashes"])) == 3
 
 
-def test_node_that_knows_another_number_of_classes_fails_the_run_before_it_begins(tmp_path):
-    change = edit("counts/class", lambda counts: counts[:-1])
-    with pytest.raises(
-        RunFailed, match=r"node 101 \(partition 1\) cannot take part: it knows 9 classes, the server 10"
-    ):
-        run(tmp_path, meddle(change, kind="query", server_round=0))
+@pytest.mark.parametrize("what", ODD)
+def test_run_that_an_odd_node_leaves_with_too_few_fails_before_it_begins_by_name(tmp_path, what):
+    change, reason = ODD[what]
+    with pytest.raises(RunFailed, match=rf"node 101.* cannot take part: .*{re.escape(reason)}"):
+        run(tmp_path, meddle(change, kind="query", server_round=0), min_replies=3, node_timeout=0.1)
+    assert rounds(tmp_path) == [] and reason in read(tmp_path, "status.json")["message"]
 
 
 def test_partition_without_data_of_a_task_sits_it_out(tmp_path):
@@ -485,16 +506,6 @@ def test_task_that_too_few_partitions_hold_fails_the_run_before_it_begins(tmp_pa
     with pytest.raises(RunFailed, match="task 0 is held by 2 partitions, min-replies is 3: lower min-replies"):
         run(tmp_path, **SHORT, max_per_class=1, min_replies=3)
     assert rounds(tmp_path) == []
-
-
-def test_node_that_cannot_take_part_fails_the_run_with_its_id_and_reason(tmp_path):
-    with pytest.raises(RunFailed, match=r"node 101 cannot take part: .*the disk is full"):
-        run(tmp_path, meddle(fail, kind="query", server_round=0))
-
-
-def test_node_that_does_not_answer_fails_the_run_with_its_id(tmp_path):
-    with pytest.raises(RunFailed, match=r"node 101 cannot take part: no reply in time"):
-        run(tmp_path, meddle(lambda reply: None, kind="query", server_round=0))
 
 
 def make_strategy(**changes: Any) -> AdapterStrategy:

@@ -86,7 +86,7 @@ def configured_like(**changes: Any) -> RunConfig:
 
 def result(out: Path) -> tuple[Any, ...]:
     """All that a run leaves, less its times and the bytes sent, which depend on what clients still hold."""
-    aside = {"seconds", "bytes_down"}
+    aside = {"seconds", "bytes_down", "crc32"}
     lines = [{key: value for key, value in line.items() if key not in aside} for line in rounds(out)]
     told = read(out / "checkpoint", "latest.json")["clustered"]
     return lines, told, next((out / "checkpoint").glob("*.safetensors")).read_bytes(), read(out, "metrics.json")["faa"]

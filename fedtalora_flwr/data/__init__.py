@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedtalora_flwr import registry
-from fedtalora_flwr.data.classes import ClassList, HeldClass
+from fedtalora_flwr.data.classes import ClassList, HeldClass, TooFewClasses
 from fedtalora_flwr.data.images import load_images, stack_images, stored_side
 from fedtalora_flwr.data.own import OwnData, OwnReader
 from fedtalora_flwr.data.source import DataError, Source, Split, take, tidy
@@ -24,6 +24,7 @@ __all__ = [
     "Source",
     "Split",
     "TaskStream",
+    "TooFewClasses",
     "build_stream",
     "load_images",
     "load_source",

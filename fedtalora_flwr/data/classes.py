@@ -9,6 +9,10 @@ from fedtalora_flwr.data.source import DataError
 from fedtalora_flwr.data.stream import cut
 
 
+class TooFewClasses(DataError):
+    """The nodes that have been heard so far hold fewer classes than there are tasks."""
+
+
 @dataclass(frozen=True)
 class HeldClass:
     """What a node says that it holds of one class.
@@ -116,7 +120,7 @@ class ClassList:
         new = [name for name in names if name not in self._rows]
         if not self.names:
             if len(new) < num_tasks:
-                raise DataError(
+                raise TooFewClasses(
                     f"the nodes hold {len(new)} classes, too few for num-tasks {num_tasks}; lower num-tasks"
                 )
             first = cut([(row,) for row in range(len(new))], num_tasks=num_tasks, seed=seed)

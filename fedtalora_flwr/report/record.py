@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtalora_flwr import roundlines
+
 NOT_A_SETTING_OF_THE_METHOD = frozenset({"out", "resume"})
 
 
@@ -121,7 +123,8 @@ def read_run(path: Path | str) -> RunRecord:
     FileNotFoundError
         If `path` is no folder, or has no config.json.
     ValueError
-        If a file in it is not what the run folder's contract says; the message names file and line.
+        If a JSON file in it is not what the run folder's contract says; the message names the file. A damaged line of
+        rounds.jsonl is no error, but a note.
     """
     folder = Path(path).resolve()
     if not folder.is_dir():
@@ -135,9 +138,8 @@ def read_run(path: Path | str) -> RunRecord:
     manifest = _read_object(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
     if not manifest:
         notes.append("manifest.json is missing: the run stopped before its data were known.")
-    rounds, cut = _read_rounds(folder / "rounds.jsonl")
-    if cut:
-        notes.append("The last line of rounds.jsonl is cut off, as if the run was stopped while it wrote.")
+    rounds, damaged = _read_rounds(folder / "rounds.jsonl")
+    notes += damaged
     metrics = _read_object(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
     status = _read_object(folder / "status.json") if (folder / "status.json").is_file() else {}
     state, why = _diagnose(config, manifest, rounds, status, finished=metrics is not None)
@@ -155,31 +157,16 @@ def _read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def _read_rounds(file: Path) -> tuple[tuple[Mapping[str, Any], ...], bool]:
-    """Return the lines in the order of rounds, and whether the last one was cut off."""
-    if not file.is_file():
-        return (), False
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    by_round: dict[int, Mapping[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            content = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                return _in_order(by_round), True
-            raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
-        for key in ("server_round", "task_id"):
-            if not isinstance(content, dict) or not isinstance(content.get(key), int):
-                raise ValueError(f"{file}, line {number} needs a whole number {key!r}")
-        # A resumed run does the round after its checkpoint again, and later lines replace earlier ones.
-        by_round[content["server_round"]] = content
-    return _in_order(by_round), False
-
-
-def _in_order(by_round: Mapping[int, Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    return tuple(by_round[server_round] for server_round in sorted(by_round))
+def _read_rounds(file: Path) -> tuple[tuple[Mapping[str, Any], ...], list[str]]:
+    """Return the lines in the order of rounds, and a sentence on each that cannot be used or is not there."""
+    lines, damages = roundlines.read(file)
+    # A resumed run does the round after its checkpoint again, and later lines replace earlier ones.
+    by_round = {line.values["server_round"]: line.values for line in lines}
+    missing = sorted(set(range(1, max(by_round, default=0))) - by_round.keys())
+    notes = [f"{damage}." for damage in damages]
+    if missing:
+        notes.append(f"rounds.jsonl has no line of round {', '.join(map(str, missing))}.")
+    return tuple(by_round[server_round] for server_round in sorted(by_round)), notes
 
 
 def _diagnose(
