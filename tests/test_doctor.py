@@ -24,12 +24,14 @@ def test_this_environment_can_run_the_demo_and_each_subject_is_looked_at_once(fi
     subjects = [finding.subject for finding in findings]
     assert len(subjects) == len(set(subjects))
     assert {"libraries", "torchvision", "Flower's programs", "bf16 on the CPU", "loopback", "data"} <= set(subjects)
+    assert "--engine process" in findings[subjects.index("other users")].text  # what loopback does not keep out
     libraries = findings[subjects.index("libraries")].text
     assert f"flwr {version('flwr')}" in libraries and f"ray {version('ray')}" in libraries
 
 
 def test_every_finding_that_is_not_ok_names_what_to_do(findings):
     actions = ("export", "install", "leave precision", "free some", "clone", "checkout", "close something", "correct")
+    actions += ("use --engine process",)
     assert all(any(action in f.text for action in actions) for f in findings if f.level != "ok")
 
 
