@@ -3,6 +3,7 @@
 import socket
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ def test_the_requirements_are_those_of_the_checkout():
     by_name = {requirement.name: requirement for requirement in doctor._requirements()}
     assert {"flwr", "torch", "torchvision", "timm", "peft", "transformers", "datasets"} <= by_name.keys()
     assert not by_name["flwr"].specifier.contains("1.40.0") and by_name["flwr"].specifier.contains("1.39.2")
+    assert "`pyproject.toml` asks for `flwr<1.40`" in Path(__file__).parents[1].joinpath("deploy/README.md").read_text()
 
 
 def test_a_missing_and_an_outdated_library_are_bad_and_the_rest_is_listed():
