@@ -13,6 +13,7 @@ import torch
 from flwr.app import Message, RecordDict
 
 from client_app.discreet import discreet
+from client_app.reach import require_within_reach
 from fedtalora_flwr import aggregation, heads, penalties, wire
 from fedtalora_flwr.aggregation import ClientUpdate, GlobalState
 from fedtalora_flwr.config import RunConfig
@@ -233,6 +234,7 @@ def _settings(
     config = RunConfig.parse(run_config)
     torch.set_num_threads(config.threads)
     partition_id, classes = wire.partition_of(node_config, config), wire.read_classes(message)
+    require_within_reach(config, node_config, partition_id=partition_id)
     return config, partition_id, holding_of(config, node_config, partition_id=partition_id, classes=classes)
 
 
