@@ -4,7 +4,7 @@ A handler keeps nothing in Flower's context, so the process that does the work n
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import wraps
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from flwr.app import Message, RecordDict
 
 from client_app.discreet import discreet
+from client_app.reach import require_within_reach
 from fedtalora_flwr import aggregation, heads, penalties, wire
 from fedtalora_flwr.aggregation import ClientUpdate, GlobalState
 from fedtalora_flwr.config import RunConfig
@@ -20,7 +21,7 @@ from fedtalora_flwr.heads import Classifier, FeatureRoot
 from fedtalora_flwr.holding import Own, Share, holding_of
 from fedtalora_flwr.lora import AdaptedModel
 from fedtalora_flwr.resident import base_store, device_of, model_of, slots_of
-from fedtalora_flwr.residual import Base, BaseMissing
+from fedtalora_flwr.residual import Base, BaseMissing, Parcel
 from fedtalora_flwr.routing import sum_slots
 from fedtalora_flwr.train import (
     Examples,
@@ -71,7 +72,7 @@ def hello(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
 def train(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
     """Set the model to the server's state, train on this node's data of the task, send the pairs and rows back."""
     config, partition_id, holding = _settings(message, run_config, node_config)
-    model, state, order = _loaded(message, config)
+    model, state, order = _loaded(message, config, holding)
     return _trained(message, model, state, order, config=config, partition_id=partition_id, holding=holding)
 
 
@@ -84,10 +85,10 @@ def slots(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
     if parts.keys() != set(range(len(tasks))):
         raise wire.WireError(f"the server speaks of slots {sorted(parts)}, this node has {len(tasks)}")
     # A base that is missing is found before anything is trained.
-    reached = base_store(config).reach_all(wire.read_parcel(part) for part in parts.values())
+    reached = base_store(config).reach_all(_parcels(parts.values(), config, holding))
     replies = {}
     for number, part in parts.items():
-        model, state, order = _loaded(part, config, reached)
+        model, state, order = _loaded(part, config, holding, reached)
         slot = (number, tasks[number])
         replies[number] = _trained(
             part, model, state, order, config=config, partition_id=partition_id, holding=holding, slot=slot
@@ -100,7 +101,7 @@ def slots(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
 def slot_sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
     """Sum this node's features over its slots under the untouched backbone, which the start of a run is."""
     config, partition_id, holding = _settings(message, run_config, node_config)
-    model, _, _ = _loaded(message, config)
+    model, _, _ = _loaded(message, config, holding)
     examples = [holding.training(task_id) for task_id in slots_of(config, partition_id=partition_id)]
     return wire.sums_reply(sum_slots(model, examples, config=config))
 
@@ -139,7 +140,7 @@ def _trained(
         task_id=order.task_id,
         round_in_task=order.round_in_task,
         seed=[config.seed, order.server_round, partition_id, *([] if number is None else [number])],
-        memory=wire.read_memory(message),
+        memory=wire.read_memory(message, room=_room(model, config, holding)),
     )
     update = ClientUpdate(
         partition_id=partition_id,
@@ -167,12 +168,12 @@ def sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[s
     head, num_classes = heads.resolve(config.head, asdict(config)), holding.num_classes
     earlier = wire.before_of(message)
     if earlier is None:
-        model, _, order = _loaded(message, config)
+        model, _, order = _loaded(message, config, holding)
         examples = _summed(holding, order, config)
         return wire.sums_reply(sum_features(model, examples, head=head, num_classes=num_classes, config=config))
-    reached, views = base_store(config).reach_all(wire.read_parcel(each) for each in (earlier, message)), []
+    reached, views = base_store(config).reach_all(_parcels((earlier, message), config, holding)), []
     for each in (earlier, message):
-        model, _, order = _loaded(each, config, reached)
+        model, _, order = _loaded(each, config, holding, reached)
         examples, seed = _summed(holding, order, config), [config.seed, order.task_id, partition_id]
         views.append(lifted_views(model, examples, head=head, config=config, seed=seed))
     sums = FeatureRoot.of(views[1][: len(examples)], examples.labels, num_classes=num_classes)
@@ -184,7 +185,7 @@ def sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[s
 def means(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
     """Sum this node's features of the task by class, under the server's state."""
     config, _, holding = _settings(message, run_config, node_config)
-    model, _, order = _loaded(message, config)
+    model, _, order = _loaded(message, config, holding)
     examples = _summed(holding, order, config)
     plain = heads.resolve("linear", {})  # the rows act on the features as they are, whatever the head lifts
     sums = sum_features(model, examples, head=plain, num_classes=holding.num_classes, config=config)
@@ -196,7 +197,7 @@ def means(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
 def fisher(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
     """Sum the squared gradients of the trained factors over this node's data of the task, under the server's state."""
     config, partition_id, holding = _settings(message, run_config, node_config)
-    model, state, order = _loaded(message, config)
+    model, state, order = _loaded(message, config, holding)
     examples = holding.training(order.task_id)
     sums = sum_fisher(
         model,
@@ -217,7 +218,7 @@ def evaluate(message: Message, run_config: Mapping[str, Any], node_config: Mappi
     config, _, holding = _settings(message, run_config, node_config)
     if not isinstance(holding, Own):
         raise wire.WireError("this node holds no test data; the server evaluates where all read one data set")
-    model, state, order = _loaded(message, config)
+    model, state, order = _loaded(message, config, holding)
     classifier = Classifier(state.head, heads.resolve(config.head, asdict(config)).lift)
     seen = holding.classes.seen(order.task_id)
     held_out = [holding.held_out(task_id) for task_id in range(order.task_id + 1)]
@@ -234,6 +235,7 @@ def _settings(
     config = RunConfig.parse(run_config)
     torch.set_num_threads(config.threads)
     partition_id, classes = wire.partition_of(node_config, config), wire.read_classes(message)
+    require_within_reach(config, node_config, partition_id=partition_id)
     return config, partition_id, holding_of(config, node_config, partition_id=partition_id, classes=classes)
 
 
@@ -243,11 +245,30 @@ def _summed(holding: Share | Own, order: wire.RoundOrder, config: RunConfig) -> 
 
 
 def _loaded(
-    message: Message, config: RunConfig, reached: Mapping[str, Base] | None = None
+    message: Message, config: RunConfig, holding: Share | Own, reached: Mapping[str, Base] | None = None
 ) -> tuple[AdaptedModel, GlobalState, wire.RoundOrder]:
     """Set the model to the server's state, whose base may have been reached already."""
     model = model_of(config)
-    state, parcel, order = wire.read_state(message, initial=lambda: model.initial_factors(seed=config.seed))
+    state, parcel, order = wire.read_state(
+        message, initial=lambda: model.initial_factors(seed=config.seed), room=_room(model, config, holding)
+    )
     base = base_store(config).reach(parcel) if reached is None else reached[parcel.target]
     model.load(state.adapters, base.residual)
     return model, state, order
+
+
+def _parcels(messages: Iterable[Message], config: RunConfig, holding: Share | Own) -> list[Parcel]:
+    """Read how to reach the bases of several messages."""
+    room = _room(model_of(config), config, holding)
+    return [wire.read_parcel(each, room=room) for each in messages]
+
+
+def _room(model: AdaptedModel, config: RunConfig, holding: Share | Own) -> wire.Room:
+    """Say what an order to this node may speak of."""
+    features = model.backbone.feature_dim
+    return wire.Room(
+        num_classes=holding.num_classes,
+        num_tasks=config.num_tasks,
+        widths=frozenset({features, heads.resolve(config.head, asdict(config)).lifted_dim(features)}),
+        factors={key: tuple(factor.shape) for key, factor in model.named_factors().items()},
+    )

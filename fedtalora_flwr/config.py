@@ -223,6 +223,11 @@ def _at_least(low: int) -> tuple[Callable[[Any], bool], str]:
     return lambda value: value >= low, f"at least {low}"
 
 
+def _between(low: int, high: int) -> tuple[Callable[[Any], bool], str]:
+    """Bound what a client would set memory aside for because a server says so, far above what is of use."""
+    return lambda value: low <= value <= high, f"from {low} to {high}"
+
+
 _POSITIVE: tuple[Callable[[Any], bool], str] = (lambda value: 0 < value < float("inf"), "above 0")
 _NOT_NEGATIVE: tuple[Callable[[Any], bool], str] = (lambda value: 0 <= value < float("inf"), "at least 0")
 
@@ -238,12 +243,12 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max-test-per-class": _at_least(0),
     "cache-gb": _POSITIVE,
     "base-cache-gb": _NOT_NEGATIVE,
-    "num-tasks": _at_least(1),
+    "num-tasks": _between(1, 10_000),
     "stop-after-task": _at_least(0),
     "task-order": _one_of("seeded", "given", "domain"),
     "classes-per-client": _at_least(1),
     "dirichlet-beta": _POSITIVE,
-    "num-clients": _at_least(1),
+    "num-clients": _between(1, 10_000),
     "fraction-train": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "min-replies": _at_least(1),
     "norm-limit": _POSITIVE,
@@ -258,7 +263,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "node-timeout": _POSITIVE,
     "rounds-per-task": _at_least(0),
     "local-epochs": _at_least(1),
-    "batch-size": _at_least(1),
+    "batch-size": _between(1, 4096),
     "optimizer": _one_of("adamw", "sgd"),
     "learning-rate": _NOT_NEGATIVE,
     "head-learning-rate": _NOT_NEGATIVE,
@@ -271,21 +276,21 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "loss-classes": _one_of("task", "present", "seen"),
     "rows-start": _one_of("zero", "means"),
     "augment": _one_of("none", "flip", "crop-flip"),
-    "image-size": _at_least(0),
-    "max-length": _at_least(2),
+    "image-size": _between(0, 2048),
+    "max-length": _between(2, 8192),
     "feature-norm": _one_of("rms", "none"),
     "rank": _at_least(1),
     "alpha": _POSITIVE,
     "penalty-weight": _NOT_NEGATIVE,
     "ridge-lambda": _NOT_NEGATIVE,
-    "ridge-features": _at_least(0),
+    "ridge-features": _between(0, 10_000),
     "lda-shrinkage": _POSITIVE,
-    "drift-views": _at_least(0),
+    "drift-views": _between(0, 64),
     "min-class-examples": _at_least(1),
     "eval-every": _at_least(0),
-    "eval-batch-size": _at_least(1),
+    "eval-batch-size": _between(1, 4096),
     "precision": _one_of("auto", "fp32", "bf16"),
-    "threads": _at_least(1),
+    "threads": _between(1, 1024),
     "resume-from": _at_least(0),
     "keep-checkpoints": _at_least(1),
     "seed": (lambda value: 0 <= value < 2**63, "at least 0 and below 2^63"),

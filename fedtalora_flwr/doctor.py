@@ -61,6 +61,7 @@ def examine() -> list[Finding]:
         *_devices(),
         _bf16_on_cpu(),
         _loopback(),
+        _neighbours(),
         _proxies(os.environ),
         _data(os.environ.get("FEDTALORA_DATA", "")),
         _minilm(),
@@ -202,6 +203,15 @@ def _loopback() -> Finding:
         return Finding(
             "bad", "loopback", f"a port of 127.0.0.1 cannot be used ({error}); allow local sockets (sandbox, ip link)"
         )
+
+
+def _neighbours() -> Finding:
+    return Finding(
+        "note",
+        "other users",
+        "Flower 1.39 asks nobody on loopback who they are: any user here can have their code run by a run on "
+        "Ray or a server, and take a node's tasks; where others log in, use --engine process",
+    )
 
 
 def _proxies(environment: Mapping[str, str]) -> Finding:

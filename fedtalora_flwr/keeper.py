@@ -222,8 +222,14 @@ def _ray_environment(home: Path, job: Job, app: Path) -> dict[str, str]:
     merges the job configuration below with that environment and unpacks the packages on every node.
     """
     if job.ray_address is None:
-        # Ray listens on all interfaces; whoever reaches it unasked could run code as us.
-        return {"RAY_TMPDIR": str(home), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        return {
+            "RAY_TMPDIR": str(home),
+            # Whoever reaches Ray unasked could run code as us: other users of this machine have no token ...
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            # ... and other machines no way. Without clusters Ray takes loopback for its address, on Linux too.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        }
     packages = [str(folder) for folder in sorted(app.iterdir()) if (folder / "__init__.py").is_file()]
     config = {"runtime_env": {"py_modules": packages}}
     return {"RAY_ADDRESS": job.ray_address, "RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(config)}

@@ -90,7 +90,7 @@ def test_list_settings_prints_every_setting_with_its_default(fedtalora):
         (["--set", "learning-rat=0.1"], "unknown setting 'learning-rat'; did you mean learning-rate?"),
         (["--set", "rank"], "--set takes key=value, got 'rank'"),
         (["--set", "rank=0"], "rank must be at least 1, got 0"),
-        (["--set", "partition=iid", "--set", "num-tasks=0"], "num-tasks must be at least 1, got 0"),
+        (["--set", "partition=iid", "--set", "num-tasks=0"], "num-tasks must be from 1 to 10000, got 0"),
         (["--set", "optimizer=[adam]"], "optimizer must be one of adamw, sgd, got '[adam]'"),
         (["--nodes", "2", "--set", "min-replies=3"], "min-replies 3 can never be met by num-clients 2; lower it"),
         (["--preset", "clinc"], "no preset 'clinc'; there are: cifar100, clinc150"),

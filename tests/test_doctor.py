@@ -3,6 +3,7 @@
 import socket
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,12 +25,14 @@ def test_this_environment_can_run_the_demo_and_each_subject_is_looked_at_once(fi
     subjects = [finding.subject for finding in findings]
     assert len(subjects) == len(set(subjects))
     assert {"libraries", "torchvision", "Flower's programs", "bf16 on the CPU", "loopback", "data"} <= set(subjects)
+    assert "--engine process" in findings[subjects.index("other users")].text  # what loopback does not keep out
     libraries = findings[subjects.index("libraries")].text
     assert f"flwr {version('flwr')}" in libraries and f"ray {version('ray')}" in libraries
 
 
 def test_every_finding_that_is_not_ok_names_what_to_do(findings):
     actions = ("export", "install", "leave precision", "free some", "clone", "checkout", "close something", "correct")
+    actions += ("use --engine process",)
     assert all(any(action in f.text for action in actions) for f in findings if f.level != "ok")
 
 
@@ -44,6 +47,7 @@ def test_the_requirements_are_those_of_the_checkout():
     by_name = {requirement.name: requirement for requirement in doctor._requirements()}
     assert {"flwr", "torch", "torchvision", "timm", "peft", "transformers", "datasets"} <= by_name.keys()
     assert not by_name["flwr"].specifier.contains("1.40.0") and by_name["flwr"].specifier.contains("1.39.2")
+    assert "`pyproject.toml` asks for `flwr<1.40`" in Path(__file__).parents[1].joinpath("deploy/README.md").read_text()
 
 
 def test_a_missing_and_an_outdated_library_are_bad_and_the_rest_is_listed():

@@ -458,3 +458,39 @@ def test_bad_hellos_are_refused_with_a_reason_and_end_nothing(changes, num_class
         assert len(reasons[node]) <= 500, name
     hellos, reasons = attendance.hellos([node])
     assert hellos[node].own == hello.own and not reasons
+
+
+def test_no_order_of_other_sizes_is_followed_by_a_client():
+    state, rng = make_state(torch.Generator().manual_seed(3)), np.random.default_rng(5)
+    sizes = {
+        f"{factor}/{name}": tuple(getattr(pair, factor).shape)
+        for name, pair in state.adapters.items()
+        for factor in ("lora_A", "lora_B")
+    }
+    room = wire.Room(num_classes=NUM_CLASSES, num_tasks=3, widths=frozenset({FEATURE_DIM}), factors=sizes)
+    clock = wire.RoundOrder(server_round=1, task_id=0, round_in_task=0)
+    zero = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+    def order(arrays: ArrayRecord, steps: dict[str, torch.Tensor], **settings: int) -> Message:
+        content = wire.state_message(arrays, clock, scaling=SCALING, version=0, num_classes=NUM_CLASSES)
+        content[wire.ORDER].update({key.replace("_", "-"): value for key, value in settings.items()})
+        chain = wire.parcel.Parcel((zero, "0" * 64) if steps else (zero,))
+        content = wire.add_parcel(content, chain, wire.records.array_record(steps))
+        return Message(content, dst_node_id=1, message_type="train")
+
+    whole = wire.pack_state(state, classes=[0, 1])
+    wire.read_state(order(whole, {}), room=room)
+    for index in range(300):
+        size, name = int(10 ** rng.uniform(2, 8)), str(rng.choice([*LAYERS, "x"]))
+        parts = {f"{part}/{key}": v for part, e in wire.records.read_arrays(whole).items() for key, v in e.items()}
+        steps, settings = {}, {}
+        if index % 3 == 0:
+            settings = {str(rng.choice(["num_classes", "task_id"])): size * int(rng.choice([-1, 1]))}
+        elif index % 3 == 1:
+            steps = {f"left 0/{name}": torch.zeros(size, 0), f"right 0/{name}": torch.zeros(0, size)}
+        else:
+            shape = [(0, size), (size % 97 + 9, 1, 1), (1, 1), (0,)][index // 3 % 4]
+            parts[str(rng.choice(sorted(parts.keys() - {"rows/class", "head/bias"})))] = torch.zeros(shape)
+        with PeakMemory() as peak, pytest.raises(wire.WireError):
+            wire.read_state(order(wire.records.array_record(parts), steps, **settings), room=room)
+        assert peak.bytes < MEMORY_LIMIT

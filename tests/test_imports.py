@@ -143,3 +143,16 @@ def test_server_and_client_never_import_each_other_and_the_library_imports_neith
 
 def test_no_module_has_a_name_that_says_nothing():
     assert not [path for path in our_files() if VAGUE & {*path.relative_to(ROOT).parts, path.stem}]
+
+
+def test_what_is_loaded_by_name_never_brings_code_that_runs():
+    """Whoever may write to a folder or a repository of a hub could run code on every node that loads it."""
+    silent = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in our_files()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "attr", "") in ("from_pretrained", "load_dataset")
+        and "trust_remote_code=False" not in {ast.unparse(keyword) for keyword in node.keywords}
+    ]
+    assert silent == []

@@ -253,9 +253,22 @@ def test_a_runs_own_ray_lets_nobody_in_who_was_not_given_its_token(neighbour: La
     port = next(each.laddr.port for each in gcs.net_connections("tcp") if each.status == psutil.CONN_LISTEN)
     code = f"import ray\nray.init('127.0.0.1:{port}', log_to_driver=False)\nprint('let in')"
     stranger = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    stranger |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # else it would look for 127.0.0.1 at another address
     tried = subprocess.run([sys.executable, "-c", code], env=stranger, capture_output=True, text=True, timeout=60)
     assert tried.returncode and "let in" not in tried.stdout
     assert "auth" in tried.stderr.lower()
+
+
+def test_a_run_listens_on_loopback_alone(neighbour: Launcher) -> None:
+    found = {
+        (each.laddr.ip.removeprefix("::ffff:"), Path(neighbour.tree[process].split()[0]).name)
+        for process in neighbour.tree
+        if is_alive(process)
+        for each in process.net_connections("inet")
+        if each.status == psutil.CONN_LISTEN
+    }
+    assert len(found) > 2  # the SuperLink and Ray's parts
+    assert {(ip, name) for ip, name in found if ip != "127.0.0.1"} == set()
 
 
 @pytest.mark.parametrize(

@@ -522,7 +522,8 @@ def test_empty_folders_are_named_and_a_node_with_nothing_else_sits_out(paths, tm
     assert [line["participants"] for line in rounds(out)] == [[0, 2], [0, 2]]
 
 
-def test_texts_in_files_of_lines_are_learnt_by_the_name_of_the_file(tmp_path, small_bert):
+def test_texts_in_files_of_lines_are_learnt_by_the_name_of_the_file(tmp_path, small_bert, monkeypatch):
+    monkeypatch.setenv("FEDTALORA_DATA", str(small_bert))  # else the nodes would not open the encoder
     paths = [tmp_path / f"site{node}" for node in range(3)]
     for path, names in zip(paths, (("lamp", "door"), ("door",), ("oven", "lamp")), strict=True):
         path.mkdir()

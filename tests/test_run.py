@@ -1,5 +1,6 @@
 """`fedtalora run` as a user runs it: its own SuperLink, Ray, several processes."""
 
+import contextlib
 import json
 import os
 import signal
@@ -98,6 +99,17 @@ def test_a_run_in_one_process_has_the_numbers_of_the_simulation_bit_for_bit(
     assert metrics(tmp_path / "run") == metrics(undisturbed[0])
     assert state(tmp_path / "run") == state(undisturbed[0])
     assert rounds(tmp_path / "run") == rounds(undisturbed[0])
+
+
+def test_a_run_in_one_process_opens_no_port(tmp_path: Path) -> None:
+    process, seen = start("--engine", "process", "--out", tmp_path / "run", *settings()), []
+    while process.poll() is None:
+        for each in family(psutil.Process(process.pid)):
+            with contextlib.suppress(psutil.Error):  # it ended while we looked
+                seen += [s.laddr for s in each.net_connections("inet") if s.status == psutil.CONN_LISTEN]
+        time.sleep(0.05)
+    assert process.returncode == 0, finish(process)
+    assert (tmp_path / "run" / "metrics.json").exists() and seen == []
 
 
 def test_a_run_in_one_process_that_fails_says_why_and_needs_no_ray(tmp_path: Path) -> None:

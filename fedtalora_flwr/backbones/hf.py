@@ -105,10 +105,14 @@ def create(argument: str, *, max_length: int) -> TextBackbone:
     """
     logging.disable_progress_bar()
     try:
-        chosen_class = encoder_class(AutoConfig.from_pretrained(argument))
-        tokenizer = AutoTokenizer.from_pretrained(argument)
+        chosen_class = encoder_class(AutoConfig.from_pretrained(argument, trust_remote_code=False))
+        tokenizer = AutoTokenizer.from_pretrained(argument, trust_remote_code=False)
         model, loaded = chosen_class.from_pretrained(
-            argument, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            argument,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
     except BackboneError as error:
         raise BackboneError(f"text encoder {argument!r} cannot be used: {error}") from None

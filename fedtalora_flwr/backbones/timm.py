@@ -124,7 +124,7 @@ def _load(model: nn.Module, checkpoint: str) -> list[str]:
         full: dict[str, Any] = convert({key: _as_float32(value) for key, value in state.items()}, model)
         return full
 
-    keys = load_checkpoint(model, checkpoint, strict=False, filter_fn=converted)
+    keys = load_checkpoint(model, checkpoint, strict=False, filter_fn=converted, weights_only=True)
     return list(keys.missing_keys) if keys is not None else []  # None: a NumPy file, which is loaded whole
 
 

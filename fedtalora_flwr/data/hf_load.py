@@ -50,7 +50,11 @@ def load_files(files: Sequence[Path]) -> "Dataset":
     datasets.disable_progress_bars()
     try:
         rows: Dataset = datasets.load_dataset(
-            builder, data_files=[glob.escape(str(file)) for file in files], split="train", **options
+            builder,
+            data_files=[glob.escape(str(file)) for file in files],
+            split="train",
+            trust_remote_code=False,
+            **options,
         )
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         names = ", ".join(map(str, files))
@@ -94,7 +98,9 @@ def load_hub(name: str, *, config: str | None = None) -> Mapping[str, "Dataset"]
     offline = not is_local and (configured or not _hub_answers(name))
     try:
         datasets.config.HF_HUB_OFFLINE = offline or configured  # straight to the cache
-        loaded: Mapping[str, Dataset] = datasets.load_dataset(str(folder) if is_local else name, config)
+        loaded: Mapping[str, Dataset] = datasets.load_dataset(
+            str(folder) if is_local else name, config, trust_remote_code=False
+        )
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         if is_local:
             raise DataError(f"{folder} cannot be loaded: {error.__cause__ or error}") from error

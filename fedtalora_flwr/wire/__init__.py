@@ -27,6 +27,7 @@ from fedtalora_flwr.wire.parcel import (
 )
 from fedtalora_flwr.wire.records import ARRAYS, HELLO, METRICS, ORDER
 from fedtalora_flwr.wire.refusal import WireError, error_text, node_is_gone
+from fedtalora_flwr.wire.room import Room
 from fedtalora_flwr.wire.slots import bundle, unbundle
 from fedtalora_flwr.wire.state import RoundOrder, pack_state, read_memory, read_state, state_message
 from fedtalora_flwr.wire.sums import (
@@ -49,6 +50,7 @@ __all__ = [
     "METRICS",
     "ORDER",
     "Hello",
+    "Room",
     "RoundOrder",
     "WireError",
     "add_before",

@@ -174,13 +174,23 @@ def tell_classes(classes: ClassList | None) -> RecordDict:
 
 
 def read_classes(message: Message) -> ClassList:
-    """Read the classes that the server told; none where it knows none yet."""
+    """Read the classes that the server told; none where it knows none yet.
+
+    Raises
+    ------
+    WireError
+        If a task has a class that the list does not name.
+    """
     if CLASSES not in message.content.config_records:
         return ClassList()
     settings = message.content.config_records[CLASSES]
+    names = tuple(cast(list[str], settings["names"]))
+    tasks = tuple(tuple(int(row) for row in rows.split()) for rows in cast(list[str], settings["tasks"]))
+    if odd := [row for rows in tasks for row in rows if not 0 <= row < len(names)]:
+        raise WireError(f"a task has class {odd[0]}, the server told {len(names)} classes")
     return ClassList(
-        names=tuple(cast(list[str], settings["names"])),
-        tasks=tuple(tuple(int(row) for row in rows.split()) for rows in cast(list[str], settings["tasks"])),
+        names=names,
+        tasks=tasks,
         task_names=tuple(cast(list[str], settings["task-names"])),
     )
 

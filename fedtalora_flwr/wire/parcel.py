@@ -10,6 +10,7 @@ from fedtalora_flwr.aggregation import Step
 from fedtalora_flwr.residual import Parcel
 from fedtalora_flwr.wire.records import ARRAYS, BASE, BASE_ARRAYS, ORDER, array_record, read_arrays
 from fedtalora_flwr.wire.refusal import WireError
+from fedtalora_flwr.wire.room import Room
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 _BEFORE = ".before"  # behind the names of the records that speak of an earlier state
@@ -48,8 +49,14 @@ def tells_before(content: RecordDict) -> bool:
     return f"{ORDER}{_BEFORE}" in content
 
 
-def read_parcel(message: Message) -> Parcel:
-    """Read from a training message how to reach the base."""
+def read_parcel(message: Message, *, room: Room | None = None) -> Parcel:
+    """Read from a training message how to reach the base.
+
+    Raises
+    ------
+    WireError
+        If a base has no possible name, or there is no `room` for what leads to it.
+    """
     chain = str(message.content.config_records[BASE]["chain"]).split()
     if odd := [digest for digest in chain if not _DIGEST.fullmatch(digest)]:  # names of files on a client's disk
         raise WireError(f"a base is named by 64 hexadecimal digits, not {odd[0][:80]!r}")
@@ -58,7 +65,10 @@ def read_parcel(message: Message) -> Parcel:
         {name: Step(left, base[f"right {index}"][name]) for name, left in base.get(f"left {index}", {}).items()}
         for index in range(len(chain) - 1)
     )
-    return Parcel(tuple(chain), steps, base.get("dense", {}))
+    parcel = Parcel(tuple(chain), steps, base.get("dense", {}))
+    if room is not None:
+        room.require_parcel(parcel)
+    return parcel
 
 
 def base_missing_reply(held: Sequence[str]) -> RecordDict:

@@ -15,6 +15,7 @@ from fedtalora_flwr.wire.factors import frozen_digest, frozen_factors, pack_fact
 from fedtalora_flwr.wire.parcel import read_parcel
 from fedtalora_flwr.wire.records import ARRAYS, ORDER, array_record, read_arrays
 from fedtalora_flwr.wire.refusal import WireError, check_library
+from fedtalora_flwr.wire.room import Room
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def state_message(
 
 
 def read_state(
-    message: Message, *, initial: Callable[[], Mapping[str, LoraFactors]] | None = None
+    message: Message, *, initial: Callable[[], Mapping[str, LoraFactors]] | None = None, room: Room | None = None
 ) -> tuple[GlobalState, Parcel, RoundOrder]:
     """Read a training message on the client: the state without its residual, and how to reach that.
 
@@ -98,11 +99,14 @@ def read_state(
         From the server.
     initial
         Gives the start of every pair; asked only where factors were left out.
+    room
+        The sizes that it may speak of; None where it is one's own.
 
     Raises
     ------
     WireError
-        If the server runs another version of the library, or its pairs started otherwise than this side's.
+        If the server runs another version of the library, its pairs started otherwise than this side's, or it speaks of
+        sizes that this side does not have.
     """
     settings = message.content.config_records[ORDER]
     check_library(str(settings["library"]), whose="server")
@@ -117,6 +121,9 @@ def read_state(
         parts |= frozen_factors(started, trainable)
     head, rows = parts.get("head", {}), parts.get("rows", {}).get("class", torch.zeros(0)).long()
     num_classes = cast(int, settings["num-classes"])
+    if room is not None:
+        room.require_head(head, num_classes)
+        room.require_task(cast(int, settings["task-id"]))
     state = GlobalState(
         adapters=read_factors(parts, scaling=cast(float, settings["scaling"])),
         head={
@@ -126,10 +133,22 @@ def read_state(
         version=cast(int, settings["version"]),
     )
     clock = (cast(int, settings[key]) for key in ("server-round", "task-id", "round-in-task"))
-    return state, read_parcel(message), RoundOrder(*clock)
+    if room is not None:
+        room.require_pairs(state.adapters)
+    return state, read_parcel(message, room=room), RoundOrder(*clock)
 
 
-def read_memory(message: Message) -> Memory:
-    """Read on the client what a training message tells of finished tasks; an empty memory where it tells nothing."""
+def read_memory(message: Message, *, room: Room | None = None) -> Memory:
+    """Read on the client what a training message tells of finished tasks; an empty memory where it tells nothing.
+
+    Raises
+    ------
+    WireError
+        If it is of other factors than there is `room` for.
+    """
     parts = read_arrays(message.content.array_records[ARRAYS])
-    return Memory(parts.get("anchor", {}), parts.get("fisher", {}))
+    memory = Memory(parts.get("anchor", {}), parts.get("fisher", {}))
+    if room is not None:
+        room.require_factors("the anchor of", memory.anchor)
+        room.require_factors("the squared gradients of", memory.fisher)
+    return memory
