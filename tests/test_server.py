@@ -758,3 +758,21 @@ def test_reply_that_nobody_could_have_asked_for_is_refused_unread_and_the_round_
     (failure,) = line["failures"]
     assert failure["partition_id"] == 1 and re.match(f"refused: {reason}", failure["reason"])
     assert line["bytes_up"] < 10e6
+
+
+def test_a_rounds_loss_is_the_mean_over_examples_and_not_over_clients(tmp_path):
+    told: list[tuple[float, int]] = []
+
+    def loud(message: Message, context: Context) -> Message:
+        reply = run_client(message, context)
+        if message.metadata.message_type == "train":
+            metrics = reply.content[METRICS]
+            metrics["mean-loss"] = 10.0 ** partition_of(context)
+            told.append((metrics["mean-loss"], metrics["num-examples"]))
+        return reply
+
+    skewed = {"partition": "dirichlet", "dirichlet_beta": 0.5, "max_per_class": 20, "max_change": 0.0}
+    run(tmp_path, loud, **SHORT | {"stop_after_task": 1, "rounds_per_task": 1} | skewed)
+    losses, numbers = zip(*told, strict=True)
+    assert len(set(numbers)) > 1
+    assert rounds(tmp_path)[0]["mean_loss"] == pytest.approx(np.average(losses, weights=numbers))

@@ -468,3 +468,20 @@ def test_texts_of_unequal_length_are_summed_and_routed(tmp_path, small_bert):
     run(tmp_path / "run", **settings, rounds_per_task=1, test_fraction=0.3, task_order="given")
     (line,) = rounds(tmp_path / "run")
     assert not line["failures"] and 0 <= line["routing_accuracy"] <= 1
+
+
+def test_a_rounds_loss_is_the_mean_over_examples_and_not_over_slots(tmp_path):
+    told: list[tuple[float, int]] = []
+
+    def loud(message: Message, context: Context) -> Message:
+        reply = app(message, context)
+        if message.metadata.message_type == "train.slots":
+            for name, metrics in reply.content.metric_records.items():
+                metrics["mean-loss"] = 10.0 ** partition_of(context)
+                told.append((metrics["mean-loss"], metrics["num-examples"]))
+        return reply
+
+    run(tmp_path, loud, rounds_per_task=1, partition="dirichlet", dirichlet_beta=0.5, max_per_class=20)
+    losses, numbers = zip(*told, strict=True)
+    assert len(set(numbers)) > 1
+    assert rounds(tmp_path)[0]["mean_loss"] == pytest.approx(np.average(losses, weights=numbers))

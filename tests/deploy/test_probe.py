@@ -37,9 +37,11 @@ def listening(context: ssl.SSLContext | None, *, host: str = "127.0.0.1") -> Ite
 
         thread = threading.Thread(target=answer)
         thread.start()
-        yield listener.getsockname()[1]
-        listener.shutdown(socket.SHUT_RDWR)
-    thread.join()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
 
 def tls(folder: FederationFolder, *protocols: str) -> ssl.SSLContext:
