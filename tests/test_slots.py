@@ -476,7 +476,7 @@ def test_a_rounds_loss_is_the_mean_over_examples_and_not_over_slots(tmp_path):
     def loud(message: Message, context: Context) -> Message:
         reply = app(message, context)
         if message.metadata.message_type == "train.slots":
-            for name, metrics in reply.content.metric_records.items():
+            for metrics in reply.content.metric_records.values():
                 metrics["mean-loss"] = 10.0 ** partition_of(context)
                 told.append((metrics["mean-loss"], metrics["num-examples"]))
         return reply
