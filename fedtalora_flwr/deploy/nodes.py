@@ -191,8 +191,13 @@ def list_nodes(folder: FederationFolder) -> list[Node]:
     return sorted(nodes, key=lambda node: (node.name, node.node_id))
 
 
-def ask_flower(folder: FederationFolder, *words: str, seconds: float = _CALL_SECONDS) -> dict[str, Any]:
+def ask_flower(folder: FederationFolder, *words: str, seconds: float | None = None) -> dict[str, Any]:
     """Give what ``flwr`` answers of the SuperLink: ``success``, and if that is false ``error-message``.
+
+    Parameters
+    ----------
+    seconds
+        To wait for the answer; None: as long as a loaded machine may need.
 
     Raises
     ------
@@ -204,7 +209,7 @@ def ask_flower(folder: FederationFolder, *words: str, seconds: float = _CALL_SEC
             f"no server was ever started from {folder.root}: fedtalora superlink starts it; if its folder is another, "
             "give that by --dir or FEDTALORA_DIR"
         )
-    env = environment(folder)
+    env, seconds = environment(folder), seconds or _CALL_SECONDS
     try:
         done = subprocess.run(
             ["flwr", *words, "--format", "json"],

@@ -273,8 +273,26 @@ def test_a_node_that_was_killed_comes_back_by_itself(played):
     assert "it was killed by signal 9. It starts again" in folder.log("site0").read_text()
 
 
+@contextlib.contextmanager
+def database_locked(played: Played) -> Iterator[None]:
+    """Hold the SuperLink's database, as a disk that hangs or another program does."""
+    with contextlib.closing(sqlite3.connect(played.server.database, isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        yield
+        database.execute("ROLLBACK")
+
+
+@contextlib.contextmanager
+def superlink_suspended(played: Played) -> Iterator[None]:
+    process = psutil.Process(pid_of(played.server, "superlink"))
+    process.suspend()
+    yield
+    process.resume()
+
+
 @pytest.mark.full
-def test_a_database_that_stalls_for_12_seconds_costs_a_minute_and_the_next_run_is_whole(played):
+@pytest.mark.parametrize(("stalled", "seconds"), [(database_locked, 12), (superlink_suspended, 75)])
+def test_a_server_that_stalls_is_well_again_by_itself_and_plays_the_next_run(played, capsys, stalled, seconds):
     flower = environment(played.server)
     submitted = ["flwr", "run", str(APP), "lab", "--run-config", "num-rounds=1"]
 
@@ -286,17 +304,16 @@ def test_a_database_that_stalls_for_12_seconds_costs_a_minute_and_the_next_run_i
         return [run["status"] for run in json.loads(said[said.index("{") :]).get("runs", [])]
 
     before = statuses().count("finished:completed")
-    with contextlib.closing(sqlite3.connect(played.server.database, isolation_level=None)) as database:
-        database.execute("BEGIN EXCLUSIVE")
-        time.sleep(12)
-        database.execute("ROLLBACK")
+    with stalled(played):
+        time.sleep(seconds)
     began = time.monotonic()
     assert eventually(lambda: "Successfully started run" in asked(*submitted), seconds=SECONDS), "no run is taken"
     assert eventually(lambda: statuses().count("finished:completed") == before + 1, seconds=SECONDS), statuses()
     over = time.monotonic() - began
     assert eventually(lambda: all_is_well(played), seconds=SECONDS)
     well = time.monotonic() - began
-    print(f"| database stalled for 12 s | a run is over after {over:.0f} s, all is well after {well:.0f} s |")
+    with capsys.disabled():
+        print(f"\n| {stalled.__name__}, {seconds} s | run over after {over:.0f} s, all well after {well:.0f} s |")
     assert "round 0: 2 replies" in (log := asked(*submitted, "--stream")), log
 
 
