@@ -1,14 +1,16 @@
 """Whether a process of a folder does its work: more than that it lives, or that a port of it answers."""
 
+import contextlib
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from fedtalora_flwr.deploy.commands import CONNECTION
 from fedtalora_flwr.deploy.folder import FederationFolder
 from fedtalora_flwr.deploy.nodes import ask_flower, reason_of
-from fedtalora_flwr.deploy.processes import RUNNING, lost_superexec, pid_of, state_of
+from fedtalora_flwr.deploy.processes import RUNNING, pid_of, state_of, superexec_lives
 
 SERVER_SIDE = ("superlink", "superexec")
 OFFLINE_SECONDS = 60.0  # after a node's last heartbeat: then it counts as offline on the server
@@ -29,9 +31,16 @@ def ailment(folder: FederationFolder, name: str) -> str:
         return f"{name} does not run"
     if not state.startswith(RUNNING):
         return f"{name} has ended, and is about to be started again; its log says why: {folder.log(name)}"
-    if name != "superexec" and lost_superexec(pid):  # a SuperExec has ended apps below it
-        return f"the SuperExec of {name} has ended: it starts no app any more, and is about to be started again"
+    if _has_superexec(name, pid) and not superexec_lives(pid):
+        return f"the SuperExec of {name} does not run: it starts no app, and if that lasts it is started again"
     return _of_server(folder) if name in SERVER_SIDE else _of_node(folder, name)
+
+
+def _has_superexec(name: str, pid: int) -> bool:
+    """Tell whether a process starts a SuperExec of its own: a SuperLink with ``--separate-superexec`` does not."""
+    with contextlib.suppress(OSError):  # it ended while we looked
+        return name != "superexec" and b"--isolation\0process" not in Path("/proc", str(pid), "cmdline").read_bytes()
+    return True
 
 
 def _of_server(folder: FederationFolder) -> str:

@@ -116,11 +116,13 @@ def descendants(pid: int) -> dict[int, str]:
     return {number: alive[number][1] for number in found}
 
 
-def lost_superexec(pid: int) -> bool:
-    """Tell whether a SuperLink or SuperNode has lost the SuperExec that it started: it leaves that as a zombie."""
-    return any(
-        parent == pid and state in _ENDED and name == _SUPEREXEC for name, state, parent, _ in _everything().values()
-    )
+def superexec_lives(pid: int) -> bool | None:
+    """Tell whether the SuperExec that a SuperLink or SuperNode has started lives; None if there is none.
+
+    Flower leaves one that has ended as a zombie, but may collect it when it starts a process, or ends itself.
+    """
+    states = [state for name, state, parent, _ in _everything().values() if (name, parent) == (_SUPEREXEC, pid)]
+    return any(state not in _ENDED for state in states) if states else None
 
 
 def send(pid: int, number: signal.Signals) -> None:

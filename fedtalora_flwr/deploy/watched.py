@@ -26,7 +26,7 @@ from flwr.supercore.heartbeat import HeartbeatSender
 from fedtalora_flwr.deploy.commands import LOOPBACK
 from fedtalora_flwr.deploy.folder import FederationFolder
 from fedtalora_flwr.deploy.probe import STOPPED_WORKING, healthy, split_address
-from fedtalora_flwr.deploy.processes import MARK, lost_superexec
+from fedtalora_flwr.deploy.processes import MARK, superexec_lives
 
 LOOK_SECONDS = 2.0
 SILENCE_SECONDS = 90.0  # of the SuperLink: longer than a restart, and than the 60 s after which Flower gives a run up
@@ -41,7 +41,7 @@ def main(program: str, words: Sequence[str], *, folder: FederationFolder, name: 
     sys.argv = [program, *words]
     _note_heartbeats(folder.seen(name))
     threading.excepthook = _end_with_thread
-    ails = _server_is_silent(folder, words) if program == _SUPEREXEC else _superexec_has_ended
+    ails = _server_is_silent(folder, words) if program == _SUPEREXEC else _superexec_has_ended()
     threading.Thread(target=_watch, args=(ails,), daemon=True).start()
     (script,) = entry_points(group="console_scripts", name=program)
     status: object = None
@@ -70,8 +70,17 @@ def _note_heartbeats(seen: Path) -> None:
     connection.HeartbeatSender = Noted  # type: ignore[attr-defined]  # Flower has no other way to hear of it
 
 
-def _superexec_has_ended() -> str:
-    return "its SuperExec has ended, so it starts no app any more" if lost_superexec(os.getpid()) else ""
+def _superexec_has_ended() -> Callable[[], str]:
+    """Give what tells whether the SuperExec that this process has started has ended."""
+    lived = False
+
+    def ails() -> str:
+        nonlocal lived
+        lives = superexec_lives(os.getpid())
+        lived = lived or lives is not None
+        return "its SuperExec has ended, so it starts no app any more" if lived and not lives else ""
+
+    return ails
 
 
 def _server_is_silent(folder: FederationFolder, words: Sequence[str]) -> Callable[[], str]:
@@ -90,7 +99,7 @@ def _server_is_silent(folder: FederationFolder, words: Sequence[str]) -> Callabl
 
 
 def _watch(ails: Callable[[], str]) -> None:
-    """End this process when it ails twice in a row: a SuperLink that ends collects its SuperExec in between."""
+    """End this process when it ails twice in a row: one that ends in order may have lost its SuperExec already."""
     before = ""
     while True:
         time.sleep(LOOK_SECONDS)
