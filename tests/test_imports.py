@@ -128,10 +128,10 @@ def test_part_of_the_library_imports_only_what_its_place_allows(part):
     assert {name: found for name, found in outward.items() if found} == {}
 
 
-def test_only_the_wire_the_grid_in_one_process_and_the_probe_of_the_clock_import_flwr_among_library_files():
+def test_only_the_wire_the_grid_in_one_process_the_probe_of_the_clock_and_the_watch_over_flower_import_flwr():
     importers = {path for path in LIBRARY.rglob("*.py") for name in imports_of(path) if within(name, {"flwr"})}
     outside = {path.relative_to(LIBRARY).as_posix() for path in importers - {*files_of("wire")}}
-    assert outside == {"inprocess.py", "deploy/probe.py"}
+    assert outside == {"inprocess.py", "deploy/probe.py", "deploy/watched.py"}
     assert importers & {*files_of("wire")}
 
 

@@ -17,7 +17,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from fedtalora_flwr.deploy.folder import DeployError, FederationFolder
-from fedtalora_flwr.deploy.probe import explain_end
+from fedtalora_flwr.deploy.probe import STOPPED_WORKING, explain_end
 from fedtalora_flwr.deploy.processes import (
     MARK,
     RUNNING,
@@ -167,6 +167,7 @@ def _run(folder: FederationFolder, name: str, command: Sequence[str], *, lock: i
     log = folder.log(name)
     log.touch()  # somebody may have taken it away
     already_said = log.stat().st_size
+    folder.seen(name).unlink(missing_ok=True)  # it is that of the process before
     no_input = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
     try:
         pid = os.posix_spawnp(command[0], [*command], os.environ, file_actions=[no_input])
@@ -177,12 +178,13 @@ def _run(folder: FederationFolder, name: str, command: Sequence[str], *, lock: i
     while ended != pid:  # what an ended process leaves behind is collected too, or it would stay as a zombie
         ended, status = os.wait()
     code = os.waitstatus_to_exitcode(status)
-    if code < 0:
-        return f"it was killed by signal {-code}"
     log.touch()
     with log.open("rb") as file:
         file.seek(max(already_said, file.seek(0, os.SEEK_END) - _LOG_END_BYTES))
-        return f"it ended with status {code}: {explain_end(name, file.read().decode(errors='replace'))}"
+        said = file.read().decode(errors="replace")
+    if code < 0 and STOPPED_WORKING not in said:
+        return f"it was killed by signal {-code}"
+    return f"it ended with status {code}: {explain_end(name, said)}"
 
 
 def _end_what_it_left() -> None:

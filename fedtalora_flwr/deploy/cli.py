@@ -84,7 +84,7 @@ def superlink(
     """
     from fedtalora_flwr.deploy import background as in_background
     from fedtalora_flwr.deploy import processes
-    from fedtalora_flwr.deploy.commands import environment, superlink_command, write_connection
+    from fedtalora_flwr.deploy.commands import environment, superlink_command, watched, write_connection
     from fedtalora_flwr.deploy.probe import healthy
 
     folder = _folder(directory)
@@ -110,9 +110,9 @@ def superlink(
     write_connection(folder, control_port=control_port, insecure=insecure)
     env = environment(folder, data=data)
     if not background:
-        processes.become(folder, "superlink", command, env)
+        processes.become(folder, "superlink", watched(command), env)
     in_background.start(
-        folder, "superlink", command, env, ready=lambda: healthy(folder, port=control_port, insecure=insecure)
+        folder, "superlink", watched(command), env, ready=lambda: healthy(folder, port=control_port, insecure=insecure)
     )
     pid = processes.pid_of(folder, "superlink")
     print(f"superlink runs, as process {pid}; nodes call {fleet}; log {folder.log('superlink')}")
@@ -128,7 +128,7 @@ def superexec(
 ) -> None:
     """On the server: run what starts ServerApps, beside fedtalora superlink --separate-superexec."""
     from fedtalora_flwr.deploy import processes
-    from fedtalora_flwr.deploy.commands import environment, superexec_command
+    from fedtalora_flwr.deploy.commands import environment, superexec_command, watched
 
     folder = _folder(directory)
     command = superexec_command(folder, control_port=control_port, insecure=insecure)
@@ -136,7 +136,7 @@ def superexec(
         _print_command(command)
         return
     folder.make()
-    processes.become(folder, "superexec", command, environment(folder, data=data))
+    processes.become(folder, "superexec", watched(command), environment(folder, data=data))
 
 
 def supernode(
@@ -164,7 +164,7 @@ def supernode(
     """
     from fedtalora_flwr.deploy import background as in_background
     from fedtalora_flwr.deploy import processes
-    from fedtalora_flwr.deploy.commands import environment, supernode_command
+    from fedtalora_flwr.deploy.commands import environment, supernode_command, watched
     from fedtalora_flwr.deploy.probe import check_clock, check_superlink, online
 
     folder = _folder(directory)
@@ -199,8 +199,8 @@ def supernode(
             raise
     env = environment(folder, superlink=superlink, data=data, device=device)
     if not background:
-        processes.become(folder, name, command, env)
-    in_background.start(folder, name, command, env, ready=lambda: online(folder, name))
+        processes.become(folder, name, watched(command), env)
+    in_background.start(folder, name, watched(command), env, ready=lambda: online(folder, name))
     print(f"{name} is online, as process {processes.pid_of(folder, name)}; log {folder.log(name)}")
 
 
@@ -302,16 +302,17 @@ def logs(
 
 
 def health(
-    directory: Dir = DEFAULT_DIR,
-    port: Annotated[int, typer.Option(help="On 127.0.0.1: the SuperLink's 8000, a node's 9094.")] = 8000,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="Without TLS: a node, or a SuperLink with --insecure.")
-    ] = False,
+    name: Annotated[str, typer.Argument(help="superlink, superexec, or a node's name.")], directory: Dir = DEFAULT_DIR
 ) -> None:
-    """Exit with 0 if the process with that port is well, with 1 if not; for health checks."""
-    from fedtalora_flwr.deploy.probe import healthy
+    """Exit with 0 if a process of this folder does its work; with 1, and what is wrong, if not. For health checks.
 
-    if not healthy(_folder(directory), port=port, insecure=plain):
+    The server must list its runs and have none that waits in vain for its SuperExec; a node must have been answered by
+    the server within the last minute.
+    """
+    from fedtalora_flwr.deploy.health import ailment
+
+    if found := ailment(_folder(directory), name):
+        print(found)
         raise typer.Exit(1)
 
 

@@ -5,7 +5,9 @@ machines. The Control and Runtime APIs, by which anyone could run code on every 
 """
 
 import os
+import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import tomli_w
@@ -105,6 +107,11 @@ def superexec_command(
     command = ["flower-superexec", "--runtime-api-address", f"{LOOPBACK}:{control_port}"]
     command += ["--superexec-auth-secret-file", str(folder.superexec_secret)]
     return [*command, *(["--insecure"] if insecure else ["--root-certificates", str(folder.ca_certificate)])]
+
+
+def watched(command: Sequence[str]) -> list[str]:
+    """Give the command that runs a command of Flower's, and ends when that has stopped working."""
+    return [sys.executable, "-m", "fedtalora_flwr.deploy.watched", *command]
 
 
 def environment(folder: FederationFolder, *, superlink: str = "", data: str = "", device: str = "") -> dict[str, str]:

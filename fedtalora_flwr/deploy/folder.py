@@ -92,6 +92,10 @@ class FederationFolder:
         """Give the path of the file that says: this process came up, and is to be started again if it ends."""
         return self.root / f"{checked_name(name)}.kept"
 
+    def seen(self, name: str) -> Path:
+        """Give the path of the file whose time is that of a node's last heartbeat that the server has answered."""
+        return self.root / f"{checked_name(name)}.seen"
+
     def make(self) -> None:
         """Make the folder where it is absent, readable for its owner alone.
 

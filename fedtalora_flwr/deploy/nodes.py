@@ -129,7 +129,7 @@ def register(folder: FederationFolder, name: str, public_key: bytes | None = Non
         node_id = int(folder.node_id(name).read_text())
         if any(node.node_id == node_id for node in list_nodes(folder)):
             return False
-    answer = _flwr(folder, "register", str(path), CONNECTION, "--name", name)
+    answer = ask_flower(folder, "supernode", "register", str(path), CONNECTION, "--name", name)
     if answer.get("success"):
         write_public(folder.node_id(name), str(answer["node-id"]).encode())
         return True
@@ -138,7 +138,7 @@ def register(folder: FederationFolder, name: str, public_key: bytes | None = Non
             f"the key of {name} was registered once and removed, or registered from elsewhere: its use is over. Make a "
             f"new one on the node by fedtalora node key {name} --new, and give it to fedtalora node replace {name}"
         )
-    raise DeployError(f"the SuperLink did not register {name}: {_reason(answer)}")
+    raise DeployError(f"the SuperLink did not register {name}: {reason_of(answer)}")
 
 
 def unregister(folder: FederationFolder, name: str) -> bool:
@@ -150,9 +150,9 @@ def unregister(folder: FederationFolder, name: str) -> bool:
     node_id = int(path.read_text())
     known = any(node.node_id == node_id for node in list_nodes(folder))
     if known:
-        answer = _flwr(folder, "unregister", str(node_id), CONNECTION)
+        answer = ask_flower(folder, "supernode", "unregister", str(node_id), CONNECTION)
         if not answer.get("success"):
-            raise DeployError(f"the SuperLink did not remove {name}: {_reason(answer)}")
+            raise DeployError(f"the SuperLink did not remove {name}: {reason_of(answer)}")
     folder.node_public_key(name).unlink(missing_ok=True)
     path.unlink()
     return known
@@ -182,35 +182,47 @@ def list_nodes(folder: FederationFolder) -> list[Node]:
     DeployError
         If it does not answer.
     """
-    answer = _flwr(folder, "list", CONNECTION)
+    answer = ask_flower(folder, "supernode", "list", CONNECTION)
     if not answer.get("success"):
-        raise DeployError(f"the SuperLink does not list its nodes: {_reason(answer)}")
+        raise DeployError(f"the SuperLink does not list its nodes: {reason_of(answer)}")
     names = {int(path.read_text()): path.stem for path in folder.root.glob("*.id")}
     rows = [row for row in answer["nodes"] if row["status"] != "unregistered"]
     nodes = [Node(names.get(int(row["node-id"]), ""), int(row["node-id"]), row["status"]) for row in rows]
     return sorted(nodes, key=lambda node: (node.name, node.node_id))
 
 
-def _flwr(folder: FederationFolder, *words: str) -> dict[str, Any]:
+def ask_flower(folder: FederationFolder, *words: str, seconds: float | None = None) -> dict[str, Any]:
+    """Give what ``flwr`` answers of the SuperLink: ``success``, and if that is false ``error-message``.
+
+    Parameters
+    ----------
+    seconds
+        To wait for the answer; None: as long as a loaded machine may need.
+
+    Raises
+    ------
+    DeployError
+        If no SuperLink was ever started from this folder.
+    """
     if not (folder.flower_home / "config.toml").exists():
         raise DeployError(
             f"no server was ever started from {folder.root}: fedtalora superlink starts it; if its folder is another, "
             "give that by --dir or FEDTALORA_DIR"
         )
-    env = environment(folder)
+    env, seconds = environment(folder), seconds or _CALL_SECONDS
     try:
         done = subprocess.run(
-            ["flwr", "supernode", *words, "--format", "json"],
+            ["flwr", *words, "--format", "json"],
             env=env,
             cwd=folder.working_directory,
             capture_output=True,
             text=True,
-            timeout=_CALL_SECONDS,
+            timeout=seconds,
         )
     except subprocess.TimeoutExpired:
         return {
             "success": False,
-            "error-message": f"no answer within {_CALL_SECONDS:g} s; see {folder.log('superlink')}",
+            "error-message": f"no answer within {seconds:g} s; see {folder.log('superlink')}",
         }
     start = done.stdout.find("{")
     try:
@@ -219,7 +231,8 @@ def _flwr(folder: FederationFolder, *words: str) -> dict[str, Any]:
         return {"success": False, "error-message": (done.stdout + done.stderr).strip()}
 
 
-def _reason(answer: dict[str, Any]) -> str:
+def reason_of(answer: dict[str, Any]) -> str:
+    """Say why `ask_flower` was refused."""
     text = " ".join(str(answer.get("error-message", answer)).split())
     return f"{text}. Is it running here? fedtalora superlink starts it" if "onnect" in text else text
 

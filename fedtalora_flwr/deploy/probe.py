@@ -9,6 +9,7 @@ from fedtalora_flwr.deploy.commands import LOOPBACK
 from fedtalora_flwr.deploy.folder import DeployError, FederationFolder
 
 PROBE_SECONDS = 10.0
+STOPPED_WORKING = "fedtalora: it has stopped working: "  # what `watched` prints before it ends a program
 _CLOCK_IS_OFF = "Invalid timestamp"  # the SuperLink's answer to a signature of another time
 
 # What Flower prints of a refusal -> what it means; the first that is found explains.
@@ -143,6 +144,8 @@ def online(folder: FederationFolder, name: str) -> bool:
 
 def explain_end(name: str, log: str) -> str:
     """Say what the log of a SuperNode, or of the SuperLink, means that has ended, and what to do."""
+    if STOPPED_WORKING in log:
+        return log.rpartition(STOPPED_WORKING)[2].partition("\n")[0]
     if name != "superlink":
         return next((meaning for sign, meaning in _REFUSALS.items() if sign in log), _SILENT)
     if "already in use" in log:

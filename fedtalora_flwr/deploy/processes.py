@@ -20,6 +20,8 @@ STOP_SECONDS = 20.0
 _MOMENT = 0.01  # seconds
 MARK = "FEDTALORA_PROCESS"
 RUNNING, WAITING = "running", "waiting"
+_ENDED = "ZX"  # the states of what has ended, and was not collected yet
+_SUPEREXEC = "flower-superexec"[:15]  # as the kernel has its name
 
 
 def pid_of(folder: FederationFolder, name: str) -> int | None:
@@ -43,6 +45,7 @@ def become(folder: FederationFolder, name: str, command: Sequence[str], env: Map
     """
     handle = claim(folder, name, os.getpid())
     os.set_inheritable(handle, True)
+    folder.seen(name).unlink(missing_ok=True)  # it is that of the process before
     os.chdir(folder.working_directory)
     os.execvpe(command[0], [*command], {**env, MARK: str(folder.lock(name))})
 
@@ -113,6 +116,15 @@ def descendants(pid: int) -> dict[int, str]:
     return {number: alive[number][1] for number in found}
 
 
+def superexec_lives(pid: int) -> bool | None:
+    """Tell whether the SuperExec that a SuperLink or SuperNode has started lives; None if there is none.
+
+    Flower leaves one that has ended as a zombie, but may collect it when it starts a process, or ends itself.
+    """
+    states = [state for name, state, parent, _ in _everything().values() if (name, parent) == (_SUPEREXEC, pid)]
+    return any(state not in _ENDED for state in states) if states else None
+
+
 def send(pid: int, number: signal.Signals) -> None:
     """Send a signal to a process that may have ended."""
     with contextlib.suppress(ProcessLookupError):
@@ -159,13 +171,18 @@ def _marked(folder: FederationFolder, name: str) -> set[int]:
 
 
 def _table() -> dict[int, tuple[int, str]]:
-    """List all live processes: number -> parent and start, as /proc/PID/stat has them."""
+    """List all live processes: number -> parent and start."""
+    return {pid: (parent, start) for pid, (_, state, parent, start) in _everything().items() if state not in _ENDED}
+
+
+def _everything() -> dict[int, tuple[str, str, int, str]]:
+    """List all processes, zombies too: number -> name, state, parent and start, as /proc/PID/stat has them."""
     table = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):  # it ended while we looked
                 # "pid (name) state parent ... start ...", where the name may hold blanks and brackets
-                words = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
-                if words[0] not in "ZX":
-                    table[int(entry.name)] = int(words[1]), words[19]
+                before, _, after = (entry / "stat").read_text(errors="replace").rpartition(")")
+                words = after.split()
+                table[int(entry.name)] = before.partition("(")[2], words[0], int(words[1]), words[19]
     return table

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -141,9 +142,46 @@ def test_nothing_but_the_fleet_port_leaves_loopback(played):
 
 
 def test_health_is_told_of_server_and_node(played):
-    folder = str(played.server.root)
-    said("health", "--dir", folder, "--port", str(played.control_port))
-    assert fedtalora("health", "--dir", folder, "--port", str(played.spare_port)).returncode == 1
+    assert all_is_well(played)
+    assert "stranger does not run" in ailment(played, "stranger")
+
+
+def test_a_node_that_the_server_has_not_answered_for_a_minute_is_ill(played):
+    seen = FederationFolder(played.folder / "site0").seen("site0")
+    os.utime(seen, (time.time() - 75, time.time() - 75))
+    assert "the server has not answered site0 for 7" in ailment(played, "site0")
+    assert eventually(lambda: ailment(played, "site0") == "")  # heartbeats are 17.5 to 22.5 s apart
+
+
+@pytest.mark.parametrize("name", ["superlink", pytest.param("site0", marks=pytest.mark.full)])
+def test_who_has_lost_its_superexec_is_ill_and_starts_again(played, name):
+    lost = superexec_of(played, name)
+    lost.kill()
+    told: list[str] = []
+    assert eventually(lambda: told.append(ailment(played, name)) or told[-1] == "", seconds=SECONDS), told
+    assert "the SuperExec of" in told[0] or "has ended, and is about to be started again" in told[0], told
+    assert superexec_of(played, name) != lost
+    log = FederationFolder(played.folder / name).log(name).read_text()
+    assert "its SuperExec has ended, so it starts no app any more. It starts again in 10.0 s" in log
+    assert eventually(lambda: all_is_well(played), seconds=SECONDS)
+
+
+def superexec_of(played: Played, name: str) -> psutil.Process:
+    """Find the SuperExec that a SuperLink or SuperNode has started."""
+    children = psutil.Process(pid_of(FederationFolder(played.folder / name), name)).children()
+    (found,) = (child for child in children if "flower-superexec" in " ".join(child.cmdline()))
+    return found
+
+
+def all_is_well(played: Played) -> bool:
+    return not any(ailment(played, name) for name in ("superlink", "site0", "site1"))
+
+
+def ailment(played: Played, name: str) -> str:
+    """Give what ``fedtalora health`` says; nothing if it is well."""
+    done = fedtalora("health", name, "--dir", str(played.folder / name))
+    assert done.returncode == bool(done.stdout), done.stdout + done.stderr
+    return done.stdout.strip()
 
 
 def test_a_key_that_was_not_registered_is_refused_and_says_what_to_do(played, tmp_path):
@@ -226,12 +264,57 @@ def test_a_run_completes_over_certificates_and_keys_and_its_failure_is_told(play
 def test_a_node_that_was_killed_comes_back_by_itself(played):
     folder = FederationFolder(played.folder / "site0")
     killed, began = pid_of(folder, "site0"), time.monotonic()
-    os.kill(killed, signal.SIGKILL)
     let_in = b"SuperNode ID:"
-    assert eventually(lambda: folder.log("site0").read_bytes().count(let_in) == 2, seconds=SECONDS)
+    before = folder.log("site0").read_bytes().count(let_in)
+    os.kill(killed, signal.SIGKILL)
+    assert eventually(lambda: folder.log("site0").read_bytes().count(let_in) == before + 1, seconds=SECONDS)
     print(f"| SuperNode of a lab killed | let in again after {time.monotonic() - began:.0f} s |")
     assert pid_of(folder, "site0") != killed and played.statuses()["site0"] == "online"
     assert "it was killed by signal 9. It starts again" in folder.log("site0").read_text()
+
+
+@contextlib.contextmanager
+def database_locked(played: Played) -> Iterator[None]:
+    """Hold the SuperLink's database, as a disk that hangs or another program does."""
+    with contextlib.closing(sqlite3.connect(played.server.database, isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        yield
+        database.execute("ROLLBACK")
+
+
+@contextlib.contextmanager
+def superlink_suspended(played: Played) -> Iterator[None]:
+    process = psutil.Process(pid_of(played.server, "superlink"))
+    process.suspend()
+    yield
+    process.resume()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("stalled", "seconds"), [(database_locked, 12), (superlink_suspended, 75)])
+def test_a_server_that_stalls_is_well_again_by_itself_and_plays_the_next_run(played, capsys, stalled, seconds):
+    flower = environment(played.server)
+    submitted = ["flwr", "run", str(APP), "lab", "--run-config", "num-rounds=1"]
+
+    def asked(*words: str) -> str:
+        return subprocess.run(words, env=flower, capture_output=True, text=True, timeout=SECONDS).stdout
+
+    def statuses() -> list[str]:
+        said = asked("flwr", "list", "lab", "--format", "json")
+        return [run["status"] for run in json.loads(said[said.index("{") :]).get("runs", [])]
+
+    before = statuses().count("finished:completed")
+    with stalled(played):
+        time.sleep(seconds)
+    began = time.monotonic()
+    assert eventually(lambda: "Successfully started run" in asked(*submitted), seconds=SECONDS), "no run is taken"
+    assert eventually(lambda: statuses().count("finished:completed") == before + 1, seconds=SECONDS), statuses()
+    over = time.monotonic() - began
+    assert eventually(lambda: all_is_well(played), seconds=SECONDS)
+    well = time.monotonic() - began
+    with capsys.disabled():
+        print(f"\n| {stalled.__name__}, {seconds} s | run over after {over:.0f} s, all well after {well:.0f} s |")
+    assert "round 0: 2 replies" in (log := asked(*submitted, "--stream")), log
 
 
 @pytest.mark.full
@@ -265,3 +348,33 @@ def test_a_port_that_is_taken_is_named_as_the_cause(played, tmp_path):
 def node_words(played: Played, name: str, folder: Path) -> list[str]:
     words = ["supernode", name, "--superlink", played.address, "--partition-id", "5", "--device", "cpu"]
     return [*words, "--port", str(played.spare_port), "--dir", str(folder), "--background"]
+
+
+@pytest.mark.full
+def test_a_run_that_no_superexec_takes_is_told_and_a_superexec_without_superlink_ends(tmp_path):
+    with contextlib.ExitStack() as held:
+        (fleet, claim), (control, another) = claim_port(), claim_port()
+        held.enter_context(claim), held.enter_context(another)
+        folder, here = FederationFolder(tmp_path), ("--dir", str(tmp_path))
+        control_port = ("--control-port", str(control))
+        said("certs", "localhost", *here)
+        held.callback(said, "stop", "superlink", *here)
+        listening = ("--fleet", f"127.0.0.1:{fleet}", *control_port)
+        said("superlink", *listening, "--separate-superexec", "--background", *here)
+        flower = environment(folder)
+        submitted = ["flwr", "run", str(APP), "lab", "--stream", "--run-config", "num-rounds=0"]
+        run = held.enter_context(subprocess.Popen(submitted, env=flower, stdout=subprocess.DEVNULL))
+
+        def told(name: str) -> str:
+            return fedtalora("health", name, *here).stdout
+
+        assert told("superlink") == "" and "superexec does not run" in told("superexec")
+        assert eventually(lambda: "s: no SuperExec takes it" in told("superlink"), seconds=90)
+        command = [sys.executable, "-m", "fedtalora_flwr.cli", "superexec", *control_port, *here]
+        superexec = held.enter_context(subprocess.Popen(command, env=os.environ, stderr=subprocess.PIPE, text=True))
+        held.callback(superexec.kill)
+        assert run.wait(SECONDS) == 0 and told("superlink") == told("superexec") == ""
+        said("stop", "superlink", *here)
+        assert "the SuperLink does not list its runs" in told("superexec")
+        assert f"no SuperLink has answered at 127.0.0.1:{control} for 90 s" in superexec.communicate(timeout=SECONDS)[1]
+        assert superexec.returncode == 1
