@@ -47,6 +47,7 @@ ALLOWED = {
         *ours("__version__", "aggregation", "backbones", "change", "checkpoint", "trained", "words"),
     },
     "residual": {"torch", "safetensors", *ours("aggregation")},
+    "strategy": {"flwr", "torch", "peft", *ours("aggregation")},
     "wire": {
         *("flwr", "torch", "safetensors"),
         *ours("aggregation", "config", "data", "heads", "penalties", "residual", "words"),
@@ -128,11 +129,12 @@ def test_part_of_the_library_imports_only_what_its_place_allows(part):
     assert {name: found for name, found in outward.items() if found} == {}
 
 
-def test_only_the_wire_the_grid_in_one_process_the_probe_of_the_clock_and_the_watch_over_flower_import_flwr():
+def test_only_wire_strategy_the_grid_in_one_process_the_probe_of_the_clock_and_the_watch_import_flwr():
     importers = {path for path in LIBRARY.rglob("*.py") for name in imports_of(path) if within(name, {"flwr"})}
-    outside = {path.relative_to(LIBRARY).as_posix() for path in importers - {*files_of("wire")}}
+    of_flower = {*files_of("wire"), *files_of("strategy")}
+    outside = {path.relative_to(LIBRARY).as_posix() for path in importers - of_flower}
     assert outside == {"inprocess.py", "deploy/probe.py", "deploy/watched.py"}
-    assert importers & {*files_of("wire")}
+    assert importers & of_flower
 
 
 def test_server_and_client_never_import_each_other_and_the_library_imports_neither():
