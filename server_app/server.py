@@ -88,8 +88,9 @@ class Server:
         self.point = self._resumed() if config.resume else self._fresh()
         self.first_round = self.point.server_round + 1
         self.strategy = self._strategy()
-        num_classes = len(self.data.source.class_names) if self.data else None
-        self.nodes = Attendance(grid, config, self.strategy, self._show, num_classes=num_classes)
+        num = config.num_clients
+        self.shares = [Share(config, p).hello(num_partitions=num) for p in range(num)] if self.data else []
+        self.nodes = Attendance(grid, config, self.strategy, self._show, shares=self.shares or None)
 
     @property
     def num_rounds(self) -> int:
@@ -379,10 +380,8 @@ class Server:
         self.strategy.hashes = dict(enumerate(self.point.partition_hashes))  # of a run that goes on
         hellos, absent = self.nodes.gather(self.point.server_round)
         said, everyone = {hello.partition_id: hello for hello in hellos.values()}, range(self.config.num_clients)
-        shares = []
-        if self.data:  # which says also what a partition holds whose node is not here
-            shares = [said.get(p) or Share(self.config, p).hello(num_partitions=len(everyone)) for p in everyone]
-            hashes = tuple(share.partition_hash for share in shares)
+        if self.data:
+            hashes = tuple(share.partition_hash for share in self.shares)
             if self.config.resume and hashes != self.point.partition_hashes:
                 raise RunFailed(f"{self.folder.path} was run on other data or another partition; it cannot be resumed")
         else:
@@ -390,7 +389,7 @@ class Server:
         self.strategy.meet(hellos, hashes=hashes, absent=absent)
         self.point = replace(self.point, partition_hashes=hashes)
         if self.data:
-            self._take_stock(census.of_shared(shares, self.point.classes), settled=range(self.config.last_task))
+            self._take_stock(census.of_shared(self.shares, self.point.classes), settled=range(self.config.last_task))
         else:
             next_task, begun = divmod(self.point.server_round, self.rounds_per_task)
             self._take_in([said[p] for p in sorted(said)], absent, playing=next_task, next_task=next_task + (begun > 0))
