@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ from fedtalora_flwr.train import count_correct, num_views, precision_of
 from server_app import census
 from server_app.attendance import Attendance
 from server_app.census import Census
-from server_app.strategy import AdapterStrategy, RunFailed, Tally
+from server_app.strategy import AdapterStrategy, RunFailed, Tally, UsualNorm
 
 log = logging.getLogger("fedtalora.server")
 
@@ -246,7 +247,8 @@ class Server:
             message_type="train.means",
         )
         replies = strategy.exchange(self.grid, messages)
-        means, known = strategy.class_means(order.server_round, replies, feature_dim=dim)
+        most = 1.001 * dim**0.5 if self.config.feature_norm == "rms" else math.inf  # of float32
+        means, known = strategy.class_means(order.server_round, replies, feature_dim=dim, most_norm=most)
         sums = self.point.sums
         if self._tells_means:
             told = sums.moment[:, -1] > 0
@@ -337,7 +339,8 @@ class Server:
         replies = strategy.exchange(self.grid, messages)
         views = 0 if before is None else num_views(self.model, self.config)
         scaled = self.config.feature_norm == "rms"
-        usual_norm = self.head.usual_norm(self.model.backbone.feature_dim) if scaled else None
+        dim = self.model.backbone.feature_dim
+        usual_norm = UsualNorm(self.head.usual_norm(dim), self.head.norm_slack()) if scaled else None
         return strategy.add_sums(order.server_round, replies, to=self.point.sums, views=views, usual_norm=usual_norm)
 
     def _evaluate(self, task_id: int, sums: FeatureSums) -> tuple[TaskMatrix, float | None]:
