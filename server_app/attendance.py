@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import getLogger
 from typing import NoReturn, TypeVar
 
+import torch
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
@@ -32,8 +33,8 @@ class Attendance:
         Knows which node holds which partition.
     show
         Tells the progress display a phase and a round.
-    num_classes
-        Of the data set that all read; None where every node brings its own.
+    shares
+        What every partition holds of the data set that all read; None where every node brings its own.
     """
 
     def __init__(
@@ -43,10 +44,10 @@ class Attendance:
         strategy: AdapterStrategy,
         show: Callable[[str, int], None],
         *,
-        num_classes: int | None,
+        shares: Sequence[wire.Hello] | None,
     ) -> None:
         self.grid, self.config, self.strategy, self.show = grid, config, strategy, show
-        self._num_classes = num_classes
+        self._shares = shares
         self._names: dict[int, str] = {}  # node id -> the name that its key was registered under, where it has one
         self._since: dict[int, str] = {}  # node id -> since when it is connected, as of the last look
         self._heard: dict[int, str] = {}  # node id -> the same, as it said what it holds, or why it cannot
@@ -235,14 +236,13 @@ class Attendance:
             raise wire.WireError(
                 f"partition-id {hello.partition_id} is not among the {self.config.num_clients} of num-clients"
             )
-        num_classes = self._num_classes or 0  # what a node brings itself, it names
+        num_classes = len(self._shares[hello.partition_id].class_counts) if self._shares else 0  # own ones have names
         if hello.class_counts.shape != (num_classes,):
             raise wire.WireError(
                 f"it knows {len(hello.class_counts)} classes, the server {num_classes}; "
                 "both must read the same data set"
             )
-        known = self.strategy.hashes.get(hello.partition_id)
-        if self._num_classes is not None and known and hello.partition_hash != known:
+        if self._shares and not _same_data(hello, self._shares[hello.partition_id]):
             raise wire.WireError(f"it holds other data than partition {hello.partition_id} of this run")
 
     def ask(self, nodes: Iterable[int]) -> dict[int, Message]:
@@ -375,6 +375,11 @@ class Attendance:
                 f"it holds other data than partition {claimed} showed last, and without a node key nothing else says "
                 "that it is the same node"
             )
+
+
+def _same_data(hello: wire.Hello, share: wire.Hello) -> bool:
+    """Tell whether a node says to hold what its partition is: it counts by these examples, so they are no claim."""
+    return hello.partition_hash == share.partition_hash and torch.equal(hello.class_counts, share.class_counts)
 
 
 def _check_size(hellos: Mapping[int, wire.Hello], *, num_clients: int, num_nodes: int) -> None:

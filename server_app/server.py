@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ from fedtalora_flwr.train import count_correct, num_views, precision_of
 from server_app import census
 from server_app.attendance import Attendance
 from server_app.census import Census
-from server_app.strategy import AdapterStrategy, RunFailed, Tally
+from server_app.strategy import AdapterStrategy, RunFailed, Tally, UsualNorm
 
 log = logging.getLogger("fedtalora.server")
 
@@ -88,8 +89,9 @@ class Server:
         self.point = self._resumed() if config.resume else self._fresh()
         self.first_round = self.point.server_round + 1
         self.strategy = self._strategy()
-        num_classes = len(self.data.source.class_names) if self.data else None
-        self.nodes = Attendance(grid, config, self.strategy, self._show, num_classes=num_classes)
+        num = config.num_clients
+        self.shares = [Share(config, p).hello(num_partitions=num) for p in range(num)] if self.data else []
+        self.nodes = Attendance(grid, config, self.strategy, self._show, shares=self.shares or None)
 
     @property
     def num_rounds(self) -> int:
@@ -245,7 +247,8 @@ class Server:
             message_type="train.means",
         )
         replies = strategy.exchange(self.grid, messages)
-        means, known = strategy.class_means(order.server_round, replies, feature_dim=dim)
+        most = 1.001 * dim**0.5 if self.config.feature_norm == "rms" else math.inf  # of float32
+        means, known = strategy.class_means(order.server_round, replies, feature_dim=dim, most_norm=most)
         sums = self.point.sums
         if self._tells_means:
             told = sums.moment[:, -1] > 0
@@ -336,7 +339,8 @@ class Server:
         replies = strategy.exchange(self.grid, messages)
         views = 0 if before is None else num_views(self.model, self.config)
         scaled = self.config.feature_norm == "rms"
-        usual_norm = self.head.usual_norm(self.model.backbone.feature_dim) if scaled else None
+        dim = self.model.backbone.feature_dim
+        usual_norm = UsualNorm(self.head.usual_norm(dim), self.head.norm_slack()) if scaled else None
         return strategy.add_sums(order.server_round, replies, to=self.point.sums, views=views, usual_norm=usual_norm)
 
     def _evaluate(self, task_id: int, sums: FeatureSums) -> tuple[TaskMatrix, float | None]:
@@ -379,10 +383,8 @@ class Server:
         self.strategy.hashes = dict(enumerate(self.point.partition_hashes))  # of a run that goes on
         hellos, absent = self.nodes.gather(self.point.server_round)
         said, everyone = {hello.partition_id: hello for hello in hellos.values()}, range(self.config.num_clients)
-        shares = []
-        if self.data:  # which says also what a partition holds whose node is not here
-            shares = [said.get(p) or Share(self.config, p).hello(num_partitions=len(everyone)) for p in everyone]
-            hashes = tuple(share.partition_hash for share in shares)
+        if self.data:
+            hashes = tuple(share.partition_hash for share in self.shares)
             if self.config.resume and hashes != self.point.partition_hashes:
                 raise RunFailed(f"{self.folder.path} was run on other data or another partition; it cannot be resumed")
         else:
@@ -390,7 +392,7 @@ class Server:
         self.strategy.meet(hellos, hashes=hashes, absent=absent)
         self.point = replace(self.point, partition_hashes=hashes)
         if self.data:
-            self._take_stock(census.of_shared(shares, self.point.classes), settled=range(self.config.last_task))
+            self._take_stock(census.of_shared(self.shares, self.point.classes), settled=range(self.config.last_task))
         else:
             next_task, begun = divmod(self.point.server_round, self.rounds_per_task)
             self._take_in([said[p] for p in sorted(said)], absent, playing=next_task, next_task=next_task + (begun > 0))

@@ -1,5 +1,7 @@
 """One exchange with the clients as a Flower strategy: what to send to whom, and what the replies mean."""
 
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,7 +44,6 @@ log = getLogger("fedtalora.server")
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between two looks for replies, a twentieth of the wait so far
 _GROWTH = 2  # times the examples that a node said it holds, which it may have by now
 _SMALL = 2**22  # bytes that are never too many
-_NORM_SLACK = 2.0  # random projections of features are not all of one norm
 _GRACE = 15.0  # seconds beyond a message's time to live, so that its expiry is reported and not just silence
 LONGEST_REASON = 500  # characters
 
@@ -56,6 +57,20 @@ class RunFailed(RuntimeError):
 
 class TooFewReplies(RunFailed):
     """A round has fewer than ``min-replies`` good replies; the message names everyone's reason."""
+
+
+@dataclass(frozen=True)
+class UsualNorm:
+    """The norm that features have in a run where all are scaled to one, and the share by which it may differ."""
+
+    norm: float
+    slack: float
+
+
+def _distance_moved(drift: Tensor, *, num_vectors: float) -> float:
+    """Give the root mean square distance between features before and now, of a root of (f', f, 1)."""
+    before, now = drift[:, :-1].chunk(2, dim=1)
+    return math.sqrt(float((now - before).square().sum()) / num_vectors)
 
 
 @dataclass
@@ -515,7 +530,7 @@ class AdapterStrategy(Strategy):
         *,
         to: FeatureSums,
         views: int,
-        usual_norm: float | None = None,
+        usual_norm: UsualNorm | None = None,
     ) -> FeatureSums:
         """Add the clients' feature sums up as they come, in order of partition id; a bad one is refused.
 
@@ -530,7 +545,7 @@ class AdapterStrategy(Strategy):
         views
             Of each example that clients have compared before and now, so that `to` can follow; 0 where they have not.
         usual_norm
-            About the norm that each summed vector must have; None where features are of any size.
+            That of each summed vector; None where features are of any size.
 
         Raises
         ------
@@ -538,7 +553,8 @@ class AdapterStrategy(Strategy):
             If fewer than ``min-replies`` good ones remain.
         """
         total = like = FeatureSums(torch.zeros_like(to.gram), torch.zeros_like(to.moment))
-        total_drift, num_good = like.gram.new_zeros(()), 0
+        drifts: dict[int, tuple[Tensor, float]] = {}
+        num_good = 0
 
         def read(partition: int, reply: Message) -> tuple[FeatureSums, Tensor, float]:
             sums = wire.read_sums(reply, like=like)
@@ -547,20 +563,44 @@ class AdapterStrategy(Strategy):
             if views:
                 num_vectors = views * int(sums.moment[:, -1].sum())
                 drift = wire.read_drift(reply, num_vectors=num_vectors, feature_dim=len(like.gram) - 1)
-                norm = max(norm, self._check_norm(float((drift.trace() / (2 * num_vectors)).sqrt()), usual_norm))
+                mean_square = float(drift.square().sum()) / (2 * num_vectors)
+                norm = max(norm, self._check_norm(math.sqrt(mean_square), usual_norm))
             return sums, drift, norm
 
         good = self._good(replies, read)
         for partition, (sums, drift, _) in good if usual_norm else self._near(good, "features"):
-            trust = self.trust.get(partition, 1.0)
-            total, total_drift, num_good = total + sums.times(trust), total_drift + trust * drift, num_good + 1
+            total, num_good = total + sums.times(self.trust.get(partition, 1.0)), num_good + 1
+            if views:
+                drifts[partition] = drift, _distance_moved(drift, num_vectors=views * float(sums.moment[:, -1].sum()))
         self.require(num_good, server_round)
-        return (to.followed(total_drift) if views else to) + total
+        return (to.followed(self._total_drift(drifts)) if views else to) + total
+
+    def _total_drift(self, drifts: dict[int, tuple[Tensor, float]]) -> Tensor:
+        """Add up how features have moved, by partition id: a root, and how far.
+
+        A few examples that claim another move than all others would carry every old class's sums there, so the bounds
+        of a change of the weights go for it too: it is left out beyond ``outlier-limit``, and counts less beyond
+        ``max-change``.
+        """
+        near = dict(self._near(drifts.items(), "the moves of features"))
+        longest = self.config.max_change * statistics.median_low(moved for _, moved in near.values())
+        total = torch.zeros((), dtype=torch.float64)
+        for partition, (root, moved) in near.items():
+            less = longest / moved if 0 < longest < moved else 1.0
+            total = total + self.trust.get(partition, 1.0) * less * (root.T @ root)
+        return total
 
     def class_means(
-        self, server_round: int, replies: Iterable[tuple[int, Message]], *, feature_dim: int
+        self,
+        server_round: int,
+        replies: Iterable[tuple[int, Message]],
+        *,
+        feature_dim: int,
+        most_norm: float = math.inf,
     ) -> tuple[Tensor, Tensor]:
         """Give the mean feature of each class over all clients' examples, and which have one; a bad reply is refused.
+
+        No mean is longer than the features, `most_norm` at most.
 
         Returns
         -------
@@ -578,6 +618,10 @@ class AdapterStrategy(Strategy):
             moment = wire.read_means(reply, num_classes=num_classes, feature_dim=feature_dim)
             self._check_counts(self.task_id, partition, moment[:, -1], least=self.config.min_class_examples)
             longest = float((moment[:, :-1] / moment[:, -1:].clamp(min=1)).norm(dim=1).max())
+            if longest > most_norm:
+                raise BadUpdate(
+                    f"a class mean has a norm of {longest:.3g}, features of this run at most {most_norm:.3g}"
+                )
             return moment, self._check_norm(longest)
 
         for partition, (moment, _) in self._near(self._good(replies, read), "class means"):
@@ -671,15 +715,15 @@ class AdapterStrategy(Strategy):
         if not grows and not torch.equal(counts.double(), held.double()):
             raise BadUpdate("speaks of other examples than the client said it holds of this task")
 
-    def _check_sums(self, sums: FeatureSums, usual_norm: float | None = None) -> float:
+    def _check_sums(self, sums: FeatureSums, usual_norm: UsualNorm | None = None) -> float:
         if not sums.possible():
             raise BadUpdate("sums contradict each other: no examples have such sums")
         return self._check_norm(sums.feature_norm(), usual_norm)
 
-    def _check_norm(self, norm: float, usual: float | None = None, *, what: str = "features") -> float:
+    def _check_norm(self, norm: float, usual: UsualNorm | None = None, *, what: str = "features") -> float:
         """Refuse a (root mean square) norm that nothing has, or not what is usual in this run; else give it."""
-        if usual is not None and not usual / _NORM_SLACK < norm < usual * _NORM_SLACK:
-            raise BadUpdate(f"{what} have a norm of {norm:.3g}, those of this run about {usual:.3g}")
+        if usual is not None and not abs(norm / usual.norm - 1) < usual.slack:
+            raise BadUpdate(f"{what} have a norm of {norm:.3g}, those of this run about {usual.norm:.3g}")
         if not norm <= self.config.norm_limit:
             raise BadUpdate(f"{what} have a norm of {norm:.3g}, norm-limit is {self.config.norm_limit:g}")
         return norm

@@ -109,14 +109,30 @@ def test_means_that_cannot_be_are_refused_and_the_others_start_the_rows(tmp_path
     assert reasons == ["refused: means hold a number that is not finite"]
 
 
+def test_class_means_longer_than_the_features_are_refused(tmp_path):
+    def lies(message: Message, context: Context) -> Message:
+        reply = run_client(message, context)
+        if message.metadata.message_type == "train.means" and context.node_config["partition-id"] == 1:
+            with opened(reply.content) as tensors:
+                tensors["means/moment"] = tensors["means/moment"] * np.array([-1.5] * 192 + [1.0])
+        return reply
+
+    tiny_run(tmp_path, lies, **QUICK | {"rows_start": "means", "stop_after_task": 1})
+    (line,) = rounds(tmp_path)
+    (failure,) = line["failures"]
+    assert re.match("refused: a class mean has a norm of .*, features of this run at most 13.9", failure["reason"])
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
         (lambda content: content.pop("drift"), "the drift cannot be read"),
         (lambda content: lengthen(content, "drift", 55.0), r"features have a norm of .*, those of this run about 13.9"),
+        (lambda content: lengthen(content, "drift", 1.5), r"features have a norm of .*, those of this run about 13.9"),
         (lambda content: lengthen(content, "arrays", 55.0), "sums contradict each other"),
+        (lambda content: move_away(content), "the moves of features are .* times as large as is usual, outlier-limit"),
     ],
-    ids=["none", "too long", "sums too long"],
+    ids=["none", "too long", "somewhat too long", "sums too long", "elsewhere"],
 )
 def test_a_drift_that_cannot_be_is_refused_and_that_of_the_others_taken(tmp_path, spoil, reason):
     def lies(message: Message, context: Context) -> Message:
@@ -130,6 +146,27 @@ def test_a_drift_that_cannot_be_is_refused_and_that_of_the_others_taken(tmp_path
     assert not first["failures"]
     (failure,) = second["failures"]
     assert failure["partition_id"] == 1 and re.match(f"refused: {reason}", failure["reason"])
+
+
+def move_away(content) -> None:
+    """Say that every feature has become its opposite, in z = (f', f, 1)."""
+    with opened(content, record="drift") as tensors:
+        upper = tensors["drift/root"]
+        width = 2 * 192 + 1
+        num_rows = next(k for k in range(width + 1) if k * width - k * (k - 1) // 2 == len(upper))
+        root = np.zeros((num_rows, width))
+        root[np.triu_indices(num_rows, m=width)] = upper
+        root[:, 192:-1] = -root[:, :192]
+        tensors["drift/root"] = np.linalg.qr(root, mode="r")[np.triu_indices(num_rows, m=width)]
+
+
+def test_a_drift_of_more_than_max_change_times_the_usual_length_counts_as_if_it_were_of_that():
+    config, method = RunConfig.parse(defaults()), aggregation.resolve("fedtalora")  # max-change is 3
+    strategy = AdapterStrategy(config=config, method=method, state=GlobalState({}))
+    root = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))  # (f', f, 1) of 3
+    gram, moved = root.T @ root, {0: 0.5, 1: 1.0, 2: 1.5, 3: 6.0}
+    total = strategy._total_drift({partition: (root, distance) for partition, distance in moved.items()})
+    assert torch.allclose(total, (3 + 3 * 1.0 / 6.0) * gram)
 
 
 def lengthen(content, record: str, factor: float) -> None:

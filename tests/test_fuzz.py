@@ -450,7 +450,9 @@ def test_bad_hellos_are_refused_with_a_reason_and_end_nothing(changes, num_class
     grid = LocalGrid(lambda message, context: Message(next(replies).content, reply_to=message), config.flat(), 1)
     strategy = make_strategy(make_state(torch.Generator().manual_seed(1)))
     strategy.node_of = {}
-    attendance = Attendance(grid, config, strategy, lambda phase, server_round: None, num_classes=num_classes)
+    attendance = Attendance(
+        grid, config, strategy, lambda phase, server_round: None, shares=[hello] * 3 if num_classes else None
+    )
     (node,) = grid.get_node_ids()
     for name, _ in bad:
         hellos, reasons = attendance.hellos([node])

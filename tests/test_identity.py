@@ -1,18 +1,21 @@
 """A partition belongs to one node for a run: who else claims it, or comes back with other data, is refused by name."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import local_grid
 import pytest
+import torch
 from flwr.app import Message
 from flwr.proto.node_pb2 import NodeInfo
 from local_grid import LocalGrid, tiny_run
 
 from client_app.app import app as client_app
 from fedtalora_flwr import wire
+from fedtalora_flwr.wire.records import ARRAYS, array_record
 from server_app import app, attendance
 
 HOLDER, GUEST = 101, 201  # node ids; both say that they are partition 1
@@ -71,8 +74,8 @@ def guests(monkeypatch: pytest.MonkeyPatch) -> type[Guests]:
 class Asked:
     """A client that notes who trains in which round, and says what a test wants of itself when asked again."""
 
-    def __init__(self, *, of: int = 0, **changes: Any) -> None:
-        self.of, self.changes = of, changes
+    def __init__(self, *, of: int = 0, counts: Sequence[int] = (), **changes: Any) -> None:
+        self.of, self.counts, self.changes = of, counts, changes
         self.trained: dict[str, list[int]] = {}
         self.hellos = 0
 
@@ -83,6 +86,8 @@ class Asked:
             if self.of == GUEST or self.hellos > 1:
                 for key, value in self.changes.items():
                     reply.content[wire.HELLO][key.replace("_", "-")] = value
+                if self.counts:
+                    reply.content[ARRAYS] = array_record({"counts/class": torch.tensor(self.counts)})
         if message.metadata.message_type == "train":
             self.trained.setdefault(message.metadata.group_id, []).append(context.node_id)
         return reply
@@ -153,8 +158,9 @@ def test_node_that_comes_back_with_the_same_data_goes_on(guests, tmp_path, monke
 
 def test_node_that_comes_back_as_another_partition_is_refused_by_name(guests, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(guests, "since", {0: {}, 2: {HOLDER: "now"}})
-    hashes = json.loads((tiny_run(tmp_path / "first", **SETTINGS) / "manifest.json").read_text())["partition_hashes"]
-    tiny_run(tmp_path / "run", Asked(of=HOLDER, partition_id=2, partition_hash=hashes[2]), **SETTINGS)
+    manifest = json.loads((tiny_run(tmp_path / "first", **SETTINGS) / "manifest.json").read_text())
+    counts, digest = manifest["class_counts"][2], manifest["partition_hashes"][2]
+    tiny_run(tmp_path / "run", Asked(of=HOLDER, counts=counts, partition_id=2, partition_hash=digest), **SETTINGS)
     assert (
         f"node {HOLDER} (partition 1) cannot take part: it was partition 1 of this run, and says 2 now" in caplog.text
     )

@@ -452,29 +452,45 @@ def with_hello(**changes: Any) -> Callable[[Message], Message]:
     return changed
 
 
-ODD: dict[str, tuple[Callable[[Message], Message | None], str]] = {
-    "another version": (with_hello(library="9.9"), "the client runs fedtalora 9.9, this side"),
+def posing(message: Message, context: Context) -> Message | None:
+    """A client of which partition 1 says that it is partition 0."""
+    if (message.metadata.message_type, partition_of(context)) == ("query", 1):
+        context = replace(context, node_config={**context.node_config, "partition-id": 0})
+    return run_client(message, context)
+
+
+def oddly(change: Callable[[Message], Message | None]) -> ClientCall:
+    return meddle(change, kind="query", server_round=0)
+
+
+ODD: dict[str, tuple[ClientCall, str]] = {
+    "another version": (oddly(with_hello(library="9.9")), "the client runs fedtalora 9.9, this side"),
     "another number of classes": (
-        edit("counts/class", lambda counts: counts[:-1]),
+        oddly(edit("counts/class", lambda counts: counts[:-1])),
         "it knows 9 classes, the server 10; both must read the same data set",
     ),
-    "another federation": (with_hello(num_partitions=7), "it says num-partitions 7, num-clients is 3"),
-    "no such partition": (with_hello(partition_id=5), "partition-id 5 is not among the 3 of num-clients"),
+    "other data": (oddly(with_hello(partition_hash="other")), "it holds other data than partition 1 of this run"),
+    "a thousand times its examples": (
+        oddly(edit("counts/class", lambda counts: 1000 * counts)),
+        "it holds other data than partition 1 of this run",
+    ),
+    "another federation": (oddly(with_hello(num_partitions=7)), "it says num-partitions 7, num-clients is 3"),
+    "no such partition": (oddly(with_hello(partition_id=5)), "partition-id 5 is not among the 3 of num-clients"),
     "the partition of another": (
-        with_hello(partition_id=0),
+        posing,
         "partition 0 is held by node 100, which is connected; give every node its own partition-id in its node config",
     ),
-    "a broken hello": (lose(HELLO), "the first reply lacks 'hello'"),
-    "an error": (fail, "the disk is full"),
-    "no answer": (lambda reply: None, "no reply in time"),
+    "a broken hello": (oddly(lose(HELLO)), "the first reply lacks 'hello'"),
+    "an error": (oddly(fail), "the disk is full"),
+    "no answer": (oddly(lambda reply: None), "no reply in time"),
 }
 
 
 @pytest.mark.parametrize("what", ODD)
 def test_one_odd_node_is_refused_by_name_and_the_run_begins_with_the_others(tmp_path, caplog, what):
-    change, reason = ODD[what]
+    client, reason = ODD[what]
     logging.getLogger("fedtalora").propagate = True
-    run(tmp_path, meddle(change, kind="query", server_round=0), **SHORT, min_replies=2, node_timeout=0.1)
+    run(tmp_path, client, **SHORT, min_replies=2, node_timeout=0.1)
     assert re.search(rf"node 101( \(partition \d\))? cannot take part: .*{re.escape(reason)}", caplog.text)
     for line in rounds(tmp_path):
         assert line["participants"] == [0, 2]
@@ -486,9 +502,9 @@ def test_one_odd_node_is_refused_by_name_and_the_run_begins_with_the_others(tmp_
 
 @pytest.mark.parametrize("what", ODD)
 def test_run_that_an_odd_node_leaves_with_too_few_fails_before_it_begins_by_name(tmp_path, what):
-    change, reason = ODD[what]
+    client, reason = ODD[what]
     with pytest.raises(RunFailed, match=rf"node 101.* cannot take part: .*{re.escape(reason)}"):
-        run(tmp_path, meddle(change, kind="query", server_round=0), min_replies=3, node_timeout=0.1)
+        run(tmp_path, client, min_replies=3, node_timeout=0.1)
     assert rounds(tmp_path) == [] and reason in read(tmp_path, "status.json")["message"]
 
 

@@ -91,10 +91,13 @@ def outliers(state: GlobalState, updates: Sequence[ClientUpdate], *, limit: floa
 
     Returns
     -------
-    Partition id -> why. Nobody, where there are fewer than three: of two it cannot be said which is far off.
+    Partition id -> why. Of two it cannot be said which is far off: where there are fewer than three, only a factor
+    that changes by more than the norm of both factors is too large.
     """
-    if len(updates) < 3 or not limit:
+    if not limit:
         return {}
+    if len(updates) < 3:
+        return _out_of_bounds(state, updates)
     examples = torch.tensor([float(update.num_examples) for update in updates], dtype=torch.float64)
     found: dict[int, str] = {}
     changes = [_changes(state, update) for update in updates]
@@ -105,6 +108,19 @@ def outliers(state: GlobalState, updates: Sequence[ClientUpdate], *, limit: floa
             if size > most > 0:
                 times = limit * size / most
                 reason = f"changes {what} by {times:.3g} times as much as is usual, outlier-limit is {limit:g}"
+                found.setdefault(update.partition_id, reason)
+    return found
+
+
+def _out_of_bounds(state: GlobalState, updates: Sequence[ClientUpdate]) -> dict[int, str]:
+    """Find updates with a factor that no training has moved so far: ``(c B, A / c)`` with a large or a small c."""
+    most = math.hypot(*(_factor_norm(state, factor) for factor in FACTORS))
+    found: dict[int, str] = {}
+    for update in updates:
+        changes = _changes(state, update)
+        for factor in sorted(FACTORS):
+            if changes[factor] > most > 0:
+                reason = f"changes {factor} by {changes[factor]:.3g}, more than the norm of both factors, {most:.3g}"
                 found.setdefault(update.partition_id, reason)
     return found
 

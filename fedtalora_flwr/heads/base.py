@@ -235,6 +235,10 @@ class Head(ABC):
         """Give the norm of what is summed of an example, the constant included, if features have a mean square of 1."""
         return math.sqrt(feature_dim + 1)
 
+    def norm_slack(self) -> float:
+        """Give the share by which the norms of what is summed may differ from `usual_norm`: all are of one length."""
+        return 0.01
+
     def projection(self, feature_dim: int) -> Tensor | None:
         """Give P (d, m) where `lift` is ``relu(features @ P)``, so that it can be written down; None: no lift."""
         return None

@@ -75,6 +75,10 @@ class RidgeHead(Head):
         """As of all heads; a random projection of a feature is as often below zero as above, and half of it is left."""
         return math.sqrt(self.num_random / 2 + 1) if self.num_random else super().usual_norm(feature_dim)
 
+    def norm_slack(self) -> float:
+        """As of all heads; of N random features six standard deviations: the sum of their squares varies by 5 / N."""
+        return 3 * math.sqrt(5 / self.num_random) if self.num_random else super().norm_slack()
+
     def lifted_dim(self, feature_dim: int) -> int:
         """Give the number of features that are solved on."""
         return self.num_random or feature_dim

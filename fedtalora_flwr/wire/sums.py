@@ -59,7 +59,7 @@ def read_sums(message: Message, *, like: FeatureSums) -> FeatureSums:
 
 
 def read_drift(message: Message, *, num_vectors: int, feature_dim: int) -> Tensor:
-    """Read from a reply with feature sums how features have moved: a gram matrix, (2 d + 1, 2 d + 1) float64.
+    """Read from a reply with feature sums how features have moved: a root, (k, 2 d + 1) float64.
 
     Parameters
     ----------
@@ -81,8 +81,7 @@ def read_drift(message: Message, *, num_vectors: int, feature_dim: int) -> Tenso
             raise ValueError(f"it holds {upper.dtype}, expected torch.float64")
     except Exception as error:  # as of an update
         raise BadUpdate(f"the drift cannot be read: {type(error).__name__} {error}") from error
-    root = _triangle(upper, num_vectors=num_vectors, size=2 * feature_dim + 1)
-    return root.T @ root
+    return _triangle(upper, num_vectors=num_vectors, size=2 * feature_dim + 1)
 
 
 def _upper(root: Tensor) -> Tensor:

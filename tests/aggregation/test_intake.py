@@ -151,10 +151,17 @@ def test_one_that_changes_something_far_more_than_the_others_is_found(state, spo
     assert not outliers(state, updates, limit=0.0)
 
 
-def test_honest_clients_are_no_outliers_nor_is_one_of_two(state):
+def test_honest_clients_are_no_outliers_however_few(state):
     updates = round_of(state, 5)
-    assert not outliers(state, updates, limit=10.0)
-    assert not outliers(state, [updates[0], in_gauge(updates[1], 1e6)], limit=10.0)
+    assert not any(outliers(state, updates[:number], limit=10.0) for number in (1, 2, 5))
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e6, 1e-3, 1e-6])
+def test_another_gauge_is_found_among_two_clients_too(state, factor):
+    updates = round_of(state, 2)
+    found = outliers(state, [updates[0], in_gauge(updates[1], factor)], limit=10.0)
+    assert found.keys() == {1} and "more than the norm of both factors" in found[1]
+    assert not outliers(state, [updates[0], in_gauge(updates[1], factor)], limit=0.0)
 
 
 def test_one_that_takes_more_steps_may_go_as_much_further(state):
