@@ -92,12 +92,12 @@ def outliers(state: GlobalState, updates: Sequence[ClientUpdate], *, limit: floa
     Returns
     -------
     Partition id -> why. Of two it cannot be said which is far off: where there are fewer than three, only a factor
-    that changes by more than the norm of both factors is too large.
+    that changes by more than `limit` times the norm of both factors is too large.
     """
     if not limit:
         return {}
     if len(updates) < 3:
-        return _out_of_bounds(state, updates)
+        return _out_of_bounds(state, updates, limit=limit)
     examples = torch.tensor([float(update.num_examples) for update in updates], dtype=torch.float64)
     found: dict[int, str] = {}
     changes = [_changes(state, update) for update in updates]
@@ -112,15 +112,16 @@ def outliers(state: GlobalState, updates: Sequence[ClientUpdate], *, limit: floa
     return found
 
 
-def _out_of_bounds(state: GlobalState, updates: Sequence[ClientUpdate]) -> dict[int, str]:
+def _out_of_bounds(state: GlobalState, updates: Sequence[ClientUpdate], *, limit: float) -> dict[int, str]:
     """Find updates with a factor that no training has moved so far: ``(c B, A / c)`` with a large or a small c."""
-    most = math.hypot(*(_factor_norm(state, factor) for factor in FACTORS))
+    usual = math.hypot(*(_factor_norm(state, factor) for factor in FACTORS))
     found: dict[int, str] = {}
     for update in updates:
         changes = _changes(state, update)
         for factor in sorted(FACTORS):
-            if changes[factor] > most > 0:
-                reason = f"changes {factor} by {changes[factor]:.3g}, more than the norm of both factors, {most:.3g}"
+            if changes[factor] > limit * usual > 0:
+                times = changes[factor] / usual
+                reason = f"changes {factor} by {times:.3g} times the norm of both factors, outlier-limit is {limit:g}"
                 found.setdefault(update.partition_id, reason)
     return found
 
