@@ -62,7 +62,10 @@ class TooFewReplies(RunFailed):
 
 @dataclass(frozen=True)
 class UsualNorm:
-    """The norm that features have in a run where all are scaled to one, and the share by which it may differ."""
+    """The norm that features have in a run where all are scaled to one, and the share by which they may be longer.
+
+    Shorter ones do no harm, and there are such: a feature of zeros cannot be scaled.
+    """
 
     norm: float
     slack: float
@@ -737,7 +740,7 @@ class AdapterStrategy(Strategy):
 
     def _check_norm(self, norm: float, usual: UsualNorm | None = None, *, what: str = "features") -> float:
         """Refuse a (root mean square) norm that nothing has, or not what is usual in this run; else give it."""
-        if usual is not None and not abs(norm / usual.norm - 1) < usual.slack:
+        if usual is not None and not usual.norm / 2 < norm < usual.norm * (1 + usual.slack):
             raise BadUpdate(f"{what} have a norm of {norm:.3g}, those of this run about {usual.norm:.3g}")
         if not norm <= self.config.norm_limit:
             raise BadUpdate(f"{what} have a norm of {norm:.3g}, norm-limit is {self.config.norm_limit:g}")
