@@ -24,6 +24,7 @@ from fedtalora_flwr.aggregation import (
     ClusteredState,
     GlobalState,
     Weighing,
+    capped,
     check_update,
     exactness_error,
     far_off,
@@ -61,7 +62,10 @@ class TooFewReplies(RunFailed):
 
 @dataclass(frozen=True)
 class UsualNorm:
-    """The norm that features have in a run where all are scaled to one, and the share by which it may differ."""
+    """The norm that features have in a run where all are scaled to one, and the share by which they may be longer.
+
+    Shorter ones do no harm, and there are such: a feature of zeros cannot be scaled.
+    """
 
     norm: float
     slack: float
@@ -468,7 +472,8 @@ class AdapterStrategy(Strategy):
                 continue
             updates.append(update)
             losses[partition] = mean_loss
-        refused = outliers(self.state, updates, limit=self.config.outlier_limit)
+        limit, max_weight = self.config.outlier_limit, self.config.max_weight
+        refused = outliers(self.state, updates, limit=limit, max_weight=max_weight)
         for partition, reason in refused.items():
             self.tally.fail(partition, f"refused: {reason}")
         updates = [update for update in updates if update.partition_id not in refused]
@@ -502,6 +507,19 @@ class AdapterStrategy(Strategy):
         less = {partition: value for partition, value in self.trust.items() if partition in trust and value < 1}
         self.tally.weights = {partition: round(value, 4) for partition, value in sorted(less.items())}
         return weighed
+
+    def _counts_for(self, partition: int) -> float:
+        """Give the share of its examples that a partition counts for in sums: as in training, `max-weight` at most.
+
+        Without training, or where it was not drawn for it, nothing but what it says of itself tells how much it holds.
+        """
+        trust = self.trust.get(partition, 1.0)
+        if not self.config.max_weight:
+            return trust
+        holders = self.holds_task[self.task_id]
+        held = torch.stack([self.census.counts[self.task_id, p].sum() for p in holders]).double()
+        most = capped(held, self.config.max_weight)
+        return min(trust, float((most / held)[holders.index(partition)]))
 
     def _own_update(self, updates: list[ClientUpdate]) -> list[ClientUpdate]:
         """Let the server's own model take part, with ``task-average``, as if it were one more client's.
@@ -569,7 +587,7 @@ class AdapterStrategy(Strategy):
 
         good = self._good(replies, read)
         for partition, (sums, drift, _) in good if usual_norm else self._near(good, "features"):
-            total, num_good = total + sums.times(self.trust.get(partition, 1.0)), num_good + 1
+            total, num_good = total + sums.times(self._counts_for(partition)), num_good + 1
             if views:
                 drifts[partition] = drift, _distance_moved(drift, num_vectors=views * float(sums.moment[:, -1].sum()))
         self.require(num_good, server_round)
@@ -587,7 +605,7 @@ class AdapterStrategy(Strategy):
         total = torch.zeros((), dtype=torch.float64)
         for partition, (root, moved) in near.items():
             less = longest / moved if 0 < longest < moved else 1.0
-            total = total + self.trust.get(partition, 1.0) * less * (root.T @ root)
+            total = total + self._counts_for(partition) * less * (root.T @ root)
         return total
 
     def class_means(
@@ -625,7 +643,7 @@ class AdapterStrategy(Strategy):
             return moment, self._check_norm(longest)
 
         for partition, (moment, _) in self._near(self._good(replies, read), "class means"):
-            total, num_good = total + self.trust.get(partition, 1.0) * moment, num_good + 1
+            total, num_good = total + self._counts_for(partition) * moment, num_good + 1
         self.require(num_good, server_round)
         return total[:, :-1] / total[:, -1:].clamp(min=1), total[:, -1] > 0
 
@@ -648,7 +666,7 @@ class AdapterStrategy(Strategy):
             return sums, held, self._check_norm(norm, what="gradients")
 
         for partition, (sums, held, _) in self._near(self._good(replies, read), "gradients"):
-            trust = self.trust.get(partition, 1.0)
+            trust = self._counts_for(partition)
             total = {key: trust * value + total.get(key, 0) for key, value in sums.items()}
             num_good, num_examples = num_good + 1, num_examples + trust * held
         self.require(num_good, server_round)
@@ -707,11 +725,11 @@ class AdapterStrategy(Strategy):
     def _check_counts(self, task_id: int, partition: int, counts: Tensor, *, least: int = 1) -> None:
         """Refuse examples of each class (C,) that are not those which the client holds of the task, `least` or more.
 
-        To data that a node brings, examples may come at any time, but of no class that it has not named.
+        To data that a node brings, examples may come at any time: as many as it said it has, of classes it has named.
         """
         held = self.census.counts[task_id, partition]
         held = torch.where(held < least, 0, held)
-        grows = partition in self.census.told and not (counts.long() > 0)[held == 0].any()
+        grows = partition in self.census.told and not (counts > _GROWTH * held).any()
         if not grows and not torch.equal(counts.double(), held.double()):
             raise BadUpdate("speaks of other examples than the client said it holds of this task")
 
@@ -722,7 +740,7 @@ class AdapterStrategy(Strategy):
 
     def _check_norm(self, norm: float, usual: UsualNorm | None = None, *, what: str = "features") -> float:
         """Refuse a (root mean square) norm that nothing has, or not what is usual in this run; else give it."""
-        if usual is not None and not abs(norm / usual.norm - 1) < usual.slack:
+        if usual is not None and not usual.norm / 2 < norm < usual.norm * (1 + usual.slack):
             raise BadUpdate(f"{what} have a norm of {norm:.3g}, those of this run about {usual.norm:.3g}")
         if not norm <= self.config.norm_limit:
             raise BadUpdate(f"{what} have a norm of {norm:.3g}, norm-limit is {self.config.norm_limit:g}")

@@ -20,6 +20,7 @@ from flwr.common.constant import ErrorCode
 from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_ins_message
 from local_grid import LocalGrid, defaults, run_server
 from sklearn.datasets import load_digits
+from tensors import opened
 
 from client_app import app as client_module
 from fedtalora_flwr import checkpoint, wire
@@ -27,6 +28,7 @@ from fedtalora_flwr.backbones import vit_mini
 from fedtalora_flwr.data import DataError, HeldClass
 from fedtalora_flwr.predict import predict, read_items
 from fedtalora_flwr.trained import open_trained
+from fedtalora_flwr.wire import METRICS
 from server_app import app, attendance
 from server_app.strategy import RunFailed
 
@@ -414,6 +416,20 @@ def test_examples_that_come_during_a_task_are_trained_on_at_once(paths, tmp_path
         return run_client(message, context)
 
     assert rounds(run(tmp_path / "run", paths, client))[0]["failures"] == []
+
+
+def test_more_than_twice_the_examples_that_a_node_said_it_has_are_refused(paths, tmp_path):
+    def boasts(message: Message, context: Context) -> Message | None:
+        reply = run_client(message, context)
+        if message.metadata.message_type == MessageType.TRAIN and context.node_config["partition-id"] == 0:
+            with opened(reply.content) as tensors:
+                tensors["counts/examples"] = 3 * tensors["counts/examples"]
+            reply.content[METRICS]["num-examples"] *= 3
+        return reply
+
+    (failure,) = rounds(run(tmp_path / "run", paths, boasts, num_tasks=2))[0]["failures"]
+    reason = "refused: speaks of other examples than the client said it holds of this task"
+    assert failure == {"partition_id": 0, "reason": reason}
 
 
 WRONG: dict[str, tuple[Callable[[list[Path]], None], str]] = {

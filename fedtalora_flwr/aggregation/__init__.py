@@ -15,7 +15,7 @@ from fedtalora_flwr.aggregation.slots import (
 )
 from fedtalora_flwr.aggregation.step import Step, kept_energy
 from fedtalora_flwr.aggregation.verify import exactness_error
-from fedtalora_flwr.aggregation.weights import Weighing
+from fedtalora_flwr.aggregation.weights import Weighing, capped
 
 __all__ = [
     "FACTORS",
@@ -32,6 +32,7 @@ __all__ = [
     "Step",
     "Weighing",
     "available",
+    "capped",
     "check_update",
     "exactness_error",
     "far_off",

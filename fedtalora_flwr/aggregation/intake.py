@@ -9,7 +9,7 @@ import torch
 
 from fedtalora_flwr.aggregation.base import FACTORS, ClientUpdate, GlobalState
 from fedtalora_flwr.aggregation.step import Step
-from fedtalora_flwr.aggregation.weights import further
+from fedtalora_flwr.aggregation.weights import capped, further
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -75,7 +75,9 @@ def check_update(
         raise BadUpdate(f"changes the weights by a norm of {norm:.3g}, norm-limit is {norm_limit:g}")
 
 
-def outliers(state: GlobalState, updates: Sequence[ClientUpdate], *, limit: float) -> dict[int, str]:
+def outliers(
+    state: GlobalState, updates: Sequence[ClientUpdate], *, limit: float, max_weight: float = 0.0
+) -> dict[int, str]:
     """Find the updates that change something far more than the others do.
 
     What is compared is the norm of the change of the effective weights, of either factor (whose product says nothing
@@ -88,6 +90,8 @@ def outliers(state: GlobalState, updates: Sequence[ClientUpdate], *, limit: floa
         What was sent, and what came back from all clients of a round, checked one by one.
     limit
         The multiple of the round's median from which on a change is too large; 0: none is.
+    max_weight
+        As of `Weighing`: examples beyond it let nobody go further.
 
     Returns
     -------
@@ -103,7 +107,7 @@ def outliers(state: GlobalState, updates: Sequence[ClientUpdate], *, limit: floa
     changes = [_changes(state, update) for update in updates]
     for what in changes[0]:
         sizes = torch.tensor([change[what] for change in changes], dtype=torch.float64)
-        allowed = (limit * sizes.median() * further(examples)).clamp(min=_factor_norm(state, what))
+        allowed = (limit * sizes.median() * further(capped(examples, max_weight))).clamp(min=_factor_norm(state, what))
         for update, size, most in zip(updates, sizes.tolist(), allowed.tolist(), strict=True):
             if size > most > 0:
                 times = limit * size / most

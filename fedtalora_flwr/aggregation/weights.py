@@ -56,10 +56,10 @@ class Weighing:
         updates = in_summation_order(updates)
         examples = torch.tensor([float(update.num_examples) for update in updates], dtype=torch.float64)
         inner = inner_products(state, updates) if self.rule not in ("examples", "equal") or self.max_change else None
-        weights = RULES[self.rule](examples, inner, self.suspects)
+        weights = capped(RULES[self.rule](examples, inner, self.suspects), self.max_weight)
         if inner is not None and self.max_change:
             lengths = inner.diagonal().clamp(min=0).sqrt()
-            bound = self.max_change * lengths.median() * further(examples)
+            bound = self.max_change * lengths.median() * further(capped(examples, self.max_weight))
             weights = weights * torch.where((lengths > bound) & (bound > 0), bound / lengths, 1.0)
         weights = capped(weights, self.max_weight)
         return [

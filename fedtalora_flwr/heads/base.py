@@ -236,7 +236,7 @@ class Head(ABC):
         return math.sqrt(feature_dim + 1)
 
     def norm_slack(self) -> float:
-        """Give the share by which the norms of what is summed may differ from `usual_norm`: all are of one length."""
+        """Give the share by which the norm of what is summed may be above `usual_norm`: all are of one length."""
         return 0.01
 
     def projection(self, feature_dim: int) -> Tensor | None:

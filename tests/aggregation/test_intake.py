@@ -170,6 +170,7 @@ def test_one_that_takes_more_steps_may_go_as_much_further(state):
     assert outliers(state, [*updates, far], limit=10.0).keys() == {4}
     large = replace(far, num_examples=300 * far.num_examples, class_counts=300 * far.class_counts)
     assert not outliers(state, [*updates, large], limit=10.0)
+    assert outliers(state, [*updates, large], limit=10.0, max_weight=2.0).keys() == {4}  # it counts as twice as many
 
 
 @pytest.mark.parametrize("factor", [1e3, 1e6])

@@ -91,6 +91,17 @@ def test_weights_by_examples_leave_the_updates_as_they_are():
     assert len(found) == 4 and all(a is b for a, b in zip(found, updates, strict=True))
 
 
+def test_examples_beyond_max_weight_let_nobody_go_further():
+    state, updates = made(3)
+    updates = [*updates, make_update(state, 3, generator=draw(4), spread=3.0)]  # some thirty times as far
+    counts = torch.tensor([[5, 0], [5, 0], [5, 0], [5000, 0]])
+    updates = [replace(u, num_examples=int(c.sum()), class_counts=c) for u, c in zip(updates, counts, strict=True)]
+    found = Weighing(max_weight=2.0, max_change=3.0)(state, updates)
+    # It counts as 15 examples, may go 15 / 5 as far, and so counts at most 15 * 9 / 30 of them.
+    assert [update.num_examples for update in found[:3]] == [5, 5, 5]
+    assert 0.1 < found[3].num_examples < 7
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("method", ["fedtalora", "fedex", "flora", "full"])
 def test_every_method_is_exact_with_the_weights_of_every_rule(rule, method):
