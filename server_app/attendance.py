@@ -19,6 +19,8 @@ log = getLogger("fedtalora.server")
 _LOOK_SECONDS = 1.0  # between two looks for nodes that are missed
 _Given = TypeVar("_Given")
 
+_MOST_BYTES = 2**22  # of tensors in a first reply: numbers of examples by class
+
 
 class Attendance:
     """The nodes of a run, as they come and go.
@@ -218,6 +220,8 @@ class Attendance:
                     if node in self.grid.get_node_ids():
                         reasons[node] = "no reply in time"
                 elif not reply.has_error():
+                    if odd := wire.odd_reply(reply, most_bytes=_MOST_BYTES):
+                        raise wire.WireError(f"its first reply {odd}")
                     if (claimed := wire.claimed_partition(reply)) is not None:
                         self._claims[node] = claimed
                     hello = wire.read_hello(reply)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Message, MessageType
+from flwr.app import ConfigRecord, Context, Message, MessageType
 from local_grid import defaults, run_server, tiny_run
 from PIL import Image
 from tensors import opened, packed
@@ -481,6 +481,14 @@ ODD: dict[str, tuple[ClientCall, str]] = {
         "partition 0 is held by node 100, which is connected; give every node its own partition-id in its node config",
     ),
     "a broken hello": (oddly(lose(HELLO)), "the first reply lacks 'hello'"),
+    "a hello of 48 MB": (
+        oddly(edit("counts/class", lambda counts: np.zeros(6_000_000, counts.dtype))),
+        "its first reply holds 48.0 MB, at most 4.2 MB can be of use",
+    ),
+    "a record that nobody asked for": (
+        oddly(lambda reply: reply.content.update({"more": ConfigRecord({"x": 1})}) or reply),
+        "its first reply holds a record 'more'",
+    ),
     "an error": (oddly(fail), "the disk is full"),
     "no answer": (oddly(lambda reply: None), "no reply in time"),
 }

@@ -211,6 +211,21 @@ def test_names_that_no_page_or_log_could_bear_are_refused(spoiled, reason):
     assert len(str(refusal.value)) < 300
 
 
+@pytest.mark.parametrize(
+    ("hello", "reason"),
+    [
+        (wire.Hello(0, 1, "f" * 10_000_000, torch.zeros(1, dtype=torch.int64)), "a name has 10000000 characters"),
+        (wire.Hello(0, 1, "\x1b[31m", torch.zeros(1, dtype=torch.int64)), "cannot be printed"),
+        (wire.Hello(0, 1, "f", torch.zeros(1, dtype=torch.int64), ("ab",) * 10_001), "a list of 10001 is too long"),
+    ],
+    ids=["long hash", "escape code", "many bases"],
+)
+def test_a_first_reply_without_end_is_refused_in_a_line(hello, reason):
+    with pytest.raises(WireError, match=reason) as refusal:
+        wire.read_hello(message(wire.hello_reply(hello)))
+    assert len(str(refusal.value)) < 300
+
+
 def test_names_of_any_script_are_taken_and_remarks_are_cut_to_a_line():
     got = wire.read_hello(own_hello("méningiome 髄膜腫", remark="two\nlines \x1b[31m" + 1000 * "x"))
     assert got.own[0].name == "méningiome 髄膜腫"

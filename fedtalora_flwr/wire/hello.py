@@ -89,9 +89,9 @@ def read_hello(message: Message) -> Hello:
         return Hello(
             partition_id=_whole(settings["partition-id"], what="partition-id"),
             num_partitions=_whole(settings["num-partitions"], what="num-partitions"),
-            partition_hash=_text(settings["partition-hash"]),
+            partition_hash=_name(settings["partition-hash"]),
             class_counts=_counts(whole_numbers(counts)),
-            held=tuple(_text(settings["held"]).split()),
+            held=tuple(_name(digest) for digest in _list(_text(settings["held"]).split())),
             own=_held_classes(own) if own else (),
             remarks=tuple(one_line(_text(r), most=_LONGEST_REMARK) for r in _list(own["remarks"])) if own else (),
         )
