@@ -728,9 +728,8 @@ class AdapterStrategy(Strategy):
         To data that a node brings, examples may come at any time: as many as it said it has, of classes it has named.
         """
         held = self.census.counts[task_id, partition]
-        held = torch.where(held < least, 0, held)
         grows = partition in self.census.told and not (counts > _GROWTH * held).any()
-        if not grows and not torch.equal(counts.double(), held.double()):
+        if not grows and not torch.equal(counts.double(), torch.where(held < least, 0, held).double()):
             raise BadUpdate("speaks of other examples than the client said it holds of this task")
 
     def _check_sums(self, sums: FeatureSums, usual_norm: UsualNorm | None = None) -> float:

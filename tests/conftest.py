@@ -21,6 +21,14 @@ PHRASES = ("switch the {} on", "is the {} off by now", "please move my {} a litt
 
 
 @pytest.fixture(scope="session")
+def log_is_caught() -> None:
+    """The first run in a process lets the logger propagate no longer; pytest looks at that before a test begins."""
+    from server_app import app
+
+    app._log_to_stream()
+
+
+@pytest.fixture(scope="session")
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on digits whose q and v are adapted, with a ridge head on random features."""
     return tiny_run(tmp_path_factory.mktemp("runs") / "digits", lora_targets="q,v", head="ridge")

@@ -13,8 +13,10 @@ from local_grid import LocalGrid, tiny_run
 
 from client_app.app import app as client_app
 from fedtalora_flwr import checkpoint, wire
-from server_app import app, attendance
+from server_app import attendance
 from server_app.strategy import RunFailed
+
+pytestmark = pytest.mark.usefixtures("log_is_caught")
 
 GONE, NEW = 101, 201  # node ids
 SETTINGS = {"lora_targets": "proj", "head": "ridge", "min_replies": 3, "node_timeout": 60.0}
@@ -46,12 +48,6 @@ class Absence(LocalGrid):
             if GONE in self.contexts and self.new_id != GONE:
                 self.contexts[self.new_id] = replace(self.contexts.pop(GONE), node_id=self.new_id)
         return list(self.contexts)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _log_is_caught_from_the_first_run_on():
-    """The first run in a process lets the logger propagate no longer; pytest looks at that before a test begins."""
-    app._log_to_stream()
 
 
 @pytest.fixture

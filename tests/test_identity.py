@@ -16,7 +16,9 @@ from local_grid import LocalGrid, tiny_run
 from client_app.app import app as client_app
 from fedtalora_flwr import wire
 from fedtalora_flwr.wire.records import ARRAYS, array_record
-from server_app import app, attendance
+from server_app import attendance
+
+pytestmark = pytest.mark.usefixtures("log_is_caught")
 
 HOLDER, GUEST = 101, 201  # node ids; both say that they are partition 1
 SETTINGS = {"lora_targets": "proj", "head": "linear", "min_replies": 2, "node_timeout": 60.0}
@@ -53,12 +55,6 @@ class Guests(LocalGrid):
 
     def get_node_ids(self):
         return [node.node_id for node in self.get_nodes()]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _log_is_caught_from_the_first_run_on():
-    """The first run in a process lets the logger propagate no longer; pytest looks at that before a test begins."""
-    app._log_to_stream()
 
 
 @pytest.fixture

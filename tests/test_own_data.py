@@ -29,8 +29,10 @@ from fedtalora_flwr.data import DataError, HeldClass
 from fedtalora_flwr.predict import predict, read_items
 from fedtalora_flwr.trained import open_trained
 from fedtalora_flwr.wire import METRICS
-from server_app import app, attendance
+from server_app import attendance
 from server_app.strategy import RunFailed
+
+pytestmark = pytest.mark.usefixtures("log_is_caught")
 
 TINY = {
     "dataset": "nodes",
@@ -81,12 +83,6 @@ def paths(tmp_path: Path) -> list[Path]:
             for name, count in classes.items():
                 draw(tmp_path / f"site{node}" / task, name, count, first=10 * node)
     return [tmp_path / f"site{node}" for node in range(len(NODES))]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _log_is_caught_from_the_first_run_on():
-    """The first run in a process lets the logger propagate no longer; pytest looks at that before a test begins."""
-    app._log_to_stream()
 
 
 @pytest.fixture(autouse=True, scope="module")

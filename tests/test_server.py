@@ -29,7 +29,6 @@ from fedtalora_flwr.data import DataError
 from fedtalora_flwr.resident import _base_store, base_store
 from fedtalora_flwr.runlog import FolderTaken, RunFolder
 from fedtalora_flwr.wire import ARRAYS, HELLO, METRICS, WireError
-from server_app.app import _log_to_stream
 from server_app.strategy import AdapterStrategy, RunFailed
 
 TINY = {
@@ -495,10 +494,10 @@ ODD: dict[str, tuple[ClientCall, str]] = {
 }
 
 
+@pytest.mark.usefixtures("log_is_caught")
 @pytest.mark.parametrize("what", ODD)
 def test_one_odd_node_is_refused_by_name_and_the_run_begins_with_the_others(tmp_path, caplog, what):
     client, reason = ODD[what]
-    _log_to_stream()  # the first run in a process lets the logger propagate no longer
     logging.getLogger("fedtalora").propagate = True
     run(tmp_path, client, **SHORT, min_replies=2, node_timeout=0.1)
     assert re.search(rf"node 101( \(partition \d\))? cannot take part: .*{re.escape(reason)}", caplog.text)

@@ -7,12 +7,16 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Context, Message
-from local_grid import tiny_run
+from local_grid import defaults, tiny_run
 from tensors import opened
 
 from client_app.app import app as run_client
 from fedtalora_flwr import checkpoint
-from server_app.strategy import RunFailed
+from fedtalora_flwr.aggregation import BadUpdate, GlobalState, resolve
+from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.data import ClassList
+from server_app.census import Census
+from server_app.strategy import AdapterStrategy, RunFailed
 
 QUICK = {"dataset": "digits", "head": "lda", "rounds_per_task": 1, "stop_after_task": 1}
 
@@ -102,3 +106,15 @@ def test_a_client_that_tells_of_a_class_it_should_not_is_refused(tmp_path):
 def test_a_minimum_that_nobody_has_is_an_error_that_names_it(tmp_path):
     with pytest.raises(RunFailed, match=r"of task 0, 0 partitions hold 100 examples of a class \(min-class-examples\)"):
         tiny_run(tmp_path, **QUICK, min_class_examples=100)
+
+
+def test_data_of_a_nodes_own_may_grow_to_the_minimum():
+    config = RunConfig.parse(defaults() | {"dataset": "nodes", "data-path": "x", "min-class-examples": 5})
+    strategy = AdapterStrategy(config=config, method=resolve("fedtalora"), state=GlobalState({}))
+    held = torch.tensor([4, 9, 0])
+    strategy.census = Census(ClassList(), counts={(0, 1): held}, tests={}, told={1: ClassList()})
+    for counts in ([6, 9, 0], [0, 9, 0]):
+        strategy._check_counts(0, 1, torch.tensor(counts), least=5)
+    for counts in ([9, 9, 0], [6, 9, 1]):
+        with pytest.raises(BadUpdate, match="other examples"):
+            strategy._check_counts(0, 1, torch.tensor(counts), least=5)

@@ -12,8 +12,10 @@ from local_grid import LocalGrid, tiny_run
 from tensors import opened
 
 from client_app.app import app as client_app
-from server_app import app, strategy
+from server_app import strategy
 from server_app.strategy import RunFailed
+
+pytestmark = pytest.mark.usefixtures("log_is_caught")
 
 LATE = 101  # node id of partition 1
 SETTINGS = {"lora_targets": "proj", "head": "linear", "min_replies": 2, "close_after": 0.2, "verify": True}
@@ -41,12 +43,6 @@ class Slow(LocalGrid):
     def pull_messages(self, message_ids):
         self.looks -= 1
         return super().pull_messages([i for i in message_ids if self.looks < 0 or i not in getattr(self, "kept", ())])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _log_is_caught_from_the_first_run_on():
-    """The first run in a process lets the logger propagate no longer; pytest looks at that before a test begins."""
-    app._log_to_stream()
 
 
 @pytest.fixture
