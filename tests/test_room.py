@@ -1,5 +1,6 @@
 """A small order cannot make a client set much memory aside: it is refused with what it says and what there is."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -136,7 +137,9 @@ for change, message in test_room.ORDERS.values():
     except ClientError as error:
         assert "see the node's log" not in str(error), error
 """
-    ran = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here.parent}{os.pathsep}{here}"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 
