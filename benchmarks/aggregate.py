@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from fedtalora_flwr.aggregation import ClientUpdate, GlobalState, LoraFactors, resolve
-from fedtalora_flwr.heads import init_rows
+from fedtalora_flwr.model.heads import init_rows
 
 Shapes = Mapping[str, tuple[int, int]]  # (d_out, d_in) by module name
 
@@ -92,7 +92,7 @@ def play_cell(arguments: argparse.Namespace) -> dict[str, Any]:
     """Aggregate the updates of one cell, the first of `clients` and of `ranks`, as often as asked."""
     [clients], [rank] = arguments.clients, arguments.ranks
     torch.set_num_threads(arguments.threads)
-    method = resolve("fedtalora", residual="accumulate")
+    method = resolve("fedtalora", {"residual": "accumulate"})
     method.aggregate(*random_round(_TINY, clients=2, distinct=2, rank=2, classes=3))
     bytes_each = _update_bytes(_VIT_B, rank=rank, classes=arguments.classes)
     distinct = max(1, min(clients, int(arguments.memory_gb * 2**30 / bytes_each)))

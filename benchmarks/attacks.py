@@ -22,8 +22,8 @@ from torch import Tensor
 
 from fedtalora_flwr.aggregation.weights import RULES
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.inprocess import LocalGrid
-from fedtalora_flwr.settings import app_folder, gather
+from fedtalora_flwr.config.sources import app_folder, gather
+from fedtalora_flwr.launch.in_process import LocalGrid
 from fedtalora_flwr.wire.records import ARRAYS, METRICS, TENSORS
 
 _MOST = 2**31 - 1

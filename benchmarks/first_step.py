@@ -26,7 +26,7 @@ import psutil
 TIMEOUT_SECONDS = 300
 COMMAND, KEEPER, FIRST_ROUND = "command", "keeper starts", "first round's orders are out"
 PROCESSES = {  # a word of the command line, and what its start marks
-    "keeper.py": KEEPER,
+    "supervisor.py": KEEPER,
     "flower-superlink": "SuperLink's process starts",
     "flwr-simulation": "simulation's process starts",
     "gcs_server": "ClientApp is imported, Ray starts",

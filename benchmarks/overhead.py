@@ -15,7 +15,6 @@ Usage: python benchmarks/overhead.py [--preset tiny-imagenet] [--clients 10] [--
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import multiprocessing
@@ -30,13 +29,13 @@ from typing import TYPE_CHECKING
 import tomli_w
 
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.launch import launch
-from fedtalora_flwr.settings import app_folder, gather
+from fedtalora_flwr.config.sources import app_folder, gather
+from fedtalora_flwr.launch.simulation import launch
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from fedtalora_flwr.train import Examples
+    from fedtalora_flwr.model.train import Examples
 
 
 BY_HAND, FIT, SIMULATION = "hand-written loop", "fit without Flower", "Flower simulation"
@@ -123,7 +122,7 @@ def _work(
 ) -> None:
     import torch
 
-    from fedtalora_flwr.resident import training_examples
+    from fedtalora_flwr.model.session import training_examples
 
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -143,9 +142,9 @@ def _hand_written(config: RunConfig) -> "Callable[[Examples], None]":
     import torch
     import torch.nn.functional as F
 
-    from fedtalora_flwr.backbones import resolve
+    from fedtalora_flwr.model.backbones import resolve
 
-    base = resolve(config.backbone, dataclasses.asdict(config))
+    base = resolve(config.backbone, config.settings)
     as_timm_builds_it(base.model)
     names = sorted({name for layers in base.placement.roles.values() for name in layers})
     model = peft.get_peft_model(
@@ -176,9 +175,9 @@ def _hand_written(config: RunConfig) -> "Callable[[Examples], None]":
 
 def _fit(config: RunConfig) -> "Callable[[Examples], None]":
     """Give fedtalora's own local training of one client's examples."""
-    from fedtalora_flwr.heads import init_rows
-    from fedtalora_flwr.resident import model_of
-    from fedtalora_flwr.train import fit
+    from fedtalora_flwr.model.heads import init_rows
+    from fedtalora_flwr.model.session import model_of
+    from fedtalora_flwr.model.train import fit
 
     model = model_of(config)
     head = init_rows(num_classes=150, feature_dim=model.backbone.feature_dim)

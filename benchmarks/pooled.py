@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedtalora_flwr import backbones, heads, penalties
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.heads import Classifier, init_rows
-from fedtalora_flwr.resident import data_of, model_of, test_examples, training_examples
-from fedtalora_flwr.settings import app_folder, gather
-from fedtalora_flwr.train import Examples, autocast, count_correct, fit, sum_features
+from fedtalora_flwr.config.sources import app_folder, gather
+from fedtalora_flwr.model import backbones, heads, penalties
+from fedtalora_flwr.model.heads import Classifier, init_rows
+from fedtalora_flwr.model.session import data_of, model_of, test_examples, training_examples
+from fedtalora_flwr.model.train import Examples, autocast, count_correct, fit, sum_features
 
 _RATE, _HEAD_RATE, _BATCH, _WARMUP = 1e-3, 3e-3, 32, 0.1
 

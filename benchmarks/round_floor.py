@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from fedtalora_flwr.settings import app_folder, gather
+from fedtalora_flwr.config.sources import app_folder, gather
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))

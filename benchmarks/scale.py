@@ -20,8 +20,8 @@ import psutil
 import tomli_w
 
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.launch import launch
-from fedtalora_flwr.settings import app_folder, gather
+from fedtalora_flwr.config.sources import app_folder, gather
+from fedtalora_flwr.launch.simulation import launch
 
 SAMPLE_SECONDS = 1.0
 

@@ -56,19 +56,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms  # type: ignore[import-untyped]
 
-from fedtalora_flwr import penalties
-from fedtalora_flwr.backbones import vit_mini
-from fedtalora_flwr.backbones.images import ImageBackbone
 from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.config.sources import app_folder, gather
 from fedtalora_flwr.data.hf_load import load_files
 from fedtalora_flwr.data.images import decode_image
 from fedtalora_flwr.data.locate import known_folder, where_to_put
 from fedtalora_flwr.data.source import NO_ROWS, Source, Split
-from fedtalora_flwr.heads import init_rows
-from fedtalora_flwr.lora import AdaptedModel
-from fedtalora_flwr.resident import device_of, placed
-from fedtalora_flwr.settings import app_folder, gather
-from fedtalora_flwr.train import Examples, autocast, fit
+from fedtalora_flwr.model import penalties
+from fedtalora_flwr.model.backbones import vit_mini
+from fedtalora_flwr.model.backbones.images import ImageBackbone
+from fedtalora_flwr.model.heads import init_rows
+from fedtalora_flwr.model.lora import AdaptedModel
+from fedtalora_flwr.model.session import device_of, placed
+from fedtalora_flwr.model.train import Examples, autocast, fit
 
 _OURS = "fedtalora"
 _MATRIX_SIDE = 8192

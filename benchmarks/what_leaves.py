@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedtalora_flwr import heads, penalties
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.heads import FeatureRoot, init_rows, rows_at_means
-from fedtalora_flwr.resident import model_of, test_examples, training_examples
-from fedtalora_flwr.settings import app_folder, gather
-from fedtalora_flwr.train import Examples, FitResult, fit, sum_features, sum_fisher
+from fedtalora_flwr.config.sources import app_folder, gather
+from fedtalora_flwr.model import heads, penalties
+from fedtalora_flwr.model.heads import FeatureRoot, init_rows, rows_at_means
+from fedtalora_flwr.model.session import model_of, test_examples, training_examples
+from fedtalora_flwr.model.train import Examples, FitResult, fit, sum_features, sum_fisher
 
 CLASSES = list(range(10))
 FACTORS = frozenset({"lora_A", "lora_B"})

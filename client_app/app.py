@@ -1,9 +1,12 @@
-"""The messages that a node answers; the work is in `client_app.handlers`, which this process may never import."""
+"""The messages that a node answers.
+
+The work is in `fedtalora_flwr.client.handlers`, which this process may never import: a warm one has it loaded.
+"""
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedtalora_flwr import warm
+from fedtalora_flwr.client import warm
 
 app = ClientApp()
 
@@ -58,6 +61,6 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _answer(handler: str, message: Message, context: Context) -> Message:
     """Have a message handled: in the node's warm process, or here if the node's config has no ``warm=true``."""
-    task = warm.Task("client_app.handlers", handler, (message, context.run_config, context.node_config))
+    task = warm.Task("fedtalora_flwr.client.handlers", handler, (message, context.run_config, context.node_config))
     content = warm.call(task, run_id=context.run_id) if context.node_config.get("warm") else task.run()
     return Message(content, reply_to=message)

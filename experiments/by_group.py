@@ -20,10 +20,10 @@ from rich.table import Table
 
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import Source
+from fedtalora_flwr.inference.model import open_trained
+from fedtalora_flwr.model.session import data_of
 from fedtalora_flwr.report import RunRecord, read_run
-from fedtalora_flwr.report.record import number
-from fedtalora_flwr.resident import data_of
-from fedtalora_flwr.trained import open_trained
+from fedtalora_flwr.run_folder.reader import number
 
 Accuracies = list[float | None]  # in [0, 1], a group each; None where the run has none
 

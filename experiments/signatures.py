@@ -21,10 +21,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedtalora_flwr import checkpoint
+from fedtalora_flwr.aggregation.clustering import Matrix, cosines, directions, embed, in_matched_group, kmeans
 from fedtalora_flwr.aggregation.signature import SIGNATURES
-from fedtalora_flwr.clustering import Matrix, cosines, directions, embed, in_matched_group, kmeans
 from fedtalora_flwr.report import read_run
+from fedtalora_flwr.run_folder import checkpoint
 
 
 def main() -> None:

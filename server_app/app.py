@@ -2,20 +2,16 @@
 
 import logging
 import sys
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedtalora_flwr import aggregation
-from fedtalora_flwr.aggregation import SlotAggregator
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.runlog import RunFolder
-from server_app.server import Server
-from server_app.slot_server import SlotServer
-from server_app.strategy import RunFailed
+from fedtalora_flwr.run_folder.writer import RunFolder
+from fedtalora_flwr.server.failures import RunFailed
+from fedtalora_flwr.server.run import ServerRun
 
 app = ServerApp()
 log = logging.getLogger("fedtalora.server")
@@ -32,8 +28,7 @@ def main(grid: Grid, context: Context) -> None:
         if folder.holds_rounds and not config.resume:
             raise RunFailed(f"{out} holds a run already; choose another out, or go on with it by resume=true")
         try:
-            over_slots = isinstance(aggregation.resolve(config.method, **asdict(config)), SlotAggregator)
-            (SlotServer if over_slots else Server)(grid, config, folder).run()
+            ServerRun(grid, config, folder).play()
         except Exception as error:
             folder.write_status(phase="failed", message=f"{error}" or type(error).__name__)
             raise

@@ -21,8 +21,8 @@ from typing import Any
 
 import tomli_w
 
-from fedtalora_flwr.keeper import claim_port
-from fedtalora_flwr.precision import on_cpu, verdict_file
+from fedtalora_flwr.launch.supervisor import claim_port
+from fedtalora_flwr.model.precision import on_cpu, verdict_file
 
 CONNECTION = "lab"
 COMPLETED = "finished:completed"

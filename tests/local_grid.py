@@ -8,7 +8,7 @@ from typing import Any
 from flwr.app import Context, RecordDict
 from flwr.common.config import flatten_dict
 
-from fedtalora_flwr.inprocess import ClientCall, LocalGrid
+from fedtalora_flwr.launch.in_process import ClientCall, LocalGrid
 
 ROOT = Path(__file__).parents[1]
 

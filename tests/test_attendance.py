@@ -12,9 +12,10 @@ from flwr.server.superlink.linkstate.utils import create_message_error_unavailab
 from local_grid import LocalGrid, tiny_run
 
 from client_app.app import app as client_app
-from fedtalora_flwr import checkpoint, wire
-from server_app import attendance
-from server_app.strategy import RunFailed
+from fedtalora_flwr import wire
+from fedtalora_flwr.run_folder import checkpoint
+from fedtalora_flwr.server import nodes
+from fedtalora_flwr.server.failures import RunFailed
 
 pytestmark = pytest.mark.usefixtures("log_is_caught")
 
@@ -53,7 +54,7 @@ class Absence(LocalGrid):
 @pytest.fixture
 def absence(monkeypatch: pytest.MonkeyPatch) -> type[Absence]:
     monkeypatch.setattr(local_grid, "LocalGrid", Absence)
-    monkeypatch.setattr(attendance, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(nodes, "_LOOK_SECONDS", 0.01)
     return Absence
 
 
@@ -143,7 +144,7 @@ class Late(LocalGrid):
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> type[Late]:
     monkeypatch.setattr(local_grid, "LocalGrid", Late)
-    monkeypatch.setattr(attendance, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(nodes, "_LOOK_SECONDS", 0.01)
     return Late
 
 

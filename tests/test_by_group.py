@@ -12,9 +12,9 @@ import pytest
 import torch
 from local_grid import ROOT, tiny_run
 
-from fedtalora_flwr import checkpoint
-from fedtalora_flwr.predict import predict, read_items
-from fedtalora_flwr.trained import open_trained
+from fedtalora_flwr.inference.model import open_trained
+from fedtalora_flwr.inference.predict import predict, read_items
+from fedtalora_flwr.run_folder import checkpoint
 
 DOMAINS = {"bank": ["pay", "save"], "home": ["lamp", "door", "oven"], "talk": ["hello", "bye"]}
 PHRASES = ("now {}", "i would like {} if that can be", "what about {} today", "{}", "do {} again please", "why {}")

@@ -5,9 +5,9 @@ import timm
 import torch
 
 from fedtalora_flwr.aggregation import GlobalState, LoraFactors
-from fedtalora_flwr.backbones.images import ImageBackbone
-from fedtalora_flwr.change import Change, changes_of
-from fedtalora_flwr.lora import AdaptedModel
+from fedtalora_flwr.inference.weight_delta import Change, changes_of
+from fedtalora_flwr.model.backbones.images import ImageBackbone
+from fedtalora_flwr.model.lora import AdaptedModel
 
 D_OUT, D_IN, RANK = 7, 5, 2
 

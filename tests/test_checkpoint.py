@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedtalora_flwr import checkpoint
 from fedtalora_flwr.aggregation import GlobalState, LoraFactors
-from fedtalora_flwr.checkpoint import Checkpoint, CheckpointError
-from fedtalora_flwr.heads import FeatureSums
+from fedtalora_flwr.config import whole
 from fedtalora_flwr.metrics import TaskMatrix
+from fedtalora_flwr.model.heads import FeatureSums
+from fedtalora_flwr.run_folder import checkpoint
+from fedtalora_flwr.run_folder.checkpoint import Checkpoint, CheckpointError
 
 LAYER = "blocks.0.attn.qkv"
 
@@ -105,7 +106,7 @@ def test_write_that_is_cut_short_leaves_the_checkpoint_before(tmp_path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, killed_at, kill)
+        patch.setattr(whole if killed_at == "_flush" else checkpoint, killed_at, kill)
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(tmp_path, after)
     assert_same(checkpoint.load(tmp_path), before)
@@ -144,12 +145,12 @@ def test_pointer_that_cannot_be_read_is_an_error_that_names_it(tmp_path, text):
 
 def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "status.json"
-    checkpoint.write_text(path, "before")
+    whole.write_text(path, "before")
 
     def kill(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_flush", kill)
+    monkeypatch.setattr(whole, "_flush", kill)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.write_text(path, "after")
+        whole.write_text(path, "after")
     assert path.read_text() == "before"

@@ -12,10 +12,10 @@ from importlib.metadata import version
 import pytest
 import typer
 
-from fedtalora_flwr import cli
+from fedtalora_flwr.cli import app, run
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.predict import Prediction
-from fedtalora_flwr.settings import app_folder, defaults, presets
+from fedtalora_flwr.config.sources import app_folder, defaults, presets
+from fedtalora_flwr.inference.predict import Prediction
 
 COMMANDS = ("run", "sweep", "report", "compare", "export", "predict", "data", "presets", "doctor")
 SLOW_LIBRARIES = ("torch", "numpy", "flwr", "ray", "timm", "peft", "transformers", "datasets", "matplotlib")
@@ -31,7 +31,7 @@ def fedtalora(monkeypatch, capsys, tmp_path):
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["fedtalora", *arguments])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            app.main()
         captured = capsys.readouterr()
         return int(ended.value.code or 0), captured.out, captured.err
 
@@ -61,7 +61,7 @@ def test_help_lists_every_command_and_exits_with_0(fedtalora):
 def test_quick_commands_import_no_slow_library(arguments):
     code = (
         f"import sys; sys.argv = ['fedtalora', *{arguments}]\n"
-        "from fedtalora_flwr.cli import main\n"
+        "from fedtalora_flwr.cli.app import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         f"loaded = [name for name in {SLOW_LIBRARIES} if name in sys.modules]\n"
         "assert not loaded, loaded"
@@ -149,7 +149,7 @@ def test_why_a_run_failed_is_told_where_its_report_cannot_be_written(capsys, tmp
     make_run(folder, config={}, status={"phase": "failed", "message": "no [space] left"})
     (folder / "report.html").mkdir()
     with pytest.raises(typer.Exit):
-        cli._explain_failure(folder, "details")
+        run._explain_failure(folder, "details")
     assert "error: the run failed: no [space] left\n" in capsys.readouterr().err
 
 
@@ -186,7 +186,7 @@ def test_data_without_out_names_the_page_after_the_data_and_png_is_a_picture(fed
     [
         (["--preset", "clinc150", "--config", "a.toml"], "give --preset or --config, not both"),
         (["--out", "who.txt"], "is written as .html, .png or .svg, got 'who.txt'"),
-        (["--set", "dataset=nothing"], "sources has no 'nothing'; choose one of: cifar100, clinc150, digits"),
+        (["--set", "dataset=nothing"], "there is no dataset 'nothing'; choose one of: cifar100, clinc150, digits"),
         (["--set", "num-tasks=11"], "num-tasks must be in [1, 10], the classes of digits, got 11"),
     ],
 )
@@ -285,11 +285,11 @@ def test_an_error_is_shown_in_full_where_a_traceback_is_asked_for(monkeypatch):
     monkeypatch.setenv("FEDTALORA_TRACEBACK", "1")
     monkeypatch.setattr(sys, "argv", ["fedtalora", "report", "nothing"])
     with pytest.raises(FileNotFoundError):
-        cli.main()
+        app.main()
 
 
 def test_doctor_prints_a_line_for_each_finding_and_exits_by_the_worst(fedtalora, monkeypatch):
-    from fedtalora_flwr import doctor
+    from fedtalora_flwr.cli import doctor
 
     findings = [doctor.Finding("ok", "disk", "72 GiB [free]"), doctor.Finding("note", "data", "not set")]
     monkeypatch.setattr(doctor, "examine", lambda: findings)

@@ -15,12 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedtalora_flwr import cluster
-from fedtalora_flwr.keeper import LaunchError
-from fedtalora_flwr.launch import launch
+from fedtalora_flwr.launch import ray_probe
+from fedtalora_flwr.launch.simulation import launch
+from fedtalora_flwr.launch.supervisor import LaunchError
 
 SCRIPTS = Path(sys.executable).parent
-PROBE = Path(cluster.__file__)
+PROBE = Path(ray_probe.__file__)
 START_SECONDS = 120
 TINY = [
     "num-tasks=5",
@@ -43,7 +43,7 @@ EIGHT_AND_TWO = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 3.0}]
 def test_clients_fit_on_each_node_apart_as_flower_counts_them(client_cpus, client_gpus, number):
     from flwr.simulation.ray_transport import ray_actor
 
-    assert cluster.places(EIGHT_AND_TWO, client_cpus=client_cpus, client_gpus=client_gpus) == number
+    assert ray_probe.places(EIGHT_AND_TWO, client_cpus=client_cpus, client_gpus=client_gpus) == number
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray_actor.ray, "nodes", lambda: [{"Resources": resources} for resources in EIGHT_AND_TWO])
         if number:
@@ -52,21 +52,21 @@ def test_clients_fit_on_each_node_apart_as_flower_counts_them(client_cpus, clien
 
 
 def test_a_cluster_with_room_for_clients_on_free_nodes_is_not_refused():
-    assert cluster.refusal(EIGHT_AND_TWO, {"CPU": 11.0}, client_cpus=2, client_gpus=0.0) == ""
+    assert ray_probe.refusal(EIGHT_AND_TWO, {"CPU": 11.0}, client_cpus=2, client_gpus=0.0) == ""
 
 
 def test_a_cluster_without_room_for_one_client_is_refused_with_what_its_nodes_have():
-    why = cluster.refusal(EIGHT_AND_TWO, {"CPU": 11.0, "GPU": 1.0}, client_cpus=9, client_gpus=0.5)
+    why = ray_probe.refusal(EIGHT_AND_TWO, {"CPU": 11.0, "GPU": 1.0}, client_cpus=9, client_gpus=0.5)
     assert "no node of the Ray cluster has room for one client of 9 CPUs and 0.5 GPUs" in why
     assert "8 CPUs, 1 GPUs; 3 CPUs, 0 GPUs" in why
 
 
 def test_a_busy_cluster_is_refused_since_clients_on_taken_cpus_would_wait():
-    why = cluster.refusal(EIGHT_AND_TWO, {"CPU": 10.0, "GPU": 1.0}, client_cpus=1, client_gpus=0.5)
+    why = ray_probe.refusal(EIGHT_AND_TWO, {"CPU": 10.0, "GPU": 1.0}, client_cpus=1, client_gpus=0.5)
     assert "of the Ray cluster's 11 CPUs only 10 are free" in why
-    why = cluster.refusal(EIGHT_AND_TWO, {"CPU": 11.0}, client_cpus=1, client_gpus=0.5)
+    why = ray_probe.refusal(EIGHT_AND_TWO, {"CPU": 11.0}, client_cpus=1, client_gpus=0.5)
     assert "of the Ray cluster's 1 GPUs only 0 are free" in why
-    assert cluster.refusal(EIGHT_AND_TWO, {"CPU": 11.0}, client_cpus=1, client_gpus=0.0) == ""
+    assert ray_probe.refusal(EIGHT_AND_TWO, {"CPU": 11.0}, client_cpus=1, client_gpus=0.0) == ""
 
 
 def launch_at(address: str, folder: Path, **options: object) -> None:
@@ -205,7 +205,7 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def start_run(cluster: Cluster, folder: Path) -> "subprocess.Popen[str]":
-    command = [SCRIPTS / "fedtalora", "run", "--out", folder, "--ray-address", cluster.address]
+    command = [SCRIPTS / "fedtalora", "run", "--out", folder, "--ray-address", ray_probe.address]
     command += [word for setting in TINY for word in ("--set", setting)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True)

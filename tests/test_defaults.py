@@ -1,14 +1,15 @@
 """pyproject.toml is the only home of defaults, and knows the same settings as RunConfig."""
 
-from dataclasses import asdict, fields
+from typing import get_type_hints
 
 import pytest
 from local_grid import defaults
 
-from fedtalora_flwr import aggregation, heads
+from fedtalora_flwr import aggregation
 from fedtalora_flwr.config import ConfigError, RunConfig, kebab, snake
+from fedtalora_flwr.model import heads
 
-TYPES = {kebab(field.name): field.type for field in fields(RunConfig)}
+TYPES = {kebab(name): kind for name, kind in get_type_hints(RunConfig).items()}
 
 
 def test_every_setting_has_a_default_and_every_default_is_a_setting():
@@ -30,8 +31,8 @@ def test_defaults_parse_and_come_back_as_they_were():
 
 def test_default_method_and_head_exist():
     config = RunConfig.parse(defaults())
-    assert aggregation.resolve(config.method, residual=config.residual).exact
-    assert heads.resolve(config.head, asdict(config)).lifted_dim(9) > 0
+    assert aggregation.resolve(config.method, config.settings).exact
+    assert heads.resolve(config.head, config.settings).lifted_dim(9) > 0
 
 
 def test_fields_have_no_defaults_of_their_own():

@@ -181,7 +181,7 @@ def simulate(settings: dict[str, Any], out: Path, *, data: Path) -> None:
     words = ["run", "--config", str(file), "--out", str(out)]
     env = {**os.environ, "FEDTALORA_DATA": str(data), "FEDTALORA_CACHE": str(out.with_suffix(".cache"))}
     done = subprocess.run(
-        [sys.executable, "-m", "fedtalora_flwr.cli", *words], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "fedtalora_flwr.cli.app", *words], env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

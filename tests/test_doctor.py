@@ -9,8 +9,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from fedtalora_flwr import doctor
-from fedtalora_flwr.train import precision_of
+from fedtalora_flwr.cli import doctor
+from fedtalora_flwr.model.train import precision_of
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedtalora_flwr.inprocess import LocalGrid
+from fedtalora_flwr.launch.in_process import LocalGrid
 from fedtalora_flwr.strategy import FedTaLoRA, NotExact, get_arrays, set_arrays
 
 D_IN, D_HIDDEN, CLASSES = 7, 11, 3

@@ -9,8 +9,8 @@ from flwr.app import Context, RecordDict
 from local_grid import ROOT
 from transformers import AutoModelForSequenceClassification
 
-from fedtalora_flwr.inprocess import LocalGrid, play
-from fedtalora_flwr.launch import launch
+from fedtalora_flwr.launch.in_process import LocalGrid, play
+from fedtalora_flwr.launch.simulation import launch
 
 EXAMPLE = ROOT / "examples" / "peft"
 PAGE = (ROOT / "docs" / "FLOWER_APP.md").read_text()

@@ -11,11 +11,12 @@ from local_grid import TINY, defaults, tiny_run
 from tensors import opened
 
 from client_app.app import app as client_app
-from fedtalora_flwr import checkpoint, resident
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.heads import logits
-from fedtalora_flwr.train import sum_fisher
-from server_app.strategy import RunFailed
+from fedtalora_flwr.model import session
+from fedtalora_flwr.model.heads import logits
+from fedtalora_flwr.model.train import sum_fisher
+from fedtalora_flwr.run_folder import checkpoint
+from fedtalora_flwr.server.failures import RunFailed
 
 SETTINGS = {"task_average": False, "lora_targets": "proj", "head": "linear", "later_learning_rate": 1.0}
 BOTH = frozenset({"lora_A", "lora_B"})
@@ -53,11 +54,11 @@ def test_what_is_remembered_is_counted_on_the_wire(held):
 
 def test_fisher_of_an_example_is_the_squared_gradient_of_a_class_drawn_for_it():
     config = RunConfig.parse(defaults() | TINY | {"lora-targets": "proj"})
-    model = resident.model_of(config)
+    model = session.model_of(config)
     factors = model.initial_factors(seed=0)
     torch.manual_seed(4)
     model.load({name: replace(pair, lora_B=torch.randn_like(pair.lora_B)) for name, pair in factors.items()}, {})
-    examples = resident.training_examples(config, partition_id=0, task_id=0)
+    examples = session.training_examples(config, partition_id=0, task_id=0)
     one = type(examples)(examples.inputs[:1], examples.labels[:1])
     head = {"weight": torch.randn(10, 192), "bias": torch.zeros(10)}
     got = sum_fisher(model, head, one, classes=[2, 7], trainable=BOTH, config=config, seed=[1])

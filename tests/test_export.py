@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -23,16 +22,18 @@ from safetensors.torch import load_file, save_file
 from timm.models import register_model
 
 from client_app.app import app as run_client
-from fedtalora_flwr import aggregation, checkpoint, heads
+from fedtalora_flwr import aggregation
 from fedtalora_flwr.aggregation import SlotAggregator
-from fedtalora_flwr.backbones.images import ImageBackbone
-from fedtalora_flwr.change import Change
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data.images import CONVERTIBLE
-from fedtalora_flwr.export import Exported, ExportError, export
-from fedtalora_flwr.resident import build_model, data_of, model_of
-from fedtalora_flwr.trained import open_trained
-from server_app.strategy import RunFailed
+from fedtalora_flwr.inference.export import Exported, ExportError, export
+from fedtalora_flwr.inference.model import open_trained
+from fedtalora_flwr.inference.weight_delta import Change
+from fedtalora_flwr.model import heads
+from fedtalora_flwr.model.backbones.images import ImageBackbone
+from fedtalora_flwr.model.session import build_model, data_of, model_of
+from fedtalora_flwr.run_folder import checkpoint
+from fedtalora_flwr.server.failures import RunFailed
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,7 +54,7 @@ def logits_of_run(folder: Path, num_samples: int = 200) -> tuple[list, torch.Ten
     config = RunConfig.parse(json.loads((folder / "config.json").read_text()))
     data, model, point = data_of(config), model_of(config), checkpoint.load(folder / "checkpoint")
     model.load(point.state.adapters, point.state.residual)
-    classifier = heads.resolve(config.head, asdict(config)).classifier(point.state.head, point.sums)
+    classifier = heads.resolve(config.head, config.settings).classifier(point.state.head, point.sums)
     seen = sorted(c for task in data.stream.tasks[: config.last_task] for c in task)
     split = data.source.train
     rows = np.arange(num_samples) % len(split)
@@ -76,7 +77,7 @@ def test_an_export_gives_the_logits_of_its_run_on_two_hundred_samples(name, to, 
 @pytest.fixture
 def few_probes(monkeypatch):
     """Compare fewer random inputs than an export does, for tests that compare inputs of their own."""
-    monkeypatch.setattr("fedtalora_flwr.export.NUM_PROBES", 10)
+    monkeypatch.setattr("fedtalora_flwr.inference.export.NUM_PROBES", 10)
 
 
 @pytest.mark.parametrize("method", aggregation.available())

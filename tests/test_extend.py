@@ -53,7 +53,8 @@ def python(copy: Path, *arguments: str) -> str:
 def test_the_page_has_an_example_for_each_folder():
     folders = {str(Path(path).parent.relative_to("fedtalora_flwr")) for path in EXAMPLES}
     assert folders == {
-        *("aggregation", "data/sources", "data/partitions", "backbones", "heads", "penalties", "metrics"),
+        *("aggregation/methods", "data/sources", "data/partitions", "metrics"),
+        *("model/backbones", "model/heads", "model/penalties"),
     }
 
 

@@ -397,13 +397,17 @@ def misbehaving_bundle(folder: Path) -> Path:
     for name in ("server_app", "client_app"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "client_app" / "misbehaviour.py").write_text(MISBEHAVIOUR)
-    app, handlers = folder / "client_app" / "app.py", folder / "client_app" / "handlers.py"
+    app = folder / "client_app" / "app.py"
     answer = "return Message(content, reply_to=message)"
     assert app.read_text().count(answer) == 1
     spoilt = answer.replace("content", "spoiled(content, message, context)")
     app.write_text(app.read_text().replace(answer, spoilt) + "\n\nfrom client_app.misbehaviour import spoiled\n")
-    with handlers.open("a") as file:
-        file.write("\n\nfrom client_app.misbehaviour import failing\n\nfit = failing(fit)\n")
+    ours = "fedtalora_flwr.client.handlers"
+    app.write_text(app.read_text().replace(f'"{ours}"', '"client_app.failing_handlers"'))
+    (folder / "client_app" / "failing_handlers.py").write_text(
+        f"from {ours} import *\nimport {ours} as handlers\nfrom client_app.misbehaviour import failing\n\n"
+        "handlers.fit = failing(handlers.fit)\n"
+    )
     return folder
 
 
@@ -450,7 +454,11 @@ def test_node_whose_clock_is_off_is_told_so(
         env = lab.nodes[0].env | clock
         began = time.monotonic()
         said = subprocess.run(
-            [sys.executable, "-m", "fedtalora_flwr.cli", *words], env=env, capture_output=True, text=True, timeout=200
+            [sys.executable, "-m", "fedtalora_flwr.cli.app", *words],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=200,
         )
         seconds = time.monotonic() - began
     assert said.returncode == 2, said.stdout + said.stderr

@@ -14,12 +14,16 @@ from local_grid import defaults, tiny_run
 from tensors import opened
 
 from client_app.app import app as run_client
-from fedtalora_flwr import aggregation, checkpoint, wire
+from fedtalora_flwr import aggregation, wire
 from fedtalora_flwr.aggregation import ClientUpdate, GlobalState, LoraFactors
+from fedtalora_flwr.client.versions import _version_store
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.heads import rows_at_means
-from fedtalora_flwr.resident import _base_store
-from server_app.strategy import AdapterStrategy
+from fedtalora_flwr.model.heads import rows_at_means
+from fedtalora_flwr.run_folder import checkpoint
+from fedtalora_flwr.server.failures import Tally
+from fedtalora_flwr.server.intake import Intake
+from fedtalora_flwr.server.one_adapter import update_of_server
+from fedtalora_flwr.server.roster import Roster
 
 QUICK = {"dataset": "digits", "head": "lda", "rounds_per_task": 1, "local_epochs": 2, "drift_views": 1}
 
@@ -44,7 +48,7 @@ class Witness:
         self.asked.append((kind, wire.tells_before(message.content)))
         if self.loses is not None and kind == "train.sums":
             shutil.rmtree(self.loses, ignore_errors=True)
-            _base_store.cache_clear()  # as in a new process
+            _version_store.cache_clear()  # as in a new process
         return run_client(message, context)
 
 
@@ -161,11 +165,11 @@ def move_away(content) -> None:
 
 
 def test_a_drift_of_more_than_max_change_times_the_usual_length_counts_as_if_it_were_of_that():
-    config, method = RunConfig.parse(defaults()), aggregation.resolve("fedtalora")  # max-change is 3
-    strategy = AdapterStrategy(config=config, method=method, state=GlobalState({}))
+    config, tally = RunConfig.parse(defaults()), Tally()  # max-change is 3
+    intake = Intake(config, Roster(config, tally), tally)
     root = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))  # (f', f, 1) of 3
     gram, moved = root.T @ root, {0: 0.5, 1: 1.0, 2: 1.5, 3: 6.0}
-    total = strategy._total_drift({partition: (root, distance) for partition, distance in moved.items()})
+    total = intake._total_drift({partition: (root, distance) for partition, distance in moved.items()}, 0)
     assert torch.allclose(total, (3 + 3 * 1.0 / 6.0) * gram)
 
 
@@ -208,21 +212,19 @@ def test_a_client_that_counts_less_counts_as_much_less_in_the_sums(tmp_path):
 
 def test_every_task_moves_the_model_by_its_share_exactly():
     torch.manual_seed(0)
-    config = RunConfig.parse(defaults() | {"task-average": True})
     pairs = [LoraFactors(torch.randn(2, 5), torch.randn(7, 2), 1.5) for _ in range(4)]
     state = GlobalState({"layer": pairs[0]}, {"layer": torch.randn(7, 5)}, {"bias": torch.zeros(3)}, version=4)
-    strategy = AdapterStrategy(config=config, method=aggregation.resolve("fedtalora"), state=state)
     sizes = [3, 4, 9]
     updates = [
         ClientUpdate(k, n, {"layer": pair}, {"bias": torch.ones(3)}, torch.tensor([n, 0, 0]), 4)
         for k, (n, pair) in enumerate(zip(sizes, pairs[1:], strict=True))
     ]
-    for task_id in (0, 1, 4):
-        strategy.task_id = task_id
-        new = strategy.method.aggregate(state, updates + strategy._own_update(updates))
+    for num_tasks in (1, 4):
+        everyone = [*updates, update_of_server(state, updates, num_tasks=num_tasks)]
+        new = aggregation.resolve("fedtalora").aggregate(state, everyone)
         before = state.residual["layer"] + pairs[0].delta()
         mean = sum(n * (state.residual["layer"] + pair.delta()) for n, pair in zip(sizes, pairs[1:], strict=True)) / 16
-        wanted = (task_id * before + mean) / (task_id + 1)
+        wanted = (num_tasks * before + mean) / (num_tasks + 1)
         torch.testing.assert_close(new.residual["layer"] + new.adapters["layer"].delta(), wanted, rtol=1e-5, atol=1e-5)
         assert new.head["bias"].tolist() == [1.0, 0.0, 0.0]  # rows are averaged over those that trained them
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.export import export
-from fedtalora_flwr.resident import data_of
-from fedtalora_flwr.trained import open_trained
+from fedtalora_flwr.inference.export import export
+from fedtalora_flwr.inference.model import open_trained
+from fedtalora_flwr.model.session import data_of
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("FEDTALORA_DATA", ROOT.parent / "shared" / "data"))

@@ -12,8 +12,8 @@ from flwr.app import Context, Message
 from local_grid import tiny_run
 
 from client_app.app import app as client_app
-from fedtalora_flwr import checkpoint
-from server_app.strategy import RunFailed
+from fedtalora_flwr.run_folder import checkpoint
+from fedtalora_flwr.server.failures import RunFailed
 
 SETTINGS = {"lora_targets": "proj", "head": "linear"}
 ROOM = 100_000  # bytes that are left: enough for a line of the log, not for a checkpoint

@@ -10,10 +10,11 @@ from tensors import tensors_of
 from torch import nn
 
 from client_app.app import app as client_app
-from fedtalora_flwr import checkpoint, resident
 from fedtalora_flwr.aggregation import LoraFactors
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.lora import DenseLinear
+from fedtalora_flwr.model import session
+from fedtalora_flwr.model.lora import DenseLinear
+from fedtalora_flwr.run_folder import checkpoint
 
 LAYER = "blocks.5.mlp.fc1"
 SETTINGS = {"lora_targets": "mlp", "head": "linear"}
@@ -21,7 +22,7 @@ SETTINGS = {"lora_targets": "mlp", "head": "linear"}
 
 def test_a_dense_pair_is_the_weight_itself_forward_and_backward():
     config = RunConfig.parse(defaults() | TINY | {"lora-targets": "fc1", "method": "full"})
-    model = resident.build_model(config)
+    model = session.build_model(config)
     layer = model.backbone.model.get_submodule(LAYER)
     assert isinstance(layer, DenseLinear)
     start = model.initial_factors(seed=0)

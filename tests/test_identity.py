@@ -15,8 +15,8 @@ from local_grid import LocalGrid, tiny_run
 
 from client_app.app import app as client_app
 from fedtalora_flwr import wire
+from fedtalora_flwr.server import nodes
 from fedtalora_flwr.wire.records import ARRAYS, array_record
-from server_app import attendance
 
 pytestmark = pytest.mark.usefixtures("log_is_caught")
 
@@ -60,7 +60,7 @@ class Guests(LocalGrid):
 @pytest.fixture
 def guests(monkeypatch: pytest.MonkeyPatch) -> type[Guests]:
     monkeypatch.setattr(local_grid, "LocalGrid", Guests)
-    monkeypatch.setattr(attendance, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(nodes, "_LOOK_SECONDS", 0.01)
     monkeypatch.setattr(Guests, "there", {0: {100, 101, 102}}, raising=False)
     monkeypatch.setattr(Guests, "names", {}, raising=False)
     monkeypatch.setattr(Guests, "since", {0: {}}, raising=False)

@@ -16,81 +16,48 @@ def ours(*parts: str) -> set[str]:
     return {f"fedtalora_flwr.{part}" for part in parts}
 
 
-# What a part of the library may import beside Python's own modules and itself: the inner parts know no outer one.
+TORCH = {"torch", "numpy"}
+HEADS = ours("model.heads", "model.penalties")
+# What a room may import beside Python's own modules and itself, from the ground up; see docs/ARCHITECTURE.md.
+# A longer name stands before the shorter one that holds it, and a file is of the first that fits.
 ALLOWED = {
-    "aggregation": {"torch", "numpy", "fedtalora_flwr.registry", "fedtalora_flwr.clustering"},
-    "clustering": {"numpy", "scipy", "sklearn", "threadpoolctl"},
-    "metrics": {"torch", "numpy", "fedtalora_flwr.registry"},
-    "penalties": {"torch", "numpy", "fedtalora_flwr.registry", "fedtalora_flwr.heads"},
-    "heads": {"torch", "numpy", "scipy", "fedtalora_flwr.registry"},
-    "data": {"torch", "numpy", "PIL", "datasets", "sklearn", "huggingface_hub", "fedtalora_flwr.registry"},
-    "backbones": {
-        *("torch", "numpy", "timm", "transformers", "peft", "safetensors"),
-        *("fedtalora_flwr.registry", "fedtalora_flwr.data"),
-    },
-    "registry.py": set(),
-    "deploy": {"cryptography", "grpc", "flwr", "yaml", "tomli_w", "typer"},
-    "warm": {"fedtalora_flwr.__version__"},
-    "product.py": {"torch"},
-    "trial.py": {"torch", *ours("product")},
-    "precision.py": ours("settings"),
-    "recipe.py": {"torch", *ours("config")},
-    "lora.py": {"torch", "peft", *ours("aggregation", "backbones", "product")},
-    "train.py": {
-        *("torch", "numpy"),
-        *ours("aggregation", "config", "heads", "lora", "penalties", "precision", "recipe"),
-    },
-    "change.py": {"torch", "fedtalora_flwr.aggregation", "fedtalora_flwr.lora"},
-    "predict.py": {"fedtalora_flwr.data", "fedtalora_flwr.trained"},
-    "export.py": {
-        *("torch", "numpy", "PIL", "peft", "safetensors", "jinja2"),
-        *ours("__version__", "aggregation", "backbones", "change", "checkpoint", "trained", "words"),
-    },
-    "residual": {"torch", "safetensors", *ours("aggregation")},
-    "strategy": {"flwr", "torch", "peft", *ours("aggregation")},
-    "wire": {
-        *("flwr", "torch", "safetensors"),
-        *ours("aggregation", "config", "data", "heads", "penalties", "residual", "words"),
-    },
-    "config.py": ours("registry"),
-    "settings.py": ours("config"),
-    "words.py": set(),
-    "checkpoint.py": {"torch", "safetensors", *ours("aggregation", "data", "heads", "metrics", "penalties")},
-    "roundlines.py": set(),
-    "runlog.py": ours("checkpoint", "config", "metrics", "roundlines"),
-    "routing.py": {"torch", *ours("aggregation", "config", "heads", "lora", "train")},
-    "resident.py": {
-        *("torch", "numpy", "cachetools"),
-        *ours("aggregation", "backbones", "config", "data", "lora", "residual", "settings", "train"),
-    },
-    "holding.py": {"torch", "numpy", *ours("config", "data", "resident", "train", "wire")},
-    "trained.py": {
-        *("torch", "numpy", "PIL"),
-        *ours("aggregation", "checkpoint", "config", "data", "heads", "lora", "report", "resident", "routing"),
-    },
-    "figures": {"matplotlib", "numpy", *ours("words")},
-    "report": {"jinja2", "markupsafe", "numpy", "rich", *ours("figures", "roundlines", "words")},
-    "keeper.py": set(),  # a program that runs with python -I, without the package's own folder
-    "launch.py": ours("keeper"),
-    "cluster.py": {"ray"},  # a program likewise
-    "inprocess.py": {"flwr", "torch"},
-    "engine.py": {"tomli_w", *ours("config", "inprocess", "keeper", "launch")},
-    "sweep": ours("config", "engine", "settings"),
-    "progress.py": {"rich", *ours("roundlines", "sweep", "words")},
-    "doctor.py": {"torch", "torchvision", "packaging", *ours("config", "precision", "settings")},
-    "cli.py": {
-        *("rich", "tomli_w", "typer", "fedtalora_flwr"),  # the outermost part: it may import all others
-    },
-    "__init__.py": set(),
+    "__init__.py": ours("config", "launch"),  # the public names, when they are asked for
+    "config": set(),
+    "metrics": {"numpy"} | ours("config.registry"),
+    "aggregation": TORCH | {"scipy", "sklearn", "threadpoolctl"} | ours("config.registry"),
+    "residual": {"torch", "safetensors"} | ours("aggregation", "config.whole"),
+    "data": TORCH | {"PIL", "datasets", "sklearn", "huggingface_hub"} | ours("config"),
+    "model/heads": TORCH | {"scipy"} | ours("config.registry"),
+    "model/penalties": {"torch"} | ours("config.registry", "model.heads"),
+    "model/backbones": TORCH | {"timm", "transformers", "peft", "safetensors"} | ours("config.registry", "data"),
+    "model": TORCH | {"peft", "cachetools"} | ours("aggregation", "config", "data"),
+    "wire": {"flwr", "torch", "safetensors"} | ours("__version__", "aggregation", "config", "data", "residual") | HEADS,
+    "run_folder": TORCH | {"safetensors"} | ours("aggregation", "config", "data", "metrics") | HEADS,
+    "report": {"jinja2", "markupsafe", "numpy", "rich", "matplotlib"}
+    | ours("config.units", "config.whole", "run_folder"),
+    "inference": TORCH
+    | {"PIL", "peft", "safetensors", "jinja2"}
+    | ours("__version__", "aggregation", "config", "data", "model", "run_folder"),
+    "client/warm": ours("__version__"),
+    "client": TORCH | {"flwr"} | ours("aggregation", "config", "data", "model", "residual", "wire"),
+    "server": TORCH
+    | {"flwr"}
+    | ours("aggregation", "config", "data", "metrics", "model", "residual", "run_folder", "wire"),
+    "strategy": {"flwr", "torch", "peft"} | ours("aggregation"),
+    "launch/supervisor.py": set(),  # a program that runs with python -I, without the package's own folder
+    "launch/ray_probe.py": {"ray"},  # a program likewise
+    "launch": {"flwr", "torch", "tomli_w", "pandas"} | ours("config", "inference", "report", "run_folder"),
+    "deploy": {"cryptography", "grpc", "flwr", "yaml", "tomli_w"} | ours("config.whole"),
+    "cli": {"rich", "typer", "tomli_w", "torch", "torchvision", "packaging", "fedtalora_flwr"},  # the outermost room
 }
+# Beyond Flower's two apps and the wire, those that stand in for Flower's grid, its probe of the clock and its watch.
+KNOW_FLOWER = {"wire", "server", "client", "strategy", "launch/in_process.py", "deploy/probe.py", "deploy/watched.py"}
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "managers"}
 
 
-def files_of(part: str) -> list[Path]:
-    place = LIBRARY / part
-    found = [place] if place.is_file() else sorted(place.rglob("*.py"))
-    assert found, f"{place} holds no Python file"
-    return found
+def room_of(path: Path) -> str:
+    name = path.relative_to(LIBRARY).as_posix()
+    return next(room for room in ALLOWED if name == room or name.startswith(f"{room}/"))
 
 
 def our_files() -> list[Path]:
@@ -111,36 +78,46 @@ def within(name: str, modules: set[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def test_every_part_of_the_library_has_its_place():
-    parts = {path for path in LIBRARY.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
-    assert {path.name for path in parts} == ALLOWED.keys()
+def test_every_part_of_the_library_has_its_place_and_every_place_a_part():
+    assert {room_of(path) for path in LIBRARY.rglob("*.py")} == ALLOWED.keys()
 
 
-@pytest.mark.parametrize("part", ALLOWED)
-def test_part_of_the_library_imports_only_what_its_place_allows(part):
-    allowed = ALLOWED[part] | {f"fedtalora_flwr.{part.removesuffix('.py')}"} | set(sys.stdlib_module_names)
-    bare = (
-        set() if part in ("keeper.py", "cluster.py") else {LIBRARY.name}
-    )  # the package itself holds its version alone
+def test_top_of_the_library_shows_at_most_eighteen_entries():
+    assert len([path for path in LIBRARY.iterdir() if path.name != "__pycache__"]) <= 18
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_part_of_the_library_imports_only_what_its_place_allows(room):
+    itself = f"fedtalora_flwr.{room.removesuffix('.py').replace('/', '.')}"
+    allowed = ALLOWED[room] | {itself} | set(sys.stdlib_module_names)
+    # the package itself holds its version alone
+    bare = set() if room in ("launch/supervisor.py", "launch/ray_probe.py") else {LIBRARY.name}
     outward = {
         path.name: [name for name in imports_of(path) if name not in bare and not within(name, allowed)]
-        for path in files_of(part)
+        for path in LIBRARY.rglob("*.py")
+        if room_of(path) == room
     }
     assert {name: found for name, found in outward.items() if found} == {}
 
 
-def test_only_wire_strategy_the_grid_in_one_process_the_probe_of_the_clock_and_the_watch_import_flwr():
-    importers = {path for path in LIBRARY.rglob("*.py") for name in imports_of(path) if within(name, {"flwr"})}
-    of_flower = {*files_of("wire"), *files_of("strategy")}
-    outside = {path.relative_to(LIBRARY).as_posix() for path in importers - of_flower}
-    assert outside == {"inprocess.py", "deploy/probe.py", "deploy/watched.py"}
-    assert importers & of_flower
+def test_only_the_rooms_around_the_wire_import_flwr():
+    importers = {
+        path.relative_to(LIBRARY).as_posix()
+        for path in LIBRARY.rglob("*.py")
+        for name in imports_of(path)
+        if within(name, {"flwr"})
+    }
+    assert {name if name in KNOW_FLOWER else name.partition("/")[0] for name in importers} == KNOW_FLOWER
 
 
-def test_server_and_client_never_import_each_other_and_the_library_imports_neither():
+def test_server_and_client_never_import_each_other():
+    """The library's two sides, and Flower's two apps, each of which may import its own side alone."""
     for path in our_files():
-        own = {path.relative_to(ROOT).parts[0]}
-        assert not [name for name in imports_of(path) if within(name, set(APPS) - own)], path
+        sides = {"server", "client"} & {part.removesuffix("_app") for part in path.relative_to(ROOT).parts}
+        for side in sides:
+            other = "client" if side == "server" else "server"
+            foreign = {f"{other}_app", f"fedtalora_flwr.{other}"}
+            assert not [name for name in imports_of(path) if within(name, foreign)], path
 
 
 def test_no_module_has_a_name_that_says_nothing():

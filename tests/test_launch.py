@@ -19,8 +19,8 @@ import psutil
 import pytest
 from flwr.cli.build import build_fab_from_disk
 
-from fedtalora_flwr.keeper import LaunchError, stage
-from fedtalora_flwr.launch import LaunchResult, launch
+from fedtalora_flwr.launch.simulation import LaunchResult, launch
+from fedtalora_flwr.launch.supervisor import LaunchError, stage
 
 pytestmark = pytest.mark.ray
 

@@ -10,16 +10,16 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 
 from fedtalora_flwr.aggregation import LoraFactors
-from fedtalora_flwr.backbones import Placement
-from fedtalora_flwr.backbones.images import ImageBackbone
-from fedtalora_flwr.lora import (
+from fedtalora_flwr.model.backbones import Placement
+from fedtalora_flwr.model.backbones.images import ImageBackbone
+from fedtalora_flwr.model.lora import (
     AdaptedModel,
+    AdaptedProduct,
     PlacementError,
     chosen_blocks,
     chosen_roles,
     count_parameters,
 )
-from fedtalora_flwr.product import AdaptedProduct
 
 DIM, DEPTH, RANK, ALPHA = 12, 3, 2, 5.0
 SHAPES = {"attn.qkv": (36, 12), "attn.proj": (12, 12), "mlp.fc1": (48, 12), "mlp.fc2": (12, 48)}

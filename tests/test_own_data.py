@@ -23,14 +23,15 @@ from sklearn.datasets import load_digits
 from tensors import opened
 
 from client_app import app as client_module
-from fedtalora_flwr import checkpoint, wire
-from fedtalora_flwr.backbones import vit_mini
+from fedtalora_flwr import wire
 from fedtalora_flwr.data import DataError, HeldClass
-from fedtalora_flwr.predict import predict, read_items
-from fedtalora_flwr.trained import open_trained
+from fedtalora_flwr.inference.model import open_trained
+from fedtalora_flwr.inference.predict import predict, read_items
+from fedtalora_flwr.model.backbones import vit_mini
+from fedtalora_flwr.run_folder import checkpoint
+from fedtalora_flwr.server import nodes
+from fedtalora_flwr.server.failures import RunFailed
 from fedtalora_flwr.wire import METRICS
-from server_app import attendance
-from server_app.strategy import RunFailed
 
 pytestmark = pytest.mark.usefixtures("log_is_caught")
 
@@ -295,7 +296,7 @@ class Border(LocalGrid):
 @pytest.fixture
 def border(monkeypatch: pytest.MonkeyPatch) -> type[Border]:
     monkeypatch.setattr(local_grid, "LocalGrid", Border)
-    monkeypatch.setattr(attendance, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(nodes, "_LOOK_SECONDS", 0.01)
     return Border
 
 
@@ -398,7 +399,7 @@ def test_run_that_goes_on_takes_in_at_the_next_task_a_node_that_comes_late(paths
     with pytest.raises(Killed):
         run(tmp_path / "run", paths, client, **settings)
     monkeypatch.setattr(local_grid, "LocalGrid", Late)
-    monkeypatch.setattr(attendance, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(nodes, "_LOOK_SECONDS", 0.01)
     out = run(tmp_path / "run", paths, client, **settings, resume=True)
     assert [line["participants"] for line in rounds(out)] == [[0, 1, 2], [0, 1], [0, 2], [0, 2]]
     failure = {"partition_id": 2, "reason": "sits the task out: no node has come for it"}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedtalora_flwr import precision
-from fedtalora_flwr.precision import Verdict, judge, on_cpu, verdict_file
+from fedtalora_flwr.model import precision
+from fedtalora_flwr.model.precision import Verdict, judge, on_cpu, verdict_file
 
 ROOT = Path(__file__).parents[1]
 PRINTS = "import json; print(json.dumps({'speedup': %s, 'error': %s}))"
@@ -42,7 +42,9 @@ def test_bf16_is_taken_where_its_trial_neither_faults_nor_hangs_nor_errs_and_gai
 
 
 def test_trial_on_this_cpu_gives_both_numbers_and_bf16_is_off_by_its_rounding_alone():
-    ended = subprocess.run([sys.executable, "-m", "fedtalora_flwr.trial"], cwd=ROOT, capture_output=True, check=True)
+    ended = subprocess.run(
+        [sys.executable, "-m", "fedtalora_flwr.model.trial"], cwd=ROOT, capture_output=True, check=True
+    )
     found = json.loads(ended.stdout)
     assert found.keys() == {"speedup", "error"}
     assert found["speedup"] > 0 and 0 < found["error"] < 0.02
@@ -60,7 +62,7 @@ def test_verdict_is_kept_and_the_next_process_makes_no_trial(fresh, monkeypatch)
 def test_processes_that_ask_at_once_make_one_trial_and_get_one_answer(fresh):
     code = """
 import os, time
-from fedtalora_flwr import precision
+from fedtalora_flwr.model import precision
 def judge():
     time.sleep(0.5)
     return precision.Verdict(True, f"tried by {os.getpid()}")

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.heads import resolve
-from fedtalora_flwr.predict import InputError, Item, predict, read_items
-from fedtalora_flwr.resident import data_of
-from fedtalora_flwr.trained import TrainedModelError, open_trained
+from fedtalora_flwr.inference.model import TrainedModelError, open_trained
+from fedtalora_flwr.inference.predict import InputError, Item, predict, read_items
+from fedtalora_flwr.model.heads import resolve
+from fedtalora_flwr.model.session import data_of
 
 LAMP = "switch the lamp on"
 
@@ -90,15 +90,6 @@ def test_originals_are_in_memory_one_at_a_time_and_score_as_they_do_together(dig
     assert {prediction.item.raw.size for prediction in found} == {(8, 8)}
     together = trained.head.probabilities(trained.logits(trained.encode([Image.fromarray(one) for one in noise])))
     assert [prediction.ranking[0][1] for prediction in found] == together.max(1).values.tolist()
-
-
-def test_an_older_run_that_did_not_note_the_side_looks_at_its_data(digits_run, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(digits_run, run)
-    manifest = json.loads((run / "manifest.json").read_text())
-    assert manifest.pop("image_side") == 8
-    (run / "manifest.json").write_text(json.dumps(manifest))
-    assert open_trained(run, device="cpu").image_side == 8
 
 
 def test_a_run_of_a_version_with_other_settings_is_refused_with_its_version(digits_run, tmp_path):

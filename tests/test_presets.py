@@ -10,13 +10,13 @@ import pytest
 import timm
 import torch
 
-from fedtalora_flwr import heads, penalties
-from fedtalora_flwr.backbones.images import ImageBackbone
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.lora import AdaptedModel, count_parameters
-from fedtalora_flwr.resident import data_of, model_of, test_examples, training_examples
-from fedtalora_flwr.settings import app_folder, gather, preset_file, presets
-from fedtalora_flwr.train import count_correct, fit
+from fedtalora_flwr.config.sources import app_folder, gather, preset_file, presets
+from fedtalora_flwr.model import heads, penalties
+from fedtalora_flwr.model.backbones.images import ImageBackbone
+from fedtalora_flwr.model.lora import AdaptedModel, count_parameters
+from fedtalora_flwr.model.session import data_of, model_of, test_examples, training_examples
+from fedtalora_flwr.model.train import count_correct, fit
 
 test_examples.__test__ = False  # type: ignore[attr-defined]
 

@@ -6,7 +6,7 @@ import os
 
 from rich.console import Console
 
-from fedtalora_flwr.progress import RunProgress
+from fedtalora_flwr.cli.progress import RunProgress
 
 
 def line_of(server_round: int) -> str:

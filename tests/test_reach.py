@@ -9,9 +9,9 @@ from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from local_grid import TINY, defaults
 
-from client_app.discreet import ClientError
-from client_app.handlers import hello
 from fedtalora_flwr import wire
+from fedtalora_flwr.client.handlers import hello
+from fedtalora_flwr.client.redact import ClientError
 
 OWN = {"partition-id": 0, "num-partitions": 1, "name": "site0"}
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from fedtalora_flwr import figures
 from fedtalora_flwr.metrics import TaskMatrix
-from fedtalora_flwr.report import compare, data_table, print_table, read_run, write_data_page, write_report
+from fedtalora_flwr.report import compare, data_table, figures, print_table, read_run, write_data_page, write_report
 
 HOSTILE = '<script>alert("x")</script>'
 

@@ -12,17 +12,18 @@ from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from local_grid import TINY, defaults
 
-from client_app import handlers
-from client_app.discreet import ClientError
 from fedtalora_flwr import wire
 from fedtalora_flwr.aggregation import GlobalState
+from fedtalora_flwr.client import handlers
+from fedtalora_flwr.client.redact import ClientError
 from fedtalora_flwr.config import ConfigError, RunConfig
 from fedtalora_flwr.data import ClassList
-from fedtalora_flwr.heads import init_rows
-from fedtalora_flwr.resident import model_of
+from fedtalora_flwr.model.heads import init_rows
+from fedtalora_flwr.model.session import model_of
+from fedtalora_flwr.residual import Patch
 from fedtalora_flwr.wire import ARRAYS, ORDER
+from fedtalora_flwr.wire.down import RoundOrder, pack_state
 from fedtalora_flwr.wire.records import BASE, BASE_ARRAYS, CLASSES, array_record
-from fedtalora_flwr.wire.state import RoundOrder, pack_state
 
 SETTINGS = defaults() | TINY | {"num-clients": 1, "penalty": "ewc"}
 NODE = {"partition-id": 0, "num-partitions": 1}
@@ -39,7 +40,7 @@ def order() -> RecordDict:
     arrays, clock = pack_state(state, classes=[0, 1]), RoundOrder(server_round=1, task_id=0, round_in_task=0)
     scaling = next(iter(adapters.values())).scaling
     content = wire.state_message(arrays, clock, scaling=scaling, version=0, num_classes=10)
-    return wire.add_parcel(content, wire.parcel.Parcel((ZERO,)), array_record({}))
+    return wire.add_patch(content, Patch((ZERO,)), array_record({}))
 
 
 def handle(content: RecordDict, name: str = "train") -> RecordDict:
@@ -124,7 +125,7 @@ def test_refused_orders_take_no_memory() -> None:
     """Follow all of them in a process that may have little more memory than it has."""
     code = f"""
 import resource, test_room
-from client_app.discreet import ClientError
+from fedtalora_flwr.client.redact import ClientError
 test_room.handle(test_room.order())
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + int({LIMIT})

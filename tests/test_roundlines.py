@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fedtalora_flwr import roundlines
-from fedtalora_flwr.progress import RunProgress
-from fedtalora_flwr.report.record import read_run
-from fedtalora_flwr.runlog import Failure, RoundLog, RunFolder
+from fedtalora_flwr.cli.progress import RunProgress
+from fedtalora_flwr.run_folder import round_lines
+from fedtalora_flwr.run_folder.reader import read_run
+from fedtalora_flwr.run_folder.writer import Failure, RoundLog, RunFolder
 
 
 def log_of(server_round: int) -> RoundLog:
@@ -39,11 +39,11 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def rounds_of(path: Path) -> list[int]:
-    return [line.values["server_round"] for line in roundlines.read(path)[0]]
+    return [line.values["server_round"] for line in round_lines.read(path)[0]]
 
 
 def damaged(path: Path) -> list[str]:
-    return [str(damage) for damage in roundlines.read(path)[1]]
+    return [str(damage) for damage in round_lines.read(path)[1]]
 
 
 def spoil(path: Path, line: int, change) -> None:
@@ -53,7 +53,7 @@ def spoil(path: Path, line: int, change) -> None:
 
 
 def test_whole_log_gives_every_line_without_its_checksum(folder):
-    lines, damages = roundlines.read(folder.path / "rounds.jsonl")
+    lines, damages = round_lines.read(folder.path / "rounds.jsonl")
     assert [line.values["server_round"] for line in lines] == [1, 2, 3, 4, 5] and damages == []
     assert "crc32" not in lines[0].values and lines[0].values["weights"] == {"2": 0.75}
 
@@ -73,12 +73,12 @@ def test_a_line_is_on_the_disk_before_the_round_counts_as_written(folder, monkey
 @pytest.mark.parametrize("bit", [0x01, 0x10, 0x20, 0x80])
 def test_no_flipped_byte_of_a_line_changes_what_is_read_or_hides_another_line(folder, bit):
     path = folder.path / "rounds.jsonl"
-    whole, (good, _) = path.read_bytes(), roundlines.read(path)
+    whole, (good, _) = path.read_bytes(), round_lines.read(path)
     start = whole.index(b"\n") * 2 + 2  # of the third line
     end = whole.index(b"\n", start)
     for place in range(start, end):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
-        lines, damages = roundlines.read(path)
+        lines, damages = round_lines.read(path)
         values = {line.values["server_round"]: line.values for line in lines}
         assert values.keys() >= {1, 2, 4, 5}
         if 3 in values:  # the byte was one of the checksum's name

@@ -181,6 +181,6 @@ def _command(process: psutil.Process) -> list[str]:
 
 def _keeps_for(process: psutil.Process, pid: int) -> bool:
     try:
-        return any(word.endswith("keeper.py") for word in _command(process)) and process.ppid() == pid
+        return any(word.endswith("supervisor.py") for word in _command(process)) and process.ppid() == pid
     except psutil.Error:
         return False

@@ -19,17 +19,19 @@ from PIL import Image
 from tensors import opened, packed
 
 import fedtalora_flwr
-from client_app import discreet, handlers
 from client_app.app import app
-from fedtalora_flwr import aggregation, checkpoint, wire
+from fedtalora_flwr import aggregation, wire
 from fedtalora_flwr.aggregation import GlobalState, resolve
-from fedtalora_flwr.backbones import BackboneError, vit_mini
+from fedtalora_flwr.client import handlers, redact
+from fedtalora_flwr.client.versions import _version_store, version_store
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import DataError
-from fedtalora_flwr.resident import _base_store, base_store
-from fedtalora_flwr.runlog import FolderTaken, RunFolder
+from fedtalora_flwr.model.backbones import BackboneError, vit_mini
+from fedtalora_flwr.run_folder import checkpoint
+from fedtalora_flwr.run_folder.writer import FolderTaken, RunFolder
+from fedtalora_flwr.server.failures import RunFailed, Tally
+from fedtalora_flwr.server.roster import Roster
 from fedtalora_flwr.wire import ARRAYS, HELLO, METRICS, WireError
-from server_app.strategy import AdapterStrategy, RunFailed
 
 TINY = {
     "num-tasks": 2,
@@ -280,7 +282,7 @@ def test_resume_with_other_settings_is_refused_naming_them(tmp_path):
 
 def test_a_model_that_cannot_be_is_refused_before_any_data_are_read(tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr("fedtalora_flwr.resident.open_data", lambda *_: read.append("data"))
+    monkeypatch.setattr("fedtalora_flwr.model.session.open_data", lambda *_: read.append("data"))
     with pytest.raises(BackboneError, match="set image-size to 84 or 98"):
         run(tmp_path / "run", backbone="timm:vit_small_patch14_dinov2", image_size=85)
     assert read == []
@@ -337,9 +339,9 @@ class Witness:
         self.bytes_down[now] += wire.message_bytes([message])
         self.asked[now].append(partition_of(context))
         if kind == MessageType.TRAIN:
-            state, parcel, _ = wire.read_state(message)
+            state, patch, _ = wire.read_state(message)
             config = RunConfig.parse(context.run_config)
-            self.states[now] = replace(state, residual=base_store(config).reach(parcel).residual)
+            self.states[now] = replace(state, residual=version_store(config).reach(patch).residual)
         reply = self.client(message, context)
         if reply is not None:
             self.bytes_up[now] += wire.message_bytes([reply])
@@ -533,23 +535,23 @@ def test_task_that_too_few_partitions_hold_fails_the_run_before_it_begins(tmp_pa
     assert rounds(tmp_path) == []
 
 
-def make_strategy(**changes: Any) -> AdapterStrategy:
+def make_roster(**changes: Any) -> Roster:
     settings = {key.replace("_", "-"): value for key, value in changes.items()}
     config = RunConfig.parse(defaults() | {"num-clients": 100} | settings)
-    strategy = AdapterStrategy(config=config, method=resolve("fedtalora"), state=GlobalState({}))
-    strategy.holds_task = {0: list(range(0, 100, 2)), 1: [3, 5, 8]}
-    return strategy
+    roster = Roster(config, Tally())
+    roster.holds_task = {0: list(range(0, 100, 2)), 1: [3, 5, 8]}
+    return roster
 
 
 def test_sample_is_seeded_and_drawn_among_the_holders_of_the_task():
-    strategy = make_strategy(fraction_train=0.2)
-    drawn = [strategy.sample(server_round, 0) for server_round in range(1, 9)]
-    assert drawn == [make_strategy(fraction_train=0.2).sample(server_round, 0) for server_round in range(1, 9)]
-    assert drawn != [make_strategy(fraction_train=0.2, seed=1).sample(server_round, 0) for server_round in range(1, 9)]
+    roster = make_roster(fraction_train=0.2)
+    drawn = [roster.sample(server_round, 0) for server_round in range(1, 9)]
+    assert drawn == [make_roster(fraction_train=0.2).sample(server_round, 0) for server_round in range(1, 9)]
+    assert drawn != [make_roster(fraction_train=0.2, seed=1).sample(server_round, 0) for server_round in range(1, 9)]
     assert len({tuple(sample) for sample in drawn}) > 1
     for sample in drawn:
         assert len(sample) == 10 == len(set(sample))
-        assert sample == sorted(sample) and set(sample) <= set(strategy.holds_task[0])
+        assert sample == sorted(sample) and set(sample) <= set(roster.holds_task[0])
 
 
 @pytest.mark.parametrize(
@@ -557,8 +559,8 @@ def test_sample_is_seeded_and_drawn_among_the_holders_of_the_task():
     [(1.0, 0, 1, 50), (0.14, 0, 1, 7), (0.01, 0, 1, 1), (0.01, 0, 4, 4), (0.5, 1, 1, 2), (0.5, 1, 5, 3)],
 )
 def test_sample_is_the_fraction_of_the_holders_and_at_least_min_replies(fraction, task_id, min_replies, wanted):
-    strategy = make_strategy(fraction_train=fraction, min_replies=min_replies)
-    assert len(strategy.sample(1, task_id)) == wanted
+    roster = make_roster(fraction_train=fraction, min_replies=min_replies)
+    assert len(roster.sample(1, task_id)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -584,7 +586,7 @@ def test_text_of_a_clients_error_travels_without_the_folders_in_it_and_is_whole_
 
     monkeypatch.setattr(handlers, "fit", broken)
     kept = logging.handlers.BufferingHandler(capacity=100)
-    monkeypatch.setattr(discreet.log, "handlers", [kept])
+    monkeypatch.setattr(redact.log, "handlers", [kept])
     with pytest.raises(RunFailed) as failed:
         run(tmp_path, **SHORT, num_clients=1)
     left = [str(failed.value), read(tmp_path, "status.json")["message"]]
@@ -636,7 +638,7 @@ def test_client_that_can_keep_no_base_is_sent_it_once_more_in_every_exchange(tmp
     def forgetful(message, context):
         if partition_of(context) != 2:
             return run_client(message, context)
-        _base_store.cache_clear()  # as in a new process
+        _version_store.cache_clear()  # as in a new process
         with monkeypatch.context() as patch:
             patch.setenv("FEDTALORA_CACHE", str(tmp_path / "file"))
             return run_client(message, context)

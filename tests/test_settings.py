@@ -5,7 +5,8 @@ import json
 import pytest
 
 from fedtalora_flwr.config import ConfigError
-from fedtalora_flwr.settings import app_folder, defaults, gather, preset_file, presets, read_file, resumed
+from fedtalora_flwr.config.sources import app_folder, defaults, gather, preset_file, presets, read_file
+from fedtalora_flwr.run_folder.resumed import resumed
 
 APP = app_folder()
 KNOWN = defaults(APP)

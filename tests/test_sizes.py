@@ -11,12 +11,14 @@ from local_grid import defaults, tiny_run
 from tensors import opened
 
 from client_app.app import app as run_client
-from fedtalora_flwr import checkpoint
-from fedtalora_flwr.aggregation import BadUpdate, GlobalState, resolve
+from fedtalora_flwr.aggregation import BadUpdate
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import ClassList
-from server_app.census import Census
-from server_app.strategy import AdapterStrategy, RunFailed
+from fedtalora_flwr.run_folder import checkpoint
+from fedtalora_flwr.server.failures import RunFailed, Tally
+from fedtalora_flwr.server.holdings import Holdings
+from fedtalora_flwr.server.intake import Intake
+from fedtalora_flwr.server.roster import Roster
 
 QUICK = {"dataset": "digits", "head": "lda", "rounds_per_task": 1, "stop_after_task": 1}
 
@@ -110,11 +112,12 @@ def test_a_minimum_that_nobody_has_is_an_error_that_names_it(tmp_path):
 
 def test_data_of_a_nodes_own_may_grow_to_the_minimum():
     config = RunConfig.parse(defaults() | {"dataset": "nodes", "data-path": "x", "min-class-examples": 5})
-    strategy = AdapterStrategy(config=config, method=resolve("fedtalora"), state=GlobalState({}))
+    tally = Tally()
+    intake = Intake(config, roster := Roster(config, tally), tally)
     held = torch.tensor([4, 9, 0])
-    strategy.census = Census(ClassList(), counts={(0, 1): held}, tests={}, told={1: ClassList()})
+    roster.holdings = Holdings(counts={(0, 1): held}, told={1: ClassList()})
     for counts in ([6, 9, 0], [0, 9, 0]):
-        strategy._check_counts(0, 1, torch.tensor(counts), least=5)
+        intake._check_counts(0, 1, torch.tensor(counts), least=5)
     for counts in ([9, 9, 0], [6, 9, 1]):
         with pytest.raises(BadUpdate, match="other examples"):
-            strategy._check_counts(0, 1, torch.tensor(counts), least=5)
+            intake._check_counts(0, 1, torch.tensor(counts), least=5)

@@ -16,19 +16,20 @@ from local_grid import TINY, defaults, tiny_run
 from tensors import opened
 
 from client_app.app import app
-from fedtalora_flwr import checkpoint, wire
+from fedtalora_flwr import wire
 from fedtalora_flwr.aggregation import ClusteredState, GlobalState, Slot
-from fedtalora_flwr.aggregation.fl_tac import FLTAC
-from fedtalora_flwr.backbones import vit_mini
+from fedtalora_flwr.aggregation.methods.fl_tac import FLTAC
 from fedtalora_flwr.config import ConfigError, RunConfig
-from fedtalora_flwr.export import ExportError, export
-from fedtalora_flwr.heads import Classifier, FeatureSums
+from fedtalora_flwr.inference.export import ExportError, export
+from fedtalora_flwr.inference.model import TrainedModelError, open_trained
+from fedtalora_flwr.model.backbones import vit_mini
+from fedtalora_flwr.model.heads import Classifier, FeatureSums
+from fedtalora_flwr.model.router import by_cluster
+from fedtalora_flwr.model.session import model_of, slots_of, test_examples, training_examples
+from fedtalora_flwr.model.train import count_correct
 from fedtalora_flwr.report import write_report
-from fedtalora_flwr.resident import model_of, slots_of, test_examples, training_examples
-from fedtalora_flwr.routing import by_cluster
-from fedtalora_flwr.train import count_correct
-from fedtalora_flwr.trained import TrainedModelError, open_trained
-from server_app.strategy import RunFailed
+from fedtalora_flwr.run_folder import checkpoint
+from fedtalora_flwr.server.failures import RunFailed
 
 test_examples.__test__ = False  # type: ignore[attr-defined]
 

@@ -10,8 +10,8 @@ from flwr.app import Context, Message
 from local_grid import defaults, run_server
 
 from client_app.app import app as run_client
+from fedtalora_flwr.client.versions import _version_store, version_store
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.resident import _base_store, base_store
 
 NUM_ROUNDS, WARM_UP = 300, 60
 SETTINGS = {
@@ -37,7 +37,7 @@ def test_memory_and_disk_stay_bounded_over_three_hundred_rounds_with_drop_outs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEDTALORA_CACHE", str(tmp_path / "cache"))
-    _base_store.cache_clear()
+    _version_store.cache_clear()
     rng, memory, disk = np.random.default_rng(0), [], []
     config = RunConfig.parse(defaults() | SETTINGS)
 
@@ -49,12 +49,12 @@ def test_memory_and_disk_stay_bounded_over_three_hundred_rounds_with_drop_outs(
             if fate < 0.08:
                 return None
             if fate < 0.2:
-                _base_store.cache_clear()  # the process restarts
+                _version_store.cache_clear()  # the process restarts
             if fate < 0.14:
-                for path in base_store(config).folder.glob("*.safetensors"):
+                for path in version_store(config).folder.glob("*.safetensors"):
                     path.unlink()  # and its disk was replaced
             memory.append(psutil.Process().memory_info().rss)
-            disk.append(sum(path.stat().st_size for path in base_store(config).folder.glob("*")))
+            disk.append(sum(path.stat().st_size for path in version_store(config).folder.glob("*")))
         return run_client(message, context)
 
     run_server(defaults() | SETTINGS | {"out": str(tmp_path)}, client)

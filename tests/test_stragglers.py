@@ -12,8 +12,8 @@ from local_grid import LocalGrid, tiny_run
 from tensors import opened
 
 from client_app.app import app as client_app
-from server_app import strategy
-from server_app.strategy import RunFailed
+from fedtalora_flwr.server import exchange
+from fedtalora_flwr.server.failures import RunFailed
 
 pytestmark = pytest.mark.usefixtures("log_is_caught")
 
@@ -126,6 +126,6 @@ def test_closed_round_whose_replies_are_not_all_good_is_repeated_with_the_late_n
 
 
 def test_closed_round_that_is_repeated_in_vain_fails_by_name(slow, tmp_path, monkeypatch):
-    monkeypatch.setattr(strategy, "_GRACE", 0.0)
+    monkeypatch.setattr(exchange, "_GRACE", 0.0)
     with pytest.raises(RunFailed, match=r"round 2 has 1 good replies.*partition 1: no reply within 1 s"):
         tiny_run(tmp_path / "run", spoils, **(SETTINGS | {"round_timeout": 1.0}))

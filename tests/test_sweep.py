@@ -14,11 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedtalora_flwr import figures
 from fedtalora_flwr.config import ConfigError
-from fedtalora_flwr.report import study, write_study
-from fedtalora_flwr.settings import app_folder, sweeps
-from fedtalora_flwr.sweep import narrowed, read_plan, side_by_side
+from fedtalora_flwr.config.sources import app_folder, sweeps
+from fedtalora_flwr.launch.sweep import narrowed, read_plan, side_by_side
+from fedtalora_flwr.report import figures, study, write_study
 
 APP = app_folder()
 GRID = """# What is asked. Two minutes.
@@ -112,12 +111,12 @@ def test_a_sweep_that_cannot_be_is_refused_before_its_first_run(tmp_path, text, 
 
 def test_runs_side_by_side_are_as_many_as_the_cores_carry(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.setattr("fedtalora_flwr.sweep.play._available_bytes", lambda: 2**40)
+    monkeypatch.setattr("fedtalora_flwr.launch.sweep.play._available_bytes", lambda: 2**40)
     assert side_by_side(plan_of(tmp_path, "seeds = [1, 2, 3]")) == 3
     assert side_by_side(plan_of(tmp_path, "seeds = [1, 2, 3]\n[settings]\nthreads = 4")) == 2
     assert side_by_side(plan_of(tmp_path, 'seeds = [1, 2, 3]\nengine = "ray"')) == 1  # five clients a run
     assert side_by_side(plan_of(tmp_path, "seeds = [1, 2, 3]\njobs = 7")) == 7
-    monkeypatch.setattr("fedtalora_flwr.sweep.play._available_bytes", lambda: 5 * 2**30)
+    monkeypatch.setattr("fedtalora_flwr.launch.sweep.play._available_bytes", lambda: 5 * 2**30)
     assert side_by_side(plan_of(tmp_path, "seeds = [1, 2, 3]")) == 2
 
 

@@ -8,14 +8,14 @@ import torch
 from local_grid import defaults
 from torch import nn
 
-from fedtalora_flwr import heads, penalties, train
-from fedtalora_flwr.backbones import Backbone, resolve
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.heads import Classifier, FeatureSums, init_rows
-from fedtalora_flwr.lora import AdaptedModel
-from fedtalora_flwr.precision import Verdict
-from fedtalora_flwr.resident import build_model
-from fedtalora_flwr.train import Examples, autocast, compared_classes, count_correct, fit, sum_features
+from fedtalora_flwr.model import heads, penalties, train
+from fedtalora_flwr.model.backbones import Backbone, resolve
+from fedtalora_flwr.model.heads import Classifier, FeatureSums, init_rows
+from fedtalora_flwr.model.lora import AdaptedModel
+from fedtalora_flwr.model.precision import Verdict
+from fedtalora_flwr.model.session import build_model
+from fedtalora_flwr.model.train import Examples, autocast, compared_classes, count_correct, fit, sum_features
 
 NUM_CLASSES, CLASSES = 6, [1, 4]  # the task's classes, not in a row and not from 0
 NONE = penalties.resolve("none", {})

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("fedtalora_flwr", "server_app", "client_app", "tests/aggregation", "tests/test_imports.py", "pyproject.toml")
-FEDTALORA, BASE = "fedtalora_flwr/aggregation/fedtalora.py", "fedtalora_flwr/aggregation/base.py"
+FEDTALORA, BASE = "fedtalora_flwr/aggregation/methods/fedtalora.py", "fedtalora_flwr/aggregation/types.py"
+FACTORS, AVERAGING = "fedtalora_flwr/aggregation/factors.py", "fedtalora_flwr/aggregation/averaging.py"
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,19 @@ class Wound:
 
 WOUNDS = {
     "transposed residual": Wound(
-        FEDTALORA,
+        AVERAGING,
         "return lost.mul_(mean.scaling)",
         "return lost.mul_(mean.scaling).T",
         "tests/aggregation/test_fedtalora.py::test_residual_of_a_square_layer_is_not_transposed",
     ),
     "missing scaling of the residual": Wound(
-        FEDTALORA,
+        AVERAGING,
         "torch.tensordot(mean.scaling * contrast, spread_B, 1)",
         "torch.tensordot(contrast, spread_B, 1)",
         "tests/aggregation/test_fedtalora.py::test_residual_carries_the_scaling",
     ),
     "missing scaling of the product": Wound(
-        BASE,
+        FACTORS,
         "return self.scaling * (self.lora_B @ self.lora_A)",
         "return self.lora_B @ self.lora_A",
         "tests/aggregation/test_fedtalora.py::test_delta_is_scaling_times_b_times_a",
@@ -62,28 +63,28 @@ WOUNDS = {
         "tests/aggregation/test_exact_methods.py::test_order_of_replies_does_not_change_a_bit_of_the_aggregate",
     ),
     "plain mean of the heads": Wound(
-        "fedtalora_flwr/aggregation/head.py",
+        "fedtalora_flwr/aggregation/class_rows.py",
         "weights = update.class_counts[held] / totals[held]",
         "weights = torch.full_like(totals[held], 1 / len(updates))",
         "tests/aggregation/test_class_rows.py::test_class_row_is_averaged_over_the_clients_that_hold_the_class",
     ),
     "added instead of set": Wound(
-        "fedtalora_flwr/lora.py",
+        "fedtalora_flwr/model/lora.py",
         "torch.add(pristine, residual",
         "torch.add(weight, residual",
         "tests/aggregation/test_loaded_weights.py::test_loading_a_state_sets_the_weights_and_never_adds_to_them",
     ),
     "flwr in the pure core": Wound(
-        BASE,
+        FACTORS,
         "from torch import Tensor, nn\n",
         "from flwr.app import Message\nfrom torch import Tensor, nn\n",
         "tests/test_imports.py::test_part_of_the_library_imports_only_what_its_place_allows[aggregation]",
     ),
     "client in the server": Wound(
-        "server_app/strategy.py",
-        "import numpy as np\n",
-        "import numpy as np\nfrom client_app.app import train\n",
-        "tests/test_imports.py::test_server_and_client_never_import_each_other_and_the_library_imports_neither",
+        "fedtalora_flwr/server/exchange.py",
+        "import time\n",
+        "import time\nfrom fedtalora_flwr.client.handlers import train\n",
+        "tests/test_imports.py::test_server_and_client_never_import_each_other",
     ),
 }
 

@@ -97,7 +97,7 @@ class Node:
         return self.receive()
 
     def workers(self) -> set[int]:
-        return self._named("fedtalora_flwr.warm.worker", str(self.home))
+        return self._named("fedtalora_flwr.client.warm.worker", str(self.home))
 
     def messages(self) -> set[int]:
         return self._named("warm_node.py", "message", str(self.app))
@@ -145,7 +145,7 @@ def test_the_process_of_a_message_imports_flower_and_pythons_own_modules_alone()
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     # multiprocessing knows the main module by that name too
-    assert set(done.stdout.split()) - sys.stdlib_module_names == {"client_app", "fedtalora_flwr"} | {"__mp_main__"}
+    assert set(done.stdout.split()) - sys.stdlib_module_names == {"client_app", "fedtalora_flwr", "__mp_main__"}
 
 
 def test_messages_of_a_run_share_a_process_that_keeps_what_it_has(node: Node) -> None:
@@ -296,6 +296,6 @@ def test_flowers_messages_share_a_process_which_ends_with_flowers_supernode(
         outcome = lab.run(ROOT, settings | {"out": str(tmp_path / "out"), "node-timeout": 120.0}, seconds=200)
         assert outcome.status == COMPLETED, f"{outcome.details}\n{lab.tails()}"
         assert "process of its own" not in lab.nodes[0].log
-        (worker,) = (pid for pid, command in lab.processes().items() if "fedtalora_flwr.warm.worker" in command)
+        (worker,) = (pid for pid, command in lab.processes().items() if "fedtalora_flwr.client.warm.worker" in command)
         lab.nodes[0].kill(number)
         assert eventually(lambda: not psutil.pid_exists(worker))

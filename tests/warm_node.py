@@ -29,8 +29,8 @@ def message(line: str, app_folder: str) -> None:
     logging.getLogger("fedtalora.warm").addHandler(handler)
     sys.path.insert(0, app_folder)
     importlib.import_module("toyapp")
-    caller = importlib.import_module("fedtalora_flwr.warm.caller")
-    from fedtalora_flwr import warm
+    caller = importlib.import_module("fedtalora_flwr.client.warm.caller")
+    from fedtalora_flwr.client import warm
 
     asked: dict[str, Any] = json.loads(line)
     caller.IDLE_SECONDS, caller.SILENT_SECONDS = asked["idle_seconds"], asked["silent_seconds"]

@@ -1,9 +1,9 @@
-"""Methods: pure tensors in, pure tensors out. A file here with ``create`` is a method."""
+"""The algebra: pure tensors in, pure tensors out. Every file of `methods` is a method."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from fedtalora_flwr import registry
-from fedtalora_flwr.aggregation.base import FACTORS, Aggregator, ClientUpdate, GlobalState, LoraFactors, Method
+from fedtalora_flwr.aggregation.factors import FACTORS, LoraFactors, Step, kept_energy
 from fedtalora_flwr.aggregation.intake import BadUpdate, check_update, far_off, outliers, update_norm
 from fedtalora_flwr.aggregation.slots import (
     ClusteredState,
@@ -13,9 +13,10 @@ from fedtalora_flwr.aggregation.slots import (
     place_name,
     slots_exactness_error,
 )
-from fedtalora_flwr.aggregation.step import Step, kept_energy
+from fedtalora_flwr.aggregation.types import Aggregator, ClientUpdate, GlobalState, Method
 from fedtalora_flwr.aggregation.verify import exactness_error
 from fedtalora_flwr.aggregation.weights import Weighing, capped
+from fedtalora_flwr.config import registry
 
 __all__ = [
     "FACTORS",
@@ -47,16 +48,18 @@ __all__ = [
 
 def available() -> tuple[str, ...]:
     """List the methods there are."""
-    return registry.available(__name__)
+    return registry.available(registry.PACKAGES["method"])
 
 
-def resolve(name: str, **settings: Any) -> Method:
-    """Build the method `name`, an `Aggregator` or `SlotAggregator`, e.g. ``resolve("fedtalora", residual="replace")``.
+def resolve(name: str, settings: Mapping[str, Any] | None = None) -> Method:
+    """Build the method `name`, e.g. ``resolve("fedtalora", {"residual": "replace"})``.
+
+    It is an `Aggregator` or a `SlotAggregator`.
 
     Raises
     ------
     ValueError
         If there is no such method, or a setting of it cannot be.
     """
-    method: Method = registry.build(__name__, name, settings)
+    method: Method = registry.build(registry.PACKAGES["method"], name, settings or {})
     return method

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import torch
 
-from fedtalora_flwr.aggregation.base import FACTORS, ClientUpdate, GlobalState
-from fedtalora_flwr.aggregation.step import Step
+from fedtalora_flwr.aggregation.factors import FACTORS, Step
+from fedtalora_flwr.aggregation.types import ClientUpdate, GlobalState
 from fedtalora_flwr.aggregation.weights import capped, further
 
 Key = TypeVar("Key", bound=Hashable)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedtalora_flwr.aggregation.base import LoraFactors
+from fedtalora_flwr.aggregation.factors import LoraFactors
 
 Adapters = Mapping[str, LoraFactors]
 

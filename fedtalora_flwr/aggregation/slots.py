@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedtalora_flwr.aggregation.base import ClientUpdate, GlobalState, Method, example_weights
+from fedtalora_flwr.aggregation.types import ClientUpdate, GlobalState, Method, example_weights
 from fedtalora_flwr.aggregation.verify import exactness_error
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fedtalora_flwr.aggregation.base import ClientUpdate, GlobalState, LoraFactors
+from fedtalora_flwr.aggregation.factors import LoraFactors
+from fedtalora_flwr.aggregation.types import ClientUpdate, GlobalState
 
 
 def exactness_error(state: GlobalState, updates: Sequence[ClientUpdate], new_state: GlobalState) -> float:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedtalora_flwr.aggregation.base import ClientUpdate, GlobalState, in_summation_order
+from fedtalora_flwr.aggregation.types import ClientUpdate, GlobalState, in_summation_order
 
 _ITERATIONS, _SMALLEST = 100, 1e-6  # of the geometric median; relative to the largest distance
 

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fedtalora_flwr import registry
+from fedtalora_flwr.config import registry
 from fedtalora_flwr.data.classes import ClassList, HeldClass, TooFewClasses
 from fedtalora_flwr.data.images import load_images, stack_images, stored_side
 from fedtalora_flwr.data.own import OwnData, OwnReader
 from fedtalora_flwr.data.source import DataError, Source, Split, take, tidy
-from fedtalora_flwr.data.stream import PARTITIONS, TASK_ORDERS, TaskStream, build_stream
+from fedtalora_flwr.data.stream import PARTITIONS, TASK_ORDERS, Share, TaskStream, build_stream
 
 SOURCES = registry.PACKAGES["dataset"]
 
@@ -21,6 +21,7 @@ __all__ = [
     "HeldClass",
     "OwnData",
     "OwnReader",
+    "Share",
     "Source",
     "Split",
     "TaskStream",
@@ -43,7 +44,7 @@ def load_source(dataset: str, settings: Mapping[str, Any]) -> Source:
     dataset
         Name of a file in `sources`, with an argument after a colon where it takes one (``hub:owner/name``).
     settings
-        Settings by snake_case name, e.g. ``dataclasses.asdict(config)``; ``test_fraction``, ``max_per_class``
+        Settings by snake_case name, e.g. ``config.settings``; ``test_fraction``, ``max_per_class``
         and ``seed`` are required, the rest as the source's ``create`` names them.
 
     Raises

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtalora_flwr import registry
+from fedtalora_flwr.config import registry
 from fedtalora_flwr.data.partitions import Partitioner
 from fedtalora_flwr.data.source import Ints, Source
 
@@ -16,6 +16,22 @@ TASK_ORDERS = ("seeded", "given", "domain")
 
 _CLASS_ORDER = 1_000_003  # purpose of a seed; tasks use [seed, task_id]
 _SLOT_ORDER = 1_000_033  # of a client's numbering of its tasks, with its partition id
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a partition holds of a data set that all processes read.
+
+    Parameters
+    ----------
+    partition_hash
+        SHA-256 over the row numbers and labels, all tasks.
+    class_counts
+        (C,) int64, training examples of each class.
+    """
+
+    partition_hash: str
+    class_counts: Ints  # (C,)
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,13 @@ class TaskStream:
             for numbers in ([task_id, len(rows)], rows, labels[rows]):
                 digest.update(np.asarray(numbers, dtype="<i8").tobytes())
         return digest.hexdigest()
+
+    def shares(self, labels: Ints) -> list["Share"]:
+        """Say what each partition holds, in order of partition id; `labels` (N,) are those of the training split."""
+        counts = self.class_counts(labels)
+        return [
+            Share(self.partition_hash(labels, partition), counts[partition]) for partition in range(self.num_partitions)
+        ]
 
     def test_rows(self, labels: Ints, task_id: int) -> Ints:
         """List the rows of a task's classes.

@@ -84,7 +84,7 @@ def supernode_command(
     port
         Port on loopback, for the node's own ClientApps; each node of a machine needs another.
     warm
-        Keep libraries, model and data in memory between messages (see `fedtalora_flwr.warm`).
+        Keep libraries, model and data in memory between messages (see `fedtalora_flwr.client.warm`).
 
     Raises
     ------

@@ -1,11 +1,10 @@
 """The folder that a machine keeps of a federation, and how private files are written there."""
 
-import contextlib
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from fedtalora_flwr.config.whole import whole_file
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_-]{0,30}[A-Za-z0-9])?")
 
@@ -139,15 +138,5 @@ def write_public(path: Path, content: bytes) -> None:
 
 
 def _write(path: Path, content: bytes, *, mode: int) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # 0600 from the start
-    try:
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(handle, mode)
-            file.write(content)
-            file.flush()
-            os.fsync(handle)
-        Path(name).replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(name).unlink()
-        raise
+    with whole_file(path, mode=mode) as part:
+        part.write_bytes(content)

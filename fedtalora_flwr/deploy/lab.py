@@ -235,7 +235,7 @@ def _call(lab: Lab, host: str, name: str, words: tuple[str, ...], stdin: bytes) 
     """Run a command of ours on a machine, for the folder of one process, and return what it prints."""
     arguments = [*words, "--dir", f"{lab.folder}/{name}"]
     if host == LOCAL:
-        command = [sys.executable, "-m", "fedtalora_flwr.cli", *arguments]
+        command = [sys.executable, "-m", "fedtalora_flwr.cli.app", *arguments]
     else:
         command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", host, "--"]
         command.append(shlex.join([lab.program, *arguments]))  # ssh hands one string to the shell there

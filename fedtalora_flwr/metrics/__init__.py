@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fedtalora_flwr import registry
+from fedtalora_flwr.config import registry
 from fedtalora_flwr.metrics.matrix import TaskMatrix
 
 __all__ = ["TaskMatrix", "available", "measured"]

@@ -10,10 +10,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fedtalora_flwr import figures
+from fedtalora_flwr.report import figures
 from fedtalora_flwr.report.html import picture, render, write_whole
 from fedtalora_flwr.report.measures import MEASURES, points
-from fedtalora_flwr.report.record import NOT_A_SETTING_OF_THE_METHOD, RunRecord, read_run, setting_text
+from fedtalora_flwr.run_folder.reader import NOT_A_SETTING_OF_THE_METHOD, RunRecord, read_run, setting_text
 
 
 @dataclass(frozen=True)

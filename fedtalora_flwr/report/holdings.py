@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from rich.table import Table
 from rich.text import Text
 
-from fedtalora_flwr import figures
+from fedtalora_flwr.report import figures
 from fedtalora_flwr.report.html import Picture, picture, render, write_whole
 
 

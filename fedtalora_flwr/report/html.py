@@ -1,6 +1,5 @@
 """Fill in and write the pages, each one file that opens offline."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from fedtalora_flwr import figures
+from fedtalora_flwr.config.whole import write_text
+from fedtalora_flwr.report import figures
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def render(template: str, **values: Any) -> str:
     """Fill in a template of this package."""
     # Class names, failure reasons and settings come from other machines: everything is escaped but our SVGs.
     environment = Environment(
-        loader=PackageLoader("fedtalora_flwr"),
+        loader=PackageLoader("fedtalora_flwr.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -50,12 +50,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def write_whole(path: Path, content: str) -> Path:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all, in a folder that is made where it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(content, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_text(path, content)
     return path

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedtalora_flwr.words import human_bytes, human_time
+from fedtalora_flwr.config.units import human_bytes, human_time
 
 
 def percent(share: float) -> str:

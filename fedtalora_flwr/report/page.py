@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from fedtalora_flwr import figures
+from fedtalora_flwr.config.units import human_bytes
+from fedtalora_flwr.report import figures
 from fedtalora_flwr.report.holdings import class_picture
 from fedtalora_flwr.report.html import Picture, picture, render, save, write_whole
 from fedtalora_flwr.report.measures import count, duration, percent, points
-from fedtalora_flwr.report.record import NOT_A_SETTING_OF_THE_METHOD, RunRecord, number, read_run, setting_text
-from fedtalora_flwr.words import human_bytes
+from fedtalora_flwr.run_folder.reader import NOT_A_SETTING_OF_THE_METHOD, RunRecord, number, read_run, setting_text
 
 _LONGEST_ON_A_COMMAND_LINE = 80
 _MOST_FAILURES_SHOWN = 200

@@ -13,11 +13,11 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from fedtalora_flwr import figures
+from fedtalora_flwr.config.units import human_bytes
+from fedtalora_flwr.report import figures
 from fedtalora_flwr.report.html import Picture, picture, render, save, write_whole
 from fedtalora_flwr.report.measures import duration, points
-from fedtalora_flwr.report.record import RunRecord, number, read_run
-from fedtalora_flwr.words import human_bytes
+from fedtalora_flwr.run_folder.reader import RunRecord, number, read_run
 
 _MOST_PICTURES = 24
 _WIDE = 160  # characters that all columns need

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtalora_flwr.report.measures import MEASURES, points
-from fedtalora_flwr.report.record import RunRecord
+from fedtalora_flwr.run_folder.reader import RunRecord
 
 
 def print_table(run: RunRecord, console: Console) -> None:

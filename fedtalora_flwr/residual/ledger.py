@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from fedtalora_flwr.aggregation.step import Step
-from fedtalora_flwr.residual.base import ZERO, Base, Parcel
+from fedtalora_flwr.aggregation.factors import Step, num_sent
+from fedtalora_flwr.residual.version import ZERO, Patch, ResidualVersion
 
 
 class Ledger:
@@ -26,22 +26,22 @@ class Ledger:
     """
 
     def __init__(self, residual: Mapping[str, Tensor]) -> None:
-        self.base = Base(residual)
+        self.base = ResidualVersion(residual)
         self.held: dict[int, str | None] = {}
         self._chain = [self.base.digest]
         self._steps: list[Mapping[str, Step]] = []  # _steps[i] leads from _chain[i] to _chain[i + 1]
-        self._parcels: dict[str | None, Parcel] = {}
+        self._patches: dict[str | None, Patch] = {}
 
     def advance(self, residual: Mapping[str, Tensor], step: Mapping[str, Step]) -> None:
         """Take in the residual of a new state, and the step that led there where it has one."""
-        self.base = Base(residual)
-        self._parcels.clear()
+        self.base = ResidualVersion(residual)
+        self._patches.clear()
         if self.base.digest == self._chain[-1]:
             return
         self._chain.append(self.base.digest)
         self._steps.append(step)
         dense = sum(value.numel() for value in residual.values())
-        while self._steps and sum(_numel(step, residual) for step in self._steps) >= dense:
+        while self._steps and sum(num_sent(step, residual) for step in self._steps) >= dense:
             del self._steps[0], self._chain[0]  # whoever holds that base is better served with the dense one
 
     def acknowledge(self, partition_id: int) -> None:
@@ -53,22 +53,22 @@ class Ledger:
         there = set(digests)
         self.held[partition_id] = next((digest for digest in reversed(self._chain) if digest in there), None)
 
-    def parcel(self, partition_id: int) -> Parcel:
+    def patch(self, partition_id: int) -> Patch:
         """Give what a client needs, each module in steps or dense, whichever holds fewer numbers.
 
         Clients that hold the same base share one object.
         """
         held = self.held.get(partition_id, ZERO.digest)
-        if held not in self._parcels:
-            self._parcels[held] = self._packed(held)
-        return self._parcels[held]
+        if held not in self._patches:
+            self._patches[held] = self._packed(held)
+        return self._patches[held]
 
-    def _packed(self, held: str | None) -> Parcel:
+    def _packed(self, held: str | None) -> Patch:
         residual, target = self.base.residual, self.base.digest
         if held == target:
-            return Parcel((target,))
+            return Patch((target,))
         if held not in self._chain:
-            return Parcel((target,), dense=residual)
+            return Patch((target,), dense=residual)
         steps = self._steps[self._chain.index(held) :]
         dense = {
             name: value
@@ -76,10 +76,6 @@ class Ledger:
             if sum(step[name].numel if name in step else value.numel() for step in steps) >= value.numel()
         }
         if len(dense) == len(residual):
-            return Parcel((target,), dense=residual)
+            return Patch((target,), dense=residual)
         rest = tuple({name: change for name, change in step.items() if name not in dense} for step in steps)
-        return Parcel(tuple(self._chain[self._chain.index(held) :]), rest, dense)
-
-
-def _numel(step: Mapping[str, Step], residual: Mapping[str, Tensor]) -> int:
-    return sum(step[name].numel if name in step else value.numel() for name, value in residual.items())
+        return Patch(tuple(self._chain[self._chain.index(held) :]), rest, dense)

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from fedtalora_flwr.aggregation.slots import ClusteredState, Slot
-from fedtalora_flwr.residual.base import Parcel
 from fedtalora_flwr.residual.ledger import Ledger
+from fedtalora_flwr.residual.version import Patch
 
 
 class SlotLedger(Ledger):
@@ -42,7 +42,7 @@ class SlotLedger(Ledger):
         for ledger in self._of.values():
             ledger.report(partition_id, there)
 
-    def slot_parcel(self, slot: Slot) -> Parcel:
+    def slot_patch(self, slot: Slot) -> Patch:
         """Give what a slot's client needs to reach the base of the slot."""
         place = self._state.place(slot)
-        return self.parcel(slot.partition_id) if place is None else self._of[place].parcel(slot.partition_id)
+        return self.patch(slot.partition_id) if place is None else self._of[place].patch(slot.partition_id)

@@ -15,7 +15,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fedtalora_flwr.residual.base import ZERO, Base, Parcel
+from fedtalora_flwr.config.whole import whole_file
+from fedtalora_flwr.residual.version import ZERO, Patch, ResidualVersion
 
 log = logging.getLogger("fedtalora.client")
 
@@ -23,7 +24,7 @@ _KEPT = 2  # files that stay whatever their size: the newest base, and the one b
 _ABANDONED = 3600.0  # seconds after which a half-written file has no writer any more
 
 
-class BaseMissing(ValueError):
+class VersionMissing(ValueError):
     """The server's base cannot be reached from what is held.
 
     Parameters
@@ -39,7 +40,7 @@ class BaseMissing(ValueError):
         self.held = held
 
 
-class BaseStore:
+class VersionStore:
     """The bases that a client holds.
 
     Parameters
@@ -59,53 +60,53 @@ class BaseStore:
         """List what is held, in memory and on disk."""
         return sorted({ZERO.digest, self._last.digest, *(path.stem for path, _ in self._files())})
 
-    def reach(self, parcel: Parcel) -> Base:
+    def reach(self, patch: Patch) -> ResidualVersion:
         """Reach the server's base from the nearest one held, and keep it.
 
         Raises
         ------
-        BaseMissing
+        VersionMissing
             If no base held is on the chain, or what it leads to is not the server's base.
         """
-        start = next((base for digest in reversed(parcel.chain) if (base := self._find(digest))), None)
-        if start is not None and start.digest == parcel.target:
+        start = next((base for digest in reversed(patch.chain) if (base := self._find(digest))), None)
+        if start is not None and start.digest == patch.target:
             self._last = start
             return start
-        if start is None and (parcel.steps or not parcel.dense):
-            wanted = ", ".join(digest[:12] for digest in parcel.chain)
+        if start is None and (patch.steps or not patch.dense):
+            wanted = ", ".join(digest[:12] for digest in patch.chain)
             # Only what is in memory is sure: an older file may be damaged too, and the server is asked but once.
-            raise BaseMissing(f"holds none of the bases {wanted}", held=[ZERO.digest, self._last.digest])
-        base = parcel.applied_to(start or ZERO)
-        if base.digest != parcel.target:
+            raise VersionMissing(f"holds none of the bases {wanted}", held=[ZERO.digest, self._last.digest])
+        base = patch.applied_to(start or ZERO)
+        if base.digest != patch.target:
             self._forget(start or ZERO)
-            raise BaseMissing(f"came to base {base.digest[:12]}, the server is at {parcel.target[:12]}", held=[])
+            raise VersionMissing(f"came to base {base.digest[:12]}, the server is at {patch.target[:12]}", held=[])
         self._last = base
         self._write(base)
         return base
 
-    def reach_all(self, parcels: Iterable[Parcel]) -> dict[str, Base]:
+    def reach_all(self, patches: Iterable[Patch]) -> dict[str, ResidualVersion]:
         """Reach several bases, by digest, however few of them the store can keep.
 
         Raises
         ------
-        BaseMissing
+        VersionMissing
             If one cannot be reached. It asks for all of them whole: reaching some may have pushed out others.
         """
-        reached: dict[str, Base] = {}
-        for parcel in parcels:
+        reached: dict[str, ResidualVersion] = {}
+        for patch in patches:
             try:
-                reached[parcel.target] = reached.get(parcel.target) or self.reach(parcel)
-            except BaseMissing as missing:
-                raise BaseMissing(str(missing), held=[]) from missing
+                reached[patch.target] = reached.get(patch.target) or self.reach(patch)
+            except VersionMissing as missing:
+                raise VersionMissing(str(missing), held=[]) from missing
         return reached
 
-    def _find(self, digest: str) -> Base | None:
+    def _find(self, digest: str) -> ResidualVersion | None:
         for base in (self._last, ZERO):
             if base.digest == digest:
                 return base
         path = self._path(digest)
         try:
-            base = Base(load_file(path))
+            base = ResidualVersion(load_file(path))
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError) as error:
@@ -120,19 +121,16 @@ class BaseStore:
             os.utime(path)
         return base
 
-    def _write(self, base: Base) -> None:
+    def _write(self, base: ResidualVersion) -> None:
         path = self._path(base.digest)
         if path.exists():
             return
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.contiguous() for name, value in base.residual.items()}, part)
-            part.replace(path)  # not flushed to the disk: a torn file is found out by its hash
+            with whole_file(path, flush=False) as part:  # a torn file is found out by its hash
+                save_file({name: value.contiguous() for name, value in base.residual.items()}, part)
             self._make_room()
         except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                part.unlink()
             log.warning("the base is not kept on disk, a restarted client will ask for it whole: %s", error)
 
     def _make_room(self) -> None:
@@ -146,7 +144,7 @@ class BaseStore:
                 if time.time() - part.stat().st_mtime > _ABANDONED:
                     part.unlink()
 
-    def _forget(self, base: Base) -> None:
+    def _forget(self, base: ResidualVersion) -> None:
         self._last = ZERO
         _discard(self._path(base.digest))
 

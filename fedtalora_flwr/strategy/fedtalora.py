@@ -6,7 +6,7 @@ which accumulates:
     R_{t+1} = R_t + s * sum_k p_k (B_k - Bbar)(A_k - Abar)
 
 A client sets ``W = W_0 + R``. So the model ``W_0 + R_{t+1} + s Bbar Abar`` is the weighted mean of the clients' models
-(see `fedtalora_flwr.aggregation.fedtalora`, which does the sum). All other trainable parameters are averaged by
+(see `fedtalora_flwr.aggregation.methods.fedtalora`, which does the sum). All other trainable parameters are averaged by
 Flower's own code.
 """
 
@@ -34,7 +34,7 @@ from fedtalora_flwr.aggregation import (
     check_update,
     resolve,
 )
-from fedtalora_flwr.aggregation.step import added, pays
+from fedtalora_flwr.aggregation.factors import added, pays
 from fedtalora_flwr.strategy.arrays import PeftArrays, tensor_of
 
 Layout = tuple[tuple[str, int], ...]
@@ -65,7 +65,7 @@ class FedTaLoRA(FedAvg):
         if residual not in ("accumulate", "off"):
             raise ValueError(f"residual must be accumulate or off, got {residual!r}")
         self.residual = residual
-        aggregator = resolve("fedtalora", residual=residual)
+        aggregator = resolve("fedtalora", {"residual": residual})
         assert isinstance(aggregator, Aggregator)
         self._aggregator = aggregator
 

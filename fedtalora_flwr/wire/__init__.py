@@ -1,11 +1,27 @@
 """Between Flower's records and our types: with `inprocess`, of the library's parts the one that knows Flower.
 
 The tensors of a record travel as one array. A tensor's key is its part and its place: ``lora_A/<module>``,
-``lora_B/<module>``, ``head/<parameter>``; of the base (see `Parcel`) ``left <i>/<module>`` and ``right <i>/<module>``
+``lora_B/<module>``, ``head/<parameter>``; of the base (see `Patch`) ``left <i>/<module>`` and ``right <i>/<module>``
 for the i-th step, ``dense/<module>``. Scalars travel in config and metric records under kebab-case keys.
 """
 
-from fedtalora_flwr.wire.factors import frozen_digest
+from fedtalora_flwr.wire.bundle import bundle, unbundle
+from fedtalora_flwr.wire.down import (
+    RoundOrder,
+    add_before,
+    add_patch,
+    before_of,
+    pack_patch,
+    pack_state,
+    read_memory,
+    read_patch,
+    read_state,
+    read_version_missing,
+    state_message,
+    tells_before,
+    version_missing_reply,
+)
+from fedtalora_flwr.wire.errors import WireError, error_text, node_is_gone
 from fedtalora_flwr.wire.hello import (
     Hello,
     claimed_partition,
@@ -15,21 +31,8 @@ from fedtalora_flwr.wire.hello import (
     read_hello,
     tell_classes,
 )
-from fedtalora_flwr.wire.parcel import (
-    add_before,
-    add_parcel,
-    base_missing_reply,
-    before_of,
-    pack_parcel,
-    read_base_missing,
-    read_parcel,
-    tells_before,
-)
-from fedtalora_flwr.wire.records import ARRAYS, HELLO, METRICS, ORDER
-from fedtalora_flwr.wire.refusal import WireError, error_text, node_is_gone
+from fedtalora_flwr.wire.records import ARRAYS, HELLO, METRICS, ORDER, frozen_digest
 from fedtalora_flwr.wire.room import Room
-from fedtalora_flwr.wire.slots import bundle, unbundle
-from fedtalora_flwr.wire.state import RoundOrder, pack_state, read_memory, read_state, state_message
 from fedtalora_flwr.wire.sums import (
     fisher_reply,
     hits_reply,
@@ -54,8 +57,7 @@ __all__ = [
     "RoundOrder",
     "WireError",
     "add_before",
-    "add_parcel",
-    "base_missing_reply",
+    "add_patch",
     "before_of",
     "bundle",
     "claimed_partition",
@@ -68,10 +70,9 @@ __all__ = [
     "message_bytes",
     "node_is_gone",
     "odd_reply",
-    "pack_parcel",
+    "pack_patch",
     "pack_state",
     "partition_of",
-    "read_base_missing",
     "read_classes",
     "read_drift",
     "read_fisher",
@@ -79,14 +80,16 @@ __all__ = [
     "read_hits",
     "read_means",
     "read_memory",
-    "read_parcel",
+    "read_patch",
     "read_state",
     "read_sums",
     "read_update",
+    "read_version_missing",
     "state_message",
     "sums_reply",
     "tell_classes",
     "tells_before",
     "unbundle",
     "update_reply",
+    "version_missing_reply",
 ]

@@ -10,11 +10,19 @@ from torch import Tensor
 
 import fedtalora_flwr
 from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.config.units import one_line
 from fedtalora_flwr.data import ClassList, HeldClass
-from fedtalora_flwr.wire.counts import MOST_EXAMPLES, whole_numbers
-from fedtalora_flwr.wire.records import ARRAYS, CLASSES, HELD, HELLO, array_record, read_arrays
-from fedtalora_flwr.wire.refusal import WireError, check_library
-from fedtalora_flwr.words import one_line
+from fedtalora_flwr.wire.errors import WireError, check_library
+from fedtalora_flwr.wire.records import (
+    ARRAYS,
+    CLASSES,
+    HELD,
+    HELLO,
+    MOST_EXAMPLES,
+    array_record,
+    read_arrays,
+    whole_numbers,
+)
 
 _LONGEST_NAME, _LONGEST_REMARK, _MOST_NAMES = 200, 500, 10_000  # of one node
 

@@ -11,9 +11,9 @@ from typing import NoReturn
 from torch import Tensor
 
 from fedtalora_flwr.aggregation import LoraFactors
-from fedtalora_flwr.residual import Parcel
-from fedtalora_flwr.wire.factors import pack_factors
-from fedtalora_flwr.wire.refusal import WireError
+from fedtalora_flwr.residual import Patch
+from fedtalora_flwr.wire.errors import WireError
+from fedtalora_flwr.wire.records import pack_factors
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ class Room:
         """Refuse pairs that are not the model's."""
         self.require_factors("the pair's factor", pack_factors(adapters))
 
-    def require_parcel(self, parcel: Parcel) -> None:
+    def require_patch(self, patch: Patch) -> None:
         """Refuse steps and residuals of layers that the model does not adapt, or of another shape than theirs."""
-        for name, value in parcel.dense.items():
+        for name, value in patch.dense.items():
             if tuple(value.shape) != (layer := self._layer(name)):
                 self._refuse(f"the residual of {name}", value, layer)
-        for step in parcel.steps:
+        for step in patch.steps:
             for name, change in step.items():
                 layer, inner = self._layer(name), change.left.shape[-1]
                 if layer is None or tuple(change.left.shape) != (layer[0], inner):

@@ -8,10 +8,20 @@ from flwr.app import Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedtalora_flwr.aggregation import BadUpdate, GlobalState
-from fedtalora_flwr.heads import FeatureRoot, FeatureSums
-from fedtalora_flwr.wire.counts import COUNTS, MOST_EXAMPLES, class_numbers, pack_counts, read_counts
-from fedtalora_flwr.wire.factors import pack_factors
-from fedtalora_flwr.wire.records import ARRAYS, DRIFT, METRICS, array_record, read_arrays
+from fedtalora_flwr.model.heads import FeatureRoot, FeatureSums
+from fedtalora_flwr.wire.records import (
+    ARRAYS,
+    COUNTS,
+    DRIFT,
+    METRICS,
+    MOST_EXAMPLES,
+    array_record,
+    class_numbers,
+    pack_counts,
+    pack_factors,
+    read_arrays,
+    read_counts,
+)
 
 
 def sums_reply(root: FeatureRoot, drift: Tensor | None = None) -> RecordDict:

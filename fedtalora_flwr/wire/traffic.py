@@ -9,8 +9,8 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 
+from fedtalora_flwr.config.units import human_bytes
 from fedtalora_flwr.wire.records import ARRAYS, BASE, DRIFT, HELD, HELLO, METRICS
-from fedtalora_flwr.words import human_bytes
 
 _MOST_REST = 2**24  # bytes of what is not a tensor: names of classes, numbers
 

@@ -9,9 +9,19 @@ from flwr.app import Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fedtalora_flwr.aggregation import FACTORS, BadUpdate, ClientUpdate, GlobalState, LoraFactors
-from fedtalora_flwr.wire.counts import COUNTS, class_numbers, pack_counts, read_counts
-from fedtalora_flwr.wire.factors import frozen_factors, pack_factors, read_factors
-from fedtalora_flwr.wire.records import ARRAYS, METRICS, array_record, read_arrays
+from fedtalora_flwr.wire.records import (
+    ARRAYS,
+    COUNTS,
+    METRICS,
+    array_record,
+    class_numbers,
+    frozen_factors,
+    pack_counts,
+    pack_factors,
+    read_arrays,
+    read_counts,
+    read_factors,
+)
 
 
 def update_reply(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedtalora_flwr.aggregation import ClientUpdate, GlobalState, LoraFactors, Method, resolve
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.settings import defaults
+from fedtalora_flwr.config.sources import defaults
 
 LAYERS = {"blocks.0.attn.qkv": (7, 5), "blocks.1.mlp.fc2": (3, 11)}  # (d_out, d_in), unequal on purpose
 NUM_CLASSES, FEATURE_DIM = 4, 6
@@ -19,7 +19,7 @@ SETTINGS = asdict(RunConfig.parse(defaults(Path(__file__).parents[2])))
 
 def build(name: str) -> Method:
     """A method as a run with the defaults has it."""
-    return resolve(name, **SETTINGS)
+    return resolve(name, SETTINGS)
 
 
 def draw(seed: int) -> torch.Generator:
@@ -130,4 +130,5 @@ def tensors_of(parts: GlobalState | ClientUpdate) -> dict[str, Tensor]:
         found |= {f"lora_A/{name}": pair.lora_A, f"lora_B/{name}": pair.lora_B}
     if isinstance(parts, GlobalState):
         found |= {f"residual/{name}": value for name, value in parts.residual.items()}
+        found |= {f"extra/{name}": value for name, value in parts.extra.items()}
     return found

@@ -44,7 +44,7 @@ def test_what_averaging_loses_is_not_worked_out_where_nobody_uses_it():
 
 def test_fedit_is_fedtalora_without_its_residual():
     state, updates = start()
-    fedit, off = resolve("fedit"), resolve("fedtalora", residual="off")
+    fedit, off = resolve("fedit"), resolve("fedtalora", {"residual": "off"})
     got, wanted = tensors_of(fedit.aggregate(state, updates)), tensors_of(off.aggregate(state, updates))
     assert got.keys() == wanted.keys() and not fedit.exact
     assert all(torch.equal(got[key], wanted[key]) for key in wanted)
@@ -52,7 +52,7 @@ def test_fedit_is_fedtalora_without_its_residual():
 
 def test_fedit_stays_plain_whatever_the_setting_of_the_residual():
     state, updates = start()
-    assert resolve("fedit", residual="accumulate").aggregate(state, updates).residual == {}
+    assert resolve("fedit", {"residual": "accumulate"}).aggregate(state, updates).residual == {}
 
 
 def test_ffa_lora_keeps_lora_a_to_the_bit_over_rounds_and_leaves_no_residual():
@@ -112,11 +112,11 @@ def test_flora_draws_another_pair_for_every_round_and_seed_and_the_same_for_the_
     state, updates = start()
     later = replace(state, version=1)
     drawn = {
-        (seed, given.version): resolve("flora", seed=seed).aggregate(given, updates).adapters["blocks.0.attn.qkv"]
+        (seed, given.version): resolve("flora", {"seed": seed}).aggregate(given, updates).adapters["blocks.0.attn.qkv"]
         for seed in (0, 1)
         for given in (state, later)
     }
-    again = resolve("flora", seed=1).aggregate(later, updates).adapters["blocks.0.attn.qkv"]
+    again = resolve("flora", {"seed": 1}).aggregate(later, updates).adapters["blocks.0.attn.qkv"]
     assert torch.equal(again.lora_A, drawn[1, 1].lora_A)
     starts = [pair.lora_A for pair in drawn.values()]
     assert not any(torch.equal(a, b) for i, a in enumerate(starts) for b in starts[:i])

@@ -89,7 +89,7 @@ def test_residual_accumulates_over_rounds_and_does_not_replace():
 
 
 def test_replace_errs_by_exactly_what_had_accumulated():
-    generator, method = draw(1), resolve("fedtalora", residual="replace")
+    generator, method = draw(1), resolve("fedtalora", {"residual": "replace"})
     assert not method.exact
     pristine, state = pristine_weights(generator), make_state(generator)
     first = method.aggregate(state, make_updates(state, [0, 1, 2], generator=generator))
@@ -103,7 +103,7 @@ def test_replace_errs_by_exactly_what_had_accumulated():
 
 
 def test_off_sends_no_residual_and_errs_in_the_first_round():
-    generator, method = draw(2), resolve("fedtalora", residual="off")
+    generator, method = draw(2), resolve("fedtalora", {"residual": "off"})
     assert not method.exact
     pristine, state = pristine_weights(generator), make_state(generator)
     updates = make_updates(state, [0, 1, 2], generator=generator)
@@ -115,7 +115,7 @@ def test_off_sends_no_residual_and_errs_in_the_first_round():
 
 @pytest.mark.parametrize("residual", ["replace", "off"])
 def test_ablations_are_not_exact_over_several_rounds(residual):
-    generator, method = draw(3), resolve("fedtalora", residual=residual)
+    generator, method = draw(3), resolve("fedtalora", {"residual": residual})
     state = make_state(generator)
     for _ in range(4):
         updates = make_updates(state, [0, 1, 2], generator=generator, spread=0.5)
@@ -191,7 +191,7 @@ def test_clients_of_another_rank_that_learned_nothing_leave_a_pair_that_can_be_t
 
 def test_unknown_residual_is_refused_with_the_choices():
     with pytest.raises(ValueError, match="accumulate, replace, off, got 'keep'"):
-        resolve("fedtalora", residual="keep")
+        resolve("fedtalora", {"residual": "keep"})
 
 
 def test_updates_without_an_example_are_refused():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from made_updates import draw, effective, relative_error, tensors_of
 
 from fedtalora_flwr.aggregation import ClientUpdate, GlobalState, LoraFactors, resolve, slots_exactness_error
-from fedtalora_flwr.aggregation.fl_tac import FLTAC, ClusteredState, Slot
+from fedtalora_flwr.aggregation.methods.fl_tac import FLTAC, ClusteredState, Slot
 
 SHAPES = {"attn.qkv": (24, 16), "mlp.fc2": (10, 30)}  # (d_out, d_in)
 RANK, SCALING = 2, 2.0
@@ -333,7 +333,7 @@ def test_settings_that_cannot_be_are_refused(settings, text):
 
 def test_truncated_residuals_are_refused_as_their_debt_would_stay_with_a_cluster_that_is_left():
     with pytest.raises(ValueError, match=r"residual-energy is 0\.5; with method fl-tac it must be 1"):
-        resolve("fl-tac", residual_energy=0.5)
+        resolve("fl-tac", {"residual_energy": 0.5})
 
 
 @pytest.mark.parametrize("seed", [2**32, 2**63 - 1])

@@ -8,8 +8,8 @@ from made_updates import LAYERS, draw, effective, make_state, make_updates, mean
 from torch import Tensor, nn
 
 from fedtalora_flwr.aggregation import resolve
-from fedtalora_flwr.backbones.base import Backbone, find_placement
-from fedtalora_flwr.lora import AdaptedModel
+from fedtalora_flwr.model.backbones.base import Backbone, find_placement
+from fedtalora_flwr.model.lora import AdaptedModel
 
 ROLES = {"qkv": ("attn.qkv",), "fc2": ("mlp.fc2",)}
 

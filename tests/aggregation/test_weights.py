@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_updates import BOTH, SETTINGS, build, draw, make_state, make_update
 
-from fedtalora_flwr import config
 from fedtalora_flwr.aggregation import ClientUpdate, GlobalState, Weighing, exactness_error
 from fedtalora_flwr.aggregation.weights import RULES, capped, inner_products
+from fedtalora_flwr.config import run_config
 
 ROBUST = ["geometric-median", "multi-krum", "trimmed"]
 
@@ -66,8 +66,8 @@ def alike(num: int) -> Round:
 
 
 def test_settings_and_rules_have_the_same_names():
-    allowed, _ = config._RULES["aggregation-weights"]
-    assert all(allowed(rule) for rule in RULES) and not allowed("median")
+    _, allowed = run_config._fields()["aggregation-weights"]
+    assert allowed and all(allowed.holds(rule) for rule in RULES) and not allowed.holds("median")
     assert SETTINGS["aggregation_weights"] == "examples"
 
 

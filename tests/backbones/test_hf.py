@@ -14,11 +14,11 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from fedtalora_flwr.aggregation import GlobalState, LoraFactors
-from fedtalora_flwr.backbones import BackboneError, resolve
-from fedtalora_flwr.backbones.architectures import PEFT_NAMES
-from fedtalora_flwr.change import changes_of
 from fedtalora_flwr.data import Source, Split
-from fedtalora_flwr.lora import AdaptedModel, PlacementError, count_parameters
+from fedtalora_flwr.inference.weight_delta import changes_of
+from fedtalora_flwr.model.backbones import BackboneError, resolve
+from fedtalora_flwr.model.backbones.architectures import PEFT_NAMES
+from fedtalora_flwr.model.lora import AdaptedModel, PlacementError, count_parameters
 
 # Positions that texts can have: RoBERTa counts from behind its padding token, here 0, MPNet always from 2.
 POSITIONS = {"bert": 16, "distilbert": 16, "roberta": 15, "electra": 16, "mpnet": 14, "modernbert": 16, "albert": 16}

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from fedtalora_flwr.aggregation import LoraFactors
-from fedtalora_flwr.backbones import BackboneError, resolve
-from fedtalora_flwr.backbones.images import ImageBackbone
 from fedtalora_flwr.data import Source, Split
-from fedtalora_flwr.lora import AdaptedModel
+from fedtalora_flwr.model.backbones import BackboneError, resolve
+from fedtalora_flwr.model.backbones.images import ImageBackbone
+from fedtalora_flwr.model.lora import AdaptedModel
 
 SMALL = "test_vit"
 VIT = {"img_size": 32, "embed_dim": 12, "depth": 2, "num_heads": 3}

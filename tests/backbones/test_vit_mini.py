@@ -7,9 +7,9 @@ from importlib.resources import files
 import torch
 from sklearn.datasets import load_digits
 
-from fedtalora_flwr.backbones import resolve
+from fedtalora_flwr.model.backbones import resolve
 
-WEIGHTS = files("fedtalora_flwr.backbones") / "weights"
+WEIGHTS = files("fedtalora_flwr.model.backbones") / "weights"
 FACTS = json.loads((WEIGHTS / "vit_mini.json").read_text())
 
 

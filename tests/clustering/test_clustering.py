@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedtalora_flwr.clustering import (
+from fedtalora_flwr.aggregation.clustering import (
     cosines,
     embed,
     in_matched_group,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtalora_flwr import registry
+from fedtalora_flwr.config import registry
 from fedtalora_flwr.data import PARTITIONS
 
 SCHEMES = registry.available(PARTITIONS)

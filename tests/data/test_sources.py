@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from fedtalora_flwr import registry
+from fedtalora_flwr.config import registry
 from fedtalora_flwr.data import SOURCES, DataError, load_source, open_data, stored_side
 
 TRAIN_LABELS, TEST_LABELS = [2, 0, 2, 0, 2, 0, 2], [0, 1, 2]  # of three classes, one never trained

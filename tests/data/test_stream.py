@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fedtalora_flwr import registry
+from fedtalora_flwr.config import registry
 from fedtalora_flwr.data import PARTITIONS, build_stream
 
 SETTINGS = {"classes_per_client": 2, "dirichlet_beta": 0.3}

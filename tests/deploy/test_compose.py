@@ -17,7 +17,7 @@ from containers import Containers, Image
 from local_grid import defaults, run_server
 from typer.testing import CliRunner
 
-from fedtalora_flwr.cli import cli
+from fedtalora_flwr.cli.app import cli
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())

@@ -24,7 +24,7 @@ from fedtalora_flwr.deploy.commands import environment
 from fedtalora_flwr.deploy.folder import FederationFolder
 from fedtalora_flwr.deploy.nodes import list_nodes, make_node_key, register, unregister
 from fedtalora_flwr.deploy.processes import pid_of
-from fedtalora_flwr.keeper import claim_port
+from fedtalora_flwr.launch.supervisor import claim_port
 
 APP = Path(__file__).parents[1] / "launch_app"
 SECONDS = 240  # of patience on a loaded machine
@@ -64,7 +64,7 @@ class Played:
 def fedtalora(
     *words: str, stdin: str = "", variables: Mapping[str, str] = MappingProxyType({})
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fedtalora_flwr.cli", *words]
+    command = [sys.executable, "-m", "fedtalora_flwr.cli.app", *words]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **variables}
     return subprocess.run(command, input=stdin, capture_output=True, text=True, env=env, timeout=SECONDS)
 
@@ -370,7 +370,7 @@ def test_a_run_that_no_superexec_takes_is_told_and_a_superexec_without_superlink
 
         assert told("superlink") == "" and "superexec does not run" in told("superexec")
         assert eventually(lambda: "s: no SuperExec takes it" in told("superlink"), seconds=90)
-        command = [sys.executable, "-m", "fedtalora_flwr.cli", "superexec", *control_port, *here]
+        command = [sys.executable, "-m", "fedtalora_flwr.cli.app", "superexec", *control_port, *here]
         superexec = held.enter_context(subprocess.Popen(command, env=os.environ, stderr=subprocess.PIPE, text=True))
         held.callback(superexec.kill)
         assert run.wait(SECONDS) == 0 and told("superlink") == told("superexec") == ""

@@ -21,7 +21,7 @@ import yaml
 
 from fedtalora_flwr.deploy.folder import FederationFolder
 from fedtalora_flwr.deploy.processes import pid_of
-from fedtalora_flwr.keeper import claim_port
+from fedtalora_flwr.launch.supervisor import claim_port
 
 ROOT = Path(__file__).parents[2]
 SSHD = shutil.which("sshd", path=os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/usr/local/sbin"]))
@@ -138,7 +138,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, ssh: Path, ports: list[int]) -
 def fedtalora(ssh: Path, command: str, file: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     """Give a command of the lab, on a machine whose ``ssh`` is the test's."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": os.pathsep.join([str(ssh), os.environ["PATH"]])}
-    called = [sys.executable, "-m", "fedtalora_flwr.cli", "lab", command, str(file), *words]
+    called = [sys.executable, "-m", "fedtalora_flwr.cli.app", "lab", command, str(file), *words]
     return subprocess.run(called, capture_output=True, text=True, env=env, timeout=SECONDS)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fedtalora_flwr.cli import cli
+from fedtalora_flwr.cli.app import cli
 
 UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
 FILLED = {"%i": "site0", "${SUPERLINK}": "superlink.lab:9092", "${PARTITION_ID}": "2", "${DEVICE}": "cuda:1"}

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from fedtalora_flwr import heads
-from fedtalora_flwr.heads import FeatureSums, init_rows, logits
+from fedtalora_flwr.model import heads
+from fedtalora_flwr.model.heads import FeatureSums, init_rows, logits
 
 NUM_CLASSES, FEATURE_DIM = 4, 6
 
@@ -28,5 +28,5 @@ def test_logits_are_those_of_the_chosen_classes_in_their_order():
 
 
 def test_unknown_head_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="heads has no 'forest'; choose one of: lda, linear, ridge"):
+    with pytest.raises(ValueError, match="there is no head 'forest'; choose one of: lda, linear, ridge"):
         heads.resolve("forest", {})

@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
-from fedtalora_flwr import heads
-from fedtalora_flwr.heads import FeatureSums, init_rows
-from fedtalora_flwr.heads.ridge import chosen_lambda
+from fedtalora_flwr.model import heads
+from fedtalora_flwr.model.heads import FeatureSums, init_rows
+from fedtalora_flwr.model.heads.ridge import chosen_lambda
 
 NUM_CLASSES, FEATURE_DIM = 4, 6
 

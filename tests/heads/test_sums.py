@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from fedtalora_flwr import heads
-from fedtalora_flwr.heads import FeatureRoot, FeatureSums, logits, rows_at_means
-from fedtalora_flwr.train import sum_drift
+from fedtalora_flwr.model import heads
+from fedtalora_flwr.model.heads import FeatureRoot, FeatureSums, logits, rows_at_means
+from fedtalora_flwr.model.train import sum_drift
 
 NUM_CLASSES, DIM = 4, 5
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from local_grid import defaults
 
-from fedtalora_flwr.backbones import vit_mini
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.lora import AdaptedModel
-from fedtalora_flwr.penalties import Memory, Start, available, resolve
+from fedtalora_flwr.model.backbones import vit_mini
+from fedtalora_flwr.model.lora import AdaptedModel
+from fedtalora_flwr.model.penalties import Memory, Start, available, resolve
 
 SETTINGS = asdict(RunConfig.parse(defaults()))
 NUM_EXAMPLES, NUM_CLASSES = 5, 6

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fedtalora_flwr.penalties import Memory, Start, available, resolve
+from fedtalora_flwr.model.penalties import Memory, Start, available, resolve
 
 ROWS = {"weight": torch.tensor([[2.0, 0.0], [0.0, 2.0], [5.0, 5.0]]), "bias": torch.zeros(3)}  # (3, 2)
 BEFORE = torch.tensor([[0.0, 0.0], [1.0, 0.0]])  # (N, d)

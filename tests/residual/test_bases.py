@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedtalora_flwr.aggregation.step import Step, added, on_grid, pays
-from fedtalora_flwr.residual import ZERO, Base, BaseMissing, BaseStore, Ledger, Parcel
+from fedtalora_flwr.aggregation.factors import Step, added, on_grid, pays
+from fedtalora_flwr.residual import ZERO, Ledger, Patch, ResidualVersion, VersionMissing, VersionStore
 
 LAYERS = {"blocks.0.qkv": (40, 24), "blocks.0.proj": (24, 24), "blocks.1.fc1": (48, 24)}
 
@@ -43,13 +43,13 @@ class Server:
         """A killed server goes on from its checkpoint: it knows its residual and nobody's base."""
         self.ledger = Ledger(self.residual)
 
-    def bring(self, partition: int, store: BaseStore) -> tuple[Base, int]:
-        """One exchange with a client, as the strategy does it: at most one parcel is sent again."""
+    def bring(self, partition: int, store: VersionStore) -> tuple[ResidualVersion, int]:
+        """One exchange with a client, as the strategy does it: at most one patch is sent again."""
         for attempt in (1, 2):
-            parcel = self.ledger.parcel(partition)
+            patch = self.ledger.patch(partition)
             try:
-                base = store.reach(parcel)
-            except BaseMissing as missing:
+                base = store.reach(patch)
+            except VersionMissing as missing:
                 self.ledger.report(partition, missing.held)
             else:
                 self.ledger.acknowledge(partition)
@@ -57,8 +57,8 @@ class Server:
         raise AssertionError("a client asked twice")
 
 
-def numel(parcel: Parcel) -> int:
-    return sum(v.numel() for v in parcel.dense.values()) + sum(s.numel for step in parcel.steps for s in step.values())
+def numel(patch: Patch) -> int:
+    return sum(v.numel() for v in patch.dense.values()) + sum(s.numel for step in patch.steps for s in step.values())
 
 
 def dense_numel() -> int:
@@ -73,23 +73,23 @@ ROUND = st.tuples(st.integers(1, 12), st.lists(EVENTS, min_size=3, max_size=3), 
 @given(st.lists(ROUND, min_size=1, max_size=12), st.integers(0, 10**6))
 def test_base_of_every_participant_equals_the_servers_bit_for_bit(tmp_path_factory, schedule, seed):
     server, folder = Server(seed), tmp_path_factory.mktemp("bases")
-    stores = [BaseStore(folder / str(k), limit_bytes=10**6) for k in range(3)]
+    stores = [VersionStore(folder / str(k), limit_bytes=10**6) for k in range(3)]
     for inner, events, server_restarts in schedule:
         for k, event in enumerate(events):
             if event == "absent":
                 continue
             if event != "trains":
-                stores[k] = BaseStore(folder / str(k), limit_bytes=10**6)  # a new process
+                stores[k] = VersionStore(folder / str(k), limit_bytes=10**6)  # a new process
             for path in (folder / str(k)).glob("*"):
                 if event == "lost its cache":
                     path.unlink()
                 if event == "damaged its cache":
                     path.write_bytes(path.read_bytes()[:-1] + b"?")
             base, attempts = server.bring(k, stores[k])
-            assert base.digest == server.ledger.base.digest == Base(server.residual).digest
+            assert base.digest == server.ledger.base.digest == ResidualVersion(server.residual).digest
             assert all(torch.equal(base.residual[name], server.residual[name]) for name in server.residual)
             assert attempts == 1 or event != "trains"
-            assert numel(server.ledger.parcel(k)) == 0
+            assert numel(server.ledger.patch(k)) == 0
         server.aggregate(inner=inner)
         if server_restarts:
             server.restart()
@@ -109,7 +109,7 @@ def test_no_parcel_is_larger_than_the_dense_residual_and_steps_are_sent_where_th
         min(d_out * d_in, sum(m * (d_out + d_in) if pays(m, (d_out, d_in)) else d_out * d_in for m in missed))
         for d_out, d_in in LAYERS.values()
     )
-    sent = numel(server.ledger.parcel(0))
+    sent = numel(server.ledger.patch(0))
     assert sent <= dense_numel()
     # Steps that together are as large as the dense residual are forgotten, for all layers at once.
     assert sent == cheapest or cheapest > 0.6 * dense_numel()
@@ -121,7 +121,7 @@ def test_client_in_step_gets_the_last_step_alone():
         server.aggregate(inner=2)
         server.ledger.acknowledge(7)
     server.aggregate(inner=3)
-    assert numel(server.ledger.parcel(7)) == 3 * sum(sum(shape) for shape in LAYERS.values())
+    assert numel(server.ledger.patch(7)) == 3 * sum(sum(shape) for shape in LAYERS.values())
 
 
 def test_server_remembers_steps_only_while_they_are_worth_sending():
@@ -131,26 +131,26 @@ def test_server_remembers_steps_only_while_they_are_worth_sending():
     assert sum(step.numel for steps in server.ledger._steps for step in steps.values()) < dense_numel()
 
 
-def test_clients_with_the_same_base_share_one_parcel():
+def test_clients_with_the_same_base_share_one_patch():
     server = Server(1)
     server.aggregate(inner=2)
-    assert server.ledger.parcel(0) is server.ledger.parcel(1)
+    assert server.ledger.patch(0) is server.ledger.patch(1)
 
 
 def test_run_without_a_residual_sends_nothing(tmp_path):
-    ledger, store = Ledger({}), BaseStore(tmp_path / "bases", limit_bytes=10**6)
+    ledger, store = Ledger({}), VersionStore(tmp_path / "bases", limit_bytes=10**6)
     ledger.advance({}, {})
-    assert ledger.parcel(0) == Parcel((ZERO.digest,))
-    assert store.reach(ledger.parcel(0)).residual == {}
+    assert ledger.patch(0) == Patch((ZERO.digest,))
+    assert store.reach(ledger.patch(0)).residual == {}
     assert not (tmp_path / "bases").exists()
 
 
 def test_base_outlives_the_process(tmp_path):
     server = Server(2)
     server.aggregate(inner=2)
-    server.bring(0, BaseStore(tmp_path, limit_bytes=10**6))
+    server.bring(0, VersionStore(tmp_path, limit_bytes=10**6))
     server.aggregate(inner=2)
-    base, attempts = server.bring(0, BaseStore(tmp_path, limit_bytes=10**6))
+    base, attempts = server.bring(0, VersionStore(tmp_path, limit_bytes=10**6))
     assert (base.digest, attempts) == (server.ledger.base.digest, 1)
 
 
@@ -168,11 +168,11 @@ def test_client_whose_file_is_damaged_is_brought_back_in_the_same_exchange(tmp_p
     server = Server(3)
     server.aggregate(inner=2)
     server.aggregate(inner=11)  # steps from nothing are not worth sending any more
-    server.bring(0, BaseStore(tmp_path, limit_bytes=10**6))
+    server.bring(0, VersionStore(tmp_path, limit_bytes=10**6))
     server.aggregate(inner=2)
     (file,) = tmp_path.glob("*.safetensors")
     harm(file)
-    base, attempts = server.bring(0, BaseStore(tmp_path, limit_bytes=10**6))
+    base, attempts = server.bring(0, VersionStore(tmp_path, limit_bytes=10**6))
     assert (base.digest, attempts) == (server.ledger.base.digest, 2)
 
 
@@ -180,26 +180,26 @@ def test_base_of_another_run_is_never_taken_for_ours(tmp_path):
     ours, theirs = Server(4), Server(5)
     for server in (ours, theirs):
         server.aggregate(inner=2)
-    theirs.bring(0, BaseStore(tmp_path, limit_bytes=10**6))
-    base, _ = ours.bring(0, BaseStore(tmp_path, limit_bytes=10**6))
+    theirs.bring(0, VersionStore(tmp_path, limit_bytes=10**6))
+    base, _ = ours.bring(0, VersionStore(tmp_path, limit_bytes=10**6))
     assert base.digest == ours.ledger.base.digest
 
 
 def test_a_step_that_leads_elsewhere_is_noticed_and_the_whole_base_asked_for(tmp_path):
-    server, store = Server(6), BaseStore(tmp_path, limit_bytes=10**6)
+    server, store = Server(6), VersionStore(tmp_path, limit_bytes=10**6)
     server.aggregate(inner=2)
-    parcel = server.ledger.parcel(0)
-    wrong = {name: Step(step.left * 2, step.right) for name, step in parcel.steps[0].items()}
-    with pytest.raises(BaseMissing, match="came to base") as missing:
-        store.reach(Parcel(parcel.chain, (wrong,)))
+    patch = server.ledger.patch(0)
+    wrong = {name: Step(step.left * 2, step.right) for name, step in patch.steps[0].items()}
+    with pytest.raises(VersionMissing, match="came to base") as missing:
+        store.reach(Patch(patch.chain, (wrong,)))
     assert missing.value.held == []
     server.ledger.report(0, missing.value.held)
-    assert set(server.ledger.parcel(0).dense) == set(LAYERS)
-    assert store.reach(server.ledger.parcel(0)).digest == server.ledger.base.digest
+    assert set(server.ledger.patch(0).dense) == set(LAYERS)
+    assert store.reach(server.ledger.patch(0)).digest == server.ledger.base.digest
 
 
 def test_disk_stays_within_its_limit_but_for_the_last_two_bases(tmp_path):
-    server, store = Server(7), BaseStore(tmp_path, limit_bytes=0)
+    server, store = Server(7), VersionStore(tmp_path, limit_bytes=0)
     for _ in range(6):
         server.aggregate(inner=2)
         server.bring(0, store)
@@ -215,14 +215,14 @@ def test_half_written_files_of_dead_processes_are_cleared_away(tmp_path):
     os.utime(stale, (time.time() - 7200,) * 2)
     server = Server(8)
     server.aggregate(inner=2)
-    server.bring(0, BaseStore(tmp_path, limit_bytes=10**6))
+    server.bring(0, VersionStore(tmp_path, limit_bytes=10**6))
     assert not stale.exists() and fresh.exists()
 
 
 def test_folder_that_cannot_be_written_costs_the_cache_and_not_the_round(tmp_path, caplog):
     blocked = tmp_path / "bases"
     blocked.write_text("a file where the folder should be")
-    server, store = Server(9), BaseStore(Path(blocked), limit_bytes=10**6)
+    server, store = Server(9), VersionStore(Path(blocked), limit_bytes=10**6)
     for _ in range(3):
         server.aggregate(inner=2)
         base, attempts = server.bring(0, store)
@@ -261,12 +261,12 @@ def test_folder_that_can_only_be_read_is_read_and_costs_no_round(cache, caplog, 
     server = Server(3)
     server.aggregate(inner=2)
     server.aggregate(inner=11)  # steps from nothing are not worth sending any more
-    server.bring(0, BaseStore(folder, limit_bytes=10**6))
+    server.bring(0, VersionStore(folder, limit_bytes=10**6))
     server.aggregate(inner=2)
     (file,) = folder.glob("*.safetensors")
     file.write_bytes(harm(file.read_bytes()))
     close()
-    base, attempts = server.bring(0, BaseStore(folder, limit_bytes=10**6))
+    base, attempts = server.bring(0, VersionStore(folder, limit_bytes=10**6))
     assert (base.digest, attempts) == (server.ledger.base.digest, wanted)
     assert told in caplog.text and "the base is not kept on disk" in caplog.text
     assert list(folder.iterdir()) == [file]
@@ -276,10 +276,10 @@ def test_base_that_leads_elsewhere_is_given_up_though_its_file_cannot_be_removed
     folder, close = cache
     server = Server(6)
     server.aggregate(inner=2)
-    server.bring(0, BaseStore(folder, limit_bytes=10**6))
+    server.bring(0, VersionStore(folder, limit_bytes=10**6))
     server.aggregate(inner=2)
-    parcel = server.ledger.parcel(0)
-    wrong = {name: Step(step.left * 2, step.right) for name, step in parcel.steps[0].items()}
+    patch = server.ledger.patch(0)
+    wrong = {name: Step(step.left * 2, step.right) for name, step in patch.steps[0].items()}
     close()
-    with pytest.raises(BaseMissing, match="came to base"):
-        BaseStore(folder, limit_bytes=10**6).reach(Parcel(parcel.chain, (wrong,)))
+    with pytest.raises(VersionMissing, match="came to base"):
+        VersionStore(folder, limit_bytes=10**6).reach(Patch(patch.chain, (wrong,)))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtalora_flwr.aggregation.step import Step, by_strength, kept_energy, on_grid, pays, strongest
+from fedtalora_flwr.aggregation.factors import Step, by_strength, kept_energy, on_grid, pays, strongest
 
 D_OUT, D_IN = 23, 17
 

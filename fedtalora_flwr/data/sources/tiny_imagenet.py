@@ -60,7 +60,7 @@ def _novel(source: Source) -> Source:
     names = source.class_names
     if len(names) != 200 or list(names) != sorted(names):
         return source
-    facts = json.loads((files("fedtalora_flwr.backbones") / "weights" / "vit_mini.json").read_text())
+    facts = json.loads((files("fedtalora_flwr.model.backbones") / "weights" / "vit_mini.json").read_text())
     kept = np.flatnonzero(~np.isin(source.train.labels, facts["base_classes"]))
     return replace(source, train=take(source.train, kept))
 

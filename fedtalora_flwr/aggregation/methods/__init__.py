@@ -1,0 +1,1 @@
+"""Methods: a file here is a choice of the setting ``method``."""

@@ -1,0 +1,150 @@
+"""What is done with a run that was played: ``fedtalora report``, ``compare``, ``export`` and ``predict``."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedtalora_flwr.cli.console import console, errors, escaped, fail
+
+if TYPE_CHECKING:
+    from fedtalora_flwr.aggregation import Place
+
+Cluster = Annotated[int | None, typer.Option(metavar="N", help="Of a run of fl-tac: the model of this cluster.")]
+SlotName = Annotated[
+    str, typer.Option("--slot", metavar="CLIENT:NUMBER", help="Of local-only, or a stray of fl-tac: this slot's model.")
+]
+
+
+def add_to(cli: typer.Typer) -> None:
+    """Add the commands."""
+    for command in (report, compare, export, predict):
+        cli.command()(command)
+
+
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    pictures: Annotated[Path | None, typer.Option(help="Folder for each picture as an .svg file of its own.")] = None,
+) -> None:
+    """Write RUN/report.html, one file that opens offline; an unfinished run is reported as far as it is."""
+    from fedtalora_flwr.report import print_table, read_run, write_report
+
+    print_table(read_run(run_folder), console)
+    console.print(
+        f"report {write_report(run_folder, pictures=pictures)}", highlight=False, markup=False, soft_wrap=True
+    )
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two or more run folders.")],
+    allow_different_partitions: Annotated[
+        bool, typer.Option(help="Compare runs whose clients hold different data.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write an HTML page.")] = None,
+) -> None:
+    """Set runs side by side: what differs in their settings, accuracy, forgetting, bytes, time.
+
+    Refuses runs whose clients hold different data, since then a difference says nothing of the method.
+    """
+    from fedtalora_flwr.report import compare as compare_runs
+
+    comparison = compare_runs(runs, allow_different_partitions=allow_different_partitions, out=out)
+    console.print(comparison.table())
+    if out:
+        console.print(f"comparison {out.resolve()}", highlight=False, markup=False, soft_wrap=True)
+
+
+def export(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
+    to: Annotated[str, typer.Option(metavar="merged|peft", help="Plain weights, or an adapter for peft.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; by default RUN/export/merged or /peft.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace an earlier export in that folder.")] = False,
+    cluster: Cluster = None,
+    slot: SlotName = "",
+) -> None:
+    """Write a run's model for use without fedtalora.
+
+    merged: one model with everything in its weights, which timm or transformers loads.
+
+    peft: an adapter that peft loads onto the untouched backbone; the residual is carried as extra rank.
+
+    The folder says in its README.md what it holds, and its load.py classifies files without fedtalora. It is put in
+    place only when that program gives the run's logits on 200 random inputs, to 1e-5, or 1e-5 of the largest logit
+    where that is above 1.
+    """
+    from fedtalora_flwr.inference.export import export as export_model
+
+    done = export_model(run_folder, to=to, target=out, force=force, place=_place(cluster, slot))
+    console.print(f"model {done.standing}", highlight=False, markup=False, soft_wrap=True)
+    measured = f"at most {done.logit_difference:.1e}, the largest of them is {done.largest_logit:.1f}"
+    console.print(f"logits differ from the run's by {measured}", highlight=False)
+    console.print(f"{to} {done.folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def predict(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
+    inputs: Annotated[list[str], typer.Argument(metavar="FILES...", help="Files and folders; - is standard input.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array instead of lines.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="Classes to name for each input.")] = 3,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    cluster: Cluster = None,
+    slot: SlotName = "",
+) -> None:
+    """Classify files with a run's model: a line for each input, the likeliest classes and their probabilities.
+
+    Images: files, folders of them at any depth, or one image on standard input.
+
+    Texts: .txt (a text a line), .csv, .tsv, .json, .jsonl (a column text, or the run's input-column), folders of
+    these, or lines on standard input: echo "what is my balance" | fedtalora predict RUN -
+
+    An input that cannot be read is named on standard error, or is an entry with "error" in the JSON array; the others
+    are classified all the same, and the exit status is 1.
+    """
+    import json
+
+    from fedtalora_flwr.inference.model import open_trained
+    from fedtalora_flwr.inference.predict import predict as classify
+    from fedtalora_flwr.inference.predict import read_items
+
+    # The name of a file may be no Unicode; a question mark stands for what cannot be printed.
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    trained = open_trained(run_folder, device=device, place=_place(cluster, slot))
+    if trained.server_round < trained.num_rounds:
+        errors.print(f"[yellow]note:[/yellow] the run is {trained.standing}", highlight=False, soft_wrap=True)
+    items = read_items(
+        inputs,
+        modality=trained.model.backbone.modality,
+        stdin=sys.stdin.buffer,
+        column=trained.config.input_column,
+    )
+    predictions = classify(trained, items, top=top)
+    if as_json:
+        found = [prediction.to_json() for prediction in predictions]
+        print(json.dumps(found, indent=1, ensure_ascii=sys.stdout.encoding.lower() not in ("utf-8", "utf8")))
+        if any("error" in entry for entry in found):
+            raise typer.Exit(1)
+        return
+    failed = False
+    for prediction in predictions:
+        if prediction.item.error:
+            failed = True
+            errors.print(f"[red]error:[/red] {escaped(prediction.item.error)}", highlight=False, soft_wrap=True)
+            continue
+        ranking = [f"{name} {probability:.3f}" for name, probability in prediction.ranking]
+        text = [" ".join(prediction.item.raw.split())] if isinstance(prediction.item.raw, str) else []
+        print(prediction.item.name, *ranking, *text, sep="\t")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _place(cluster: int | None, slot: str) -> "Place":
+    """Say whose model is wanted of a run over slots."""
+    if not slot:
+        return cluster
+    from fedtalora_flwr.aggregation import Slot
+
+    client, _, number = slot.partition(":")
+    if cluster is not None or not (client.isdecimal() and number.isdecimal()):
+        fail(f"--slot takes CLIENT:NUMBER, as 0:1, and no --cluster beside it; got {slot!r}")
+    return Slot(int(client), int(number))

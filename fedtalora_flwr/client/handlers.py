@@ -1,0 +1,276 @@
+"""Train on what this node holds, sum features, count hits, and say what it holds.
+
+A handler keeps nothing in Flower's context, so the process that does the work need not be the one that Flower started.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from typing import Any
+
+import torch
+from flwr.app import Message, RecordDict
+
+from fedtalora_flwr import aggregation, wire
+from fedtalora_flwr.aggregation import ClientUpdate, GlobalState
+from fedtalora_flwr.client.node_data import LocalFolder, SharedPartition, node_data_of
+from fedtalora_flwr.client.reach import require_within_reach
+from fedtalora_flwr.client.redact import redacted
+from fedtalora_flwr.client.versions import version_store
+from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.model import heads, penalties
+from fedtalora_flwr.model.heads import Classifier, FeatureRoot
+from fedtalora_flwr.model.lora import AdaptedModel
+from fedtalora_flwr.model.router import sum_slots
+from fedtalora_flwr.model.session import device_of, model_of, slots_of
+from fedtalora_flwr.model.train import (
+    Examples,
+    compared_classes,
+    count_correct,
+    fit,
+    lifted_views,
+    precision_of,
+    sum_drift,
+    sum_features,
+    sum_fisher,
+)
+from fedtalora_flwr.residual import Patch, ResidualVersion, VersionMissing
+
+log = logging.getLogger("fedtalora.client")
+
+_Handler = Callable[[Message, Mapping[str, Any], Mapping[str, Any]], RecordDict]
+
+
+def _asks_for_the_version(handler: _Handler) -> _Handler:
+    """Answer, where the server's base cannot be reached, with the bases that are held here."""
+
+    @wraps(handler)
+    def asking(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
+        try:
+            return handler(message, run_config, node_config)
+        except VersionMissing as missing:
+            log.info("asks for the base: %s", missing)
+            return wire.version_missing_reply(missing.held)
+
+    return asking
+
+
+@redacted
+def hello(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
+    """Say which partition this node holds; a bad file or setting is found here, before the first round."""
+    config, _, data = _settings(message, run_config, node_config)
+    if config.check_data:
+        data.check()
+    device = device_of(config)
+    log.info("computes in %s on %s", precision_of(device, config.precision), device)
+    return wire.hello_reply(data.hello(num_partitions=int(str(node_config.get("num-partitions", config.num_clients)))))
+
+
+@redacted
+@_asks_for_the_version
+def train(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
+    """Set the model to the server's state, train on this node's data of the task, send the pairs and rows back."""
+    config, partition_id, data = _settings(message, run_config, node_config)
+    model, state, order = _loaded(message, config, data)
+    return _trained(message, model, state, order, config=config, partition_id=partition_id, data=data)
+
+
+@redacted
+@_asks_for_the_version
+def slots(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
+    """Train all of this node's slots, each from its own state and on its own task."""
+    config, partition_id, data = _settings(message, run_config, node_config)
+    tasks, parts = slots_of(config, partition_id=partition_id), wire.unbundle(message)
+    if parts.keys() != set(range(len(tasks))):
+        raise wire.WireError(f"the server speaks of slots {sorted(parts)}, this node has {len(tasks)}")
+    # A base that is missing is found before anything is trained.
+    reached = version_store(config).reach_all(_patches(parts.values(), config, data))
+    replies = {}
+    for number, part in parts.items():
+        model, state, order = _loaded(part, config, data, reached)
+        slot = (number, tasks[number])
+        replies[number] = _trained(
+            part, model, state, order, config=config, partition_id=partition_id, data=data, slot=slot
+        )
+    return wire.bundle(replies)
+
+
+@redacted
+@_asks_for_the_version
+def slot_sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
+    """Sum this node's features over its slots under the untouched backbone, which the start of a run is."""
+    config, partition_id, data = _settings(message, run_config, node_config)
+    model, _, _ = _loaded(message, config, data)
+    examples = [data.training(task_id) for task_id in slots_of(config, partition_id=partition_id)]
+    return wire.sums_reply(sum_slots(model, examples, config=config))
+
+
+def _trained(
+    message: Message,
+    model: AdaptedModel,
+    state: GlobalState,
+    order: wire.RoundOrder,
+    *,
+    config: RunConfig,
+    partition_id: int,
+    data: SharedPartition | LocalFolder,
+    slot: tuple[int, int] | None = None,
+) -> RecordDict:
+    """Train a loaded model on the task of the order, or on that of a slot (its number and task id); build the reply."""
+    method = aggregation.resolve(config.method, config.settings)
+    number, task_id = slot or (None, order.task_id)
+    tasks = data.tasks
+    examples = data.training(task_id)
+    class_counts = torch.bincount(examples.labels, minlength=len(state.head["bias"]))
+    result = fit(
+        model,
+        state.head,
+        examples,
+        classes=compared_classes(
+            config.loss_classes,
+            task_classes=tasks[task_id],
+            present=class_counts.nonzero().flatten().tolist(),
+            seen=[c for task in tasks[: order.task_id + 1] for c in task],
+        ),
+        trainable=method.trainable,
+        penalty=penalties.resolve(config.penalty, config.settings),
+        old_classes=[c for task in tasks[: order.task_id] for c in task],
+        config=config,
+        task_id=order.task_id,
+        round_in_task=order.round_in_task,
+        seed=[config.seed, order.server_round, partition_id, *([] if number is None else [number])],
+        memory=wire.read_memory(message, room=_room(model, config, data)),
+    )
+    update = ClientUpdate(
+        partition_id=partition_id,
+        num_examples=len(examples),
+        adapters=result.adapters,
+        head=result.head,
+        class_counts=class_counts,
+        base_version=state.version,
+    )
+    return wire.update_reply(
+        update,
+        like=state,
+        trainable=method.trainable,
+        mean_loss=result.mean_loss,
+        scaling=next((pair.scaling for pair in state.adapters.values()), 1.0),
+        wire_dtype=config.wire_dtype,
+    )
+
+
+@redacted
+@_asks_for_the_version
+def sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
+    """Sum this node's features of the task under the server's state, beside those of an earlier one if told."""
+    config, partition_id, data = _settings(message, run_config, node_config)
+    head, num_classes = heads.resolve(config.head, config.settings), data.num_classes
+    earlier = wire.before_of(message)
+    if earlier is None:
+        model, _, order = _loaded(message, config, data)
+        examples = _summed(data, order, config)
+        return wire.sums_reply(sum_features(model, examples, head=head, num_classes=num_classes, config=config))
+    reached, views = version_store(config).reach_all(_patches((earlier, message), config, data)), []
+    for each in (earlier, message):
+        model, _, order = _loaded(each, config, data, reached)
+        examples, seed = _summed(data, order, config), [config.seed, order.task_id, partition_id]
+        views.append(lifted_views(model, examples, head=head, config=config, seed=seed))
+    sums = FeatureRoot.of(views[1][: len(examples)], examples.labels, num_classes=num_classes)
+    return wire.sums_reply(sums, sum_drift(*views))
+
+
+@redacted
+@_asks_for_the_version
+def means(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
+    """Sum this node's features of the task by class, under the server's state."""
+    config, _, data = _settings(message, run_config, node_config)
+    model, _, order = _loaded(message, config, data)
+    examples = _summed(data, order, config)
+    plain = heads.resolve("linear", {})  # the rows act on the features as they are, whatever the head lifts
+    sums = sum_features(model, examples, head=plain, num_classes=data.num_classes, config=config)
+    return wire.means_reply(sums.moment)
+
+
+@redacted
+@_asks_for_the_version
+def fisher(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
+    """Sum the squared gradients of the trained factors over this node's data of the task, under the server's state."""
+    config, partition_id, data = _settings(message, run_config, node_config)
+    model, state, order = _loaded(message, config, data)
+    examples = data.training(order.task_id)
+    sums = sum_fisher(
+        model,
+        state.head,
+        examples,
+        classes=data.tasks[order.task_id],
+        trainable=aggregation.resolve(config.method, config.settings).trainable,
+        config=config,
+        seed=[config.seed, order.server_round, partition_id],
+    )
+    return wire.fisher_reply(sums, class_counts=torch.bincount(examples.labels, minlength=len(state.head["bias"])))
+
+
+@redacted
+@_asks_for_the_version
+def evaluate(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
+    """Count the hits of the server's classifier on what this node has held out of the tasks so far."""
+    config, _, data = _settings(message, run_config, node_config)
+    if not isinstance(data, LocalFolder):
+        raise wire.WireError("this node holds no test data; the server evaluates where all read one data set")
+    model, state, order = _loaded(message, config, data)
+    classifier = Classifier(state.head, heads.resolve(config.head, config.settings).lift)
+    seen = data.classes.seen(order.task_id)
+    held_out = [data.held_out(task_id) for task_id in range(order.task_id + 1)]
+    correct = [
+        count_correct(model, [classifier], examples, classes=seen, config=config)[0] if len(examples) else 0
+        for examples in held_out
+    ]
+    return wire.hits_reply(correct, [len(examples) for examples in held_out])
+
+
+def _settings(
+    message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]
+) -> tuple[RunConfig, int, SharedPartition | LocalFolder]:
+    config = RunConfig.parse(run_config)
+    torch.set_num_threads(config.threads)
+    partition_id, classes = wire.partition_of(node_config, config), wire.read_classes(message)
+    require_within_reach(config, node_config, partition_id=partition_id)
+    return config, partition_id, node_data_of(config, node_config, partition_id=partition_id, classes=classes)
+
+
+def _summed(data: SharedPartition | LocalFolder, order: wire.RoundOrder, config: RunConfig) -> Examples:
+    """Give the examples of the task that feature sums tell of."""
+    return data.training(order.task_id).without_rare(config.min_class_examples)
+
+
+def _loaded(
+    message: Message,
+    config: RunConfig,
+    data: SharedPartition | LocalFolder,
+    reached: Mapping[str, ResidualVersion] | None = None,
+) -> tuple[AdaptedModel, GlobalState, wire.RoundOrder]:
+    """Set the model to the server's state, whose residual may have been reached already."""
+    model = model_of(config)
+    state, patch, order = wire.read_state(
+        message, initial=lambda: model.initial_factors(seed=config.seed), room=_room(model, config, data)
+    )
+    base = version_store(config).reach(patch) if reached is None else reached[patch.target]
+    model.load(state.adapters, base.residual)
+    return model, state, order
+
+
+def _patches(messages: Iterable[Message], config: RunConfig, data: SharedPartition | LocalFolder) -> list[Patch]:
+    """Read how to reach the bases of several messages."""
+    room = _room(model_of(config), config, data)
+    return [wire.read_patch(each, room=room) for each in messages]
+
+
+def _room(model: AdaptedModel, config: RunConfig, data: SharedPartition | LocalFolder) -> wire.Room:
+    """Say what an order to this node may speak of."""
+    features = model.backbone.feature_dim
+    return wire.Room(
+        num_classes=data.num_classes,
+        num_tasks=config.num_tasks,
+        widths=frozenset({features, heads.resolve(config.head, config.settings).lifted_dim(features)}),
+        factors={key: tuple(factor.shape) for key, factor in model.named_factors().items()},
+    )

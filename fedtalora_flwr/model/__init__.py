@@ -1,0 +1,1 @@
+"""The backbone with its LoRA layers and heads, its training, and what a process keeps of it."""

@@ -1,0 +1,282 @@
+"""A run's training where a client's tasks are trained at once, each in a slot, whose adapters come back unnamed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, Message, RecordDict
+
+from fedtalora_flwr import wire
+from fedtalora_flwr.aggregation import (
+    BadUpdate,
+    ClientUpdate,
+    ClusteredState,
+    GlobalState,
+    Slot,
+    SlotAggregator,
+    far_off,
+    slots_exactness_error,
+    update_norm,
+)
+from fedtalora_flwr.aggregation.clustering import in_matched_group
+from fedtalora_flwr.config import ConfigError, RunConfig
+from fedtalora_flwr.model.heads import FeatureSums, trained_classes
+from fedtalora_flwr.model.lora import AdaptedModel
+from fedtalora_flwr.model.router import by_cluster, router
+from fedtalora_flwr.run_folder.checkpoint import Checkpoint
+from fedtalora_flwr.run_folder.writer import SlotLog
+from fedtalora_flwr.server.failures import RunFailed
+from fedtalora_flwr.server.federation import Federation, Scored, Trained, reply_limit
+from fedtalora_flwr.server.one_adapter import count_trained
+from fedtalora_flwr.server.residuals import SlotResiduals
+from fedtalora_flwr.server.slot_evaluation import SlotEvaluation
+from fedtalora_flwr.server.true_tasks import TrueTasks
+
+TRAIN, SUMS = "train.slots", "train.slot_sums"
+
+
+class Slots:
+    """The rounds of a method over slots: every client trains all its tasks in every round, each in a slot of its own.
+
+    Parameters
+    ----------
+    federation
+        The clients.
+    config
+        The run's settings.
+    model
+        The backbone.
+    method
+        The aggregation over slots.
+    residuals
+        The residuals that clients are brought to; the federation's.
+    tasks
+        Which task each slot is about.
+
+    Raises
+    ------
+    RunFailed
+        If fewer partitions than ``min-replies`` have a slot.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        config: RunConfig,
+        *,
+        model: AdaptedModel,
+        method: SlotAggregator,
+        residuals: SlotResiduals,
+        tasks: TrueTasks,
+    ) -> None:
+        self._federation, self._config, self._model, self._method = federation, config, model, method
+        self._residuals, self._tasks = residuals, tasks
+        self.at_once: Sequence[int] | None = tasks.holders()
+        self.num_rounds = max(1, config.rounds_per_task)  # what each task gets, and all have it at once
+        if (holders := len(self.at_once)) < config.min_replies:
+            raise RunFailed(
+                f"{holders} partitions have a slot, min-replies is {config.min_replies}: lower min-replies "
+                "or min-slot-share"
+            )
+
+    def begin(self, point: Checkpoint, order: wire.RoundOrder) -> Checkpoint:
+        """Do nothing: no task begins, all are there from the start."""
+        return point
+
+    def train(self, point: Checkpoint, order: wire.RoundOrder) -> tuple[Checkpoint, Trained]:
+        """Let a sample of the clients train all their slots, and fold what comes back into the states."""
+        return self._federation.insist(lambda order: self._train(point, order), order)
+
+    def _train(self, point: Checkpoint, order: wire.RoundOrder) -> tuple[Checkpoint, Trained]:
+        clustered = clustered_of(point)
+        heard: dict[Slot, tuple[ClientUpdate, float, float]] = {}
+        for partition, reply in self._federation.exchange.send(
+            self._messages(clustered, order), most_bytes=self._most_bytes(point)
+        ):
+            for slot, update, mean_loss in self._read(clustered, partition, reply):
+                heard[slot] = update, mean_loss, update_norm(clustered.of(slot), update)
+        limit, tally = self._config.outlier_limit, self._federation.tally
+        for slot, times in far_off({slot: norm for slot, (_, _, norm) in heard.items()}, limit=limit).items():
+            reason = f"changes the weights by {times:.3g} times as much as is usual, outlier-limit is {limit:g}"
+            tally.fail(slot.partition_id, f"slot {slot.number} refused: {reason}")
+            del heard[slot]
+        updates = {slot: update for slot, (update, _, _) in heard.items()}
+        losses = [mean_loss for _, mean_loss, _ in heard.values()]
+        self._federation.intake.require(len({slot.partition_id for slot in updates}))
+        new = self._method.aggregate(clustered, updates)
+        self._residuals.follow(new)
+        right = self._in_cluster_of_their_task(new)
+        norms = [float(r.norm()) ** 2 for state in new.states().values() for r in state.residual.values()]
+        return replace(point, clustered=new), Trained(
+            mean_loss=float(np.average(losses, weights=[update.num_examples for update in updates.values()])),
+            residual_norm=sum(norms) ** 0.5,
+            exactness_error=slots_exactness_error(clustered, updates, new) if self._config.verify else None,
+            cluster_accuracy=sum(right.values()) / len(right) if right else None,
+            slots=[
+                SlotLog(*slot, cluster=new.assigned.get(slot), right=right.get(slot, False), x=x, y=y)
+                for slot, (x, y) in self._method.picture(updates).items()
+            ],
+        )
+
+    def _messages(self, clustered: ClusteredState, order: wire.RoundOrder) -> list[Message]:
+        """Build the round's training messages, each with the states of all its client's slots."""
+        packed: dict[int, ArrayRecord] = {}  # id of a state -> its arrays, shared by all that train from it
+        messages: list[Message] = []
+        for partition in self._federation.roster.sample(order.server_round, order.task_id):
+            parts = {}
+            for slot in self._tasks.slots_of(partition):
+                state = clustered.of(slot)
+                if id(state) not in packed:
+                    packed[id(state)] = wire.pack_state(state, classes=trained_classes(state.head))
+                parts[slot.number] = self._content(state, packed[id(state)], order)
+            messages += self._federation.exchange.messages(
+                wire.bundle(parts), partitions=[partition], message_type=TRAIN, server_round=order.server_round
+            )
+        return messages
+
+    def _content(self, state: GlobalState, arrays: ArrayRecord, order: wire.RoundOrder) -> RecordDict:
+        return wire.state_message(
+            arrays,
+            order,
+            scaling=next((pair.scaling for pair in state.adapters.values()), 1.0),
+            version=state.version,
+            num_classes=len(self._federation.roster.holdings.classes.names),
+        )
+
+    def _read(
+        self, clustered: ClusteredState, partition: int, reply: Message
+    ) -> Iterator[tuple[Slot, ClientUpdate, float]]:
+        """Give the good updates in a client's reply, with their losses."""
+        slots, tally = self._tasks.slots_of(partition), self._federation.tally
+        try:
+            parts = wire.unbundle(reply)
+        except wire.WireError as refusal:
+            tally.fail(partition, f"refused: {refusal}")
+            return
+        if unknown := parts.keys() - {slot.number for slot in slots}:
+            tally.fail(partition, f"refused: speaks of slot {min(unknown)}, has {len(slots)}")
+            return
+        for slot in slots:
+            try:
+                yield slot, *self._checked(clustered.of(slot), slot, parts)
+            except BadUpdate as refusal:
+                tally.fail(partition, f"slot {slot.number} refused: {refusal}")
+
+    def _checked(self, state: GlobalState, slot: Slot, parts: Mapping[int, Message]) -> tuple[ClientUpdate, float]:
+        """Read a slot's update and check it as any other, against the state and the examples of its slot."""
+        if slot.number not in parts:
+            raise BadUpdate("it did not come back")
+        update, mean_loss = self._federation.intake.update(
+            slot.partition_id,
+            parts[slot.number],
+            like=state,
+            method=self._method,
+            task_id=self._tasks.task_of(slot),
+        )
+        if not self._method.compares_ranks:
+            for name, pair in state.adapters.items():
+                if (rank := update.adapters[name].rank) != pair.rank:
+                    raise BadUpdate(
+                        f"{name}: rank {rank}, the server's is {pair.rank}; signature {self._config.signature} "
+                        "compares equal ranks only, set signature=product"
+                    )
+        return update, mean_loss
+
+    def _in_cluster_of_their_task(self, clustered: ClusteredState) -> dict[Slot, bool]:
+        """Judge all slots heard of; none where there is no cluster."""
+        slots, assigned = clustered.slots(), clustered.assigned
+        if not assigned:
+            return {}
+        tasks = [self._tasks.task_of(slot) for slot in slots]
+        return dict(zip(slots, in_matched_group([assigned.get(slot) for slot in slots], tasks), strict=True))
+
+    def score(self, point: Checkpoint, order: wire.RoundOrder) -> tuple[Checkpoint, Scored]:
+        """Evaluate every state on the tasks of its slots; after the last round, learn to route and evaluate that."""
+        is_last = order.server_round == self.num_rounds
+        due = self._config.eval_every and order.server_round % self._config.eval_every == 0
+        if not is_last and not due:
+            return point, Scored()
+        clustered = clustered_of(point)
+        evaluation = SlotEvaluation(self._model, clustered, self._tasks, point.classes, self._config)
+        task_id = self._config.last_task - 1
+        matrix = point.matrix.with_row(task_id, *evaluation.hits())
+        scored = Scored(accuracy_seen=matrix.accuracy_seen()[task_id])
+        if not is_last:
+            return point, scored
+        point = replace(point, matrix=matrix)
+        if not clustered.clusters:
+            return point, scored
+        routes = self._federation.insist(lambda order: self._routes(point, order), order)
+        routed, correct = evaluation.routed(routes)
+        return replace(point, routes=routes), replace(scored, routing_accuracy=routed, accuracy_routed=correct)
+
+    def _routes(self, point: Checkpoint, order: wire.RoundOrder) -> FeatureSums:
+        """Let every holder of a slot sum its features under the untouched backbone."""
+        clustered, tasks = clustered_of(point), self._tasks
+        replies = self._federation.ask(
+            self._content(clustered.start, wire.pack_state(clustered.start), order),
+            order,
+            partitions=tasks.holders(),
+            message_type=SUMS,
+            most_bytes=self._most_bytes(point),
+        )
+        held = {p: [tasks.num_examples(slot) for slot in tasks.slots_of(p)] for p in tasks.holders()}
+        dim = router(self._config).lifted_dim(self._model.backbone.feature_dim)
+        return by_cluster(self._federation.intake.slot_sums(replies, held=held, feature_dim=dim), clustered)
+
+    def _most_bytes(self, point: Checkpoint) -> int:
+        """Bound a reply by what a client with the most slots sends, or its sums for the router."""
+        state = point.state
+        factors = [getattr(pair, factor) for pair in state.adapters.values() for factor in self._method.trainable]
+        num_factors = sum(int(value.numel()) for value in [*factors, *state.head.values()])
+        slots = max(map(len, self._tasks.by_partition.values()), default=0)
+        size = 1 + (self._config.ridge_features or state.head["weight"].shape[1])
+        return slots * reply_limit(num_factors=num_factors, num_sums=0) + 16 * size * (size + slots)
+
+    def parameters(self, point: Checkpoint) -> dict[str, int]:
+        """Count as a client with a slot for every task trains and sends: an adapter each, and every class row once."""
+        one = count_trained(self._model, point.state, sorted(self._method.trainable), dense=self._method.dense)
+        adapters = self._config.last_task
+        lora = adapters * one["lora"]
+        trained = adapters * (one["trainable"] - one["head"]) + one["head"]
+        return {
+            **one,
+            "trainable": trained,
+            "transmitted": lora + one["head"],
+            "lora": one["lora"],
+            "sums": 0,
+            "adapters": adapters,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """Say which task each slot is about, by partition and slot number: what the clustering is judged by."""
+        return {"slots": [list(tasks) for _, tasks in sorted(self._tasks.by_partition.items())]}
+
+
+def clustered_of(point: Checkpoint) -> ClusteredState:
+    """Give the states of a run over slots; before its first round all begin with one."""
+    return point.clustered or ClusteredState(point.state)
+
+
+def check_settings(config: RunConfig, *, own_data: bool) -> None:
+    """Refuse settings that mean nothing where all tasks are trained at once.
+
+    Raises
+    ------
+    ConfigError
+        If there is one.
+    """
+    if own_data:
+        raise ConfigError(f"method {config.method} needs a data set that all nodes read, not dataset {config.dataset}")
+    if config.head != "linear":
+        raise ConfigError(f"method {config.method} trains class rows in every slot; set head=linear")
+    if config.aggregation_weights != "examples" or config.max_weight:
+        raise ConfigError(f"method {config.method} weighs slots by their examples: set aggregation-weights=examples")
+    if config.min_class_examples > 1:
+        raise ConfigError(f"method {config.method} sums over slots and not classes; set min-class-examples=1")
+    if config.loss_classes == "seen" or config.penalty != "none":
+        raise ConfigError(
+            f"method {config.method} trains all tasks at once, there are no earlier ones: set loss-classes=task and "
+            "penalty=none"
+        )
