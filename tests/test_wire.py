@@ -92,7 +92,7 @@ def test_state_and_clock_come_off_the_wire_as_they_went_on():
     assert (patch.chain, patch.steps, patch.dense) == ((ZERO.digest,), (), {})
 
 
-def test_parcel_comes_off_the_wire_as_it_went_on():
+def test_patch_comes_off_the_wire_as_it_went_on():
     steps = tuple({LAYER: Step(torch.randn(D_OUT, m), torch.randn(m, D_IN))} for m in (2, 3))
     dense = {"blocks.0.mlp.fc1": torch.randn(4, 3)}
     chain = ("a" * 64, "b" * 64, "c" * 64)

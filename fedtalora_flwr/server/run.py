@@ -85,8 +85,8 @@ class ServerRun:
                 federation, config, model=self.model, method=method, residuals=residuals, tasks=tasks
             )
         assert isinstance(method, Aggregator)
-        base = SharedResidual(point.state)
-        federation = Federation(grid, config, residuals=base, show=self._show, shares=self.data.shares)
+        residual = SharedResidual(point.state)
+        federation = Federation(grid, config, residuals=residual, show=self._show, shares=self.data.shares)
         return federation, OneAdapter(
             federation,
             config,
@@ -95,7 +95,7 @@ class ServerRun:
             head=self.head,
             penalty=penalties.resolve(config.penalty, config.settings),
             data=self.data,
-            residuals=base,
+            residuals=residual,
             point=point,
         )
 

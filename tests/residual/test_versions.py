@@ -98,7 +98,7 @@ def test_base_of_every_participant_equals_the_servers_bit_for_bit(tmp_path_facto
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=15), st.integers(0, 14))
-def test_no_parcel_is_larger_than_the_dense_residual_and_steps_are_sent_where_they_are_smaller(inners, last_seen):
+def test_no_patch_is_larger_than_the_dense_residual_and_steps_are_sent_where_they_are_smaller(inners, last_seen):
     server = Server(0)
     for round_index, inner in enumerate(inners):
         if round_index == last_seen:
