@@ -30,7 +30,13 @@ def test_factors_move_by_adam_and_the_residual_is_that_of_the_exact_mean():
 
 
 def test_own_state_of_a_method_is_in_the_checkpoint_and_a_resumed_run_goes_on_with_it(tmp_path):
-    changes = {"method": "fedadam", "rounds_per_task": 1, "num_tasks": 3, "keep_checkpoints": 9}
+    changes = {
+        "method": "fedadam",
+        "rounds_per_task": 1,
+        "num_tasks": 3,
+        "keep_checkpoints": 9,
+        "max_test_per_class": 4,
+    }
     whole = tiny_run(tmp_path / "whole", **changes)
     point = checkpoint.load(whole / "checkpoint", 1)
     assert {key.split("/")[0] for key in point.state.extra} == {"m", "v"}
