@@ -12,6 +12,8 @@ from local_grid import ROOT, tiny_run
 from nbclient import NotebookClient
 
 import fedtalora_flwr as fedtalora
+from fedtalora_flwr.launch import api
+from fedtalora_flwr.run_folder import names, round_lines
 
 PAGE = (ROOT / "docs" / "API.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -71,6 +73,18 @@ def test_an_exception_of_the_callback_stops_the_run_and_the_run_goes_on_later(tm
     told = []
     done = fedtalora.run(resume=tmp_path / "run", on_round=lambda line: told.append(line["server_round"]))
     assert done.state == "complete" and told == [*range(len(stopped.rounds) + 1, 13)]
+
+
+def test_rounds_that_are_played_again_from_an_earlier_one_are_told(tmp_path):
+    path, told = tmp_path / names.ROUNDS, []
+    for server_round in (1, 2, 3):
+        round_lines.append(path, {"server_round": server_round, "task_id": 0, "mean_loss": 1.0})
+    teller = api._Teller(tmp_path, lambda line: told.append((line["server_round"], line["mean_loss"])))
+    path.write_text(path.read_text().splitlines(keepends=True)[0])  # as resume-from=1 does
+    round_lines.append(path, {"server_round": 2, "task_id": 0, "mean_loss": 0.5})
+    teller()
+    teller()
+    assert told == [(2, 0.5)]
 
 
 @pytest.mark.parametrize(

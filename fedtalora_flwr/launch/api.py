@@ -239,15 +239,18 @@ class _Teller:
 
     def __init__(self, folder: Path, on_round: Callable[[dict[str, Any]], None] | None) -> None:
         self._path, self._on_round = folder / names.ROUNDS, on_round
-        self._told = len(round_lines.read(self._path)[0]) if on_round and self._path.exists() else 0
+        # By what they say and not by their number: a run that goes on from an earlier round drops the lines after it.
+        self._told = {line.raw for line in self._lines()}
 
     def __call__(self) -> None:
-        if self._on_round is None or not self._path.exists():
-            return
-        lines, _ = round_lines.read(self._path)
-        for line in lines[self._told :]:
-            self._told += 1
-            self._on_round(dict(line.values))
+        for line in self._lines():
+            if line.raw not in self._told:
+                self._told.add(line.raw)
+                assert self._on_round is not None
+                self._on_round(dict(line.values))
+
+    def _lines(self) -> list[round_lines.Line]:
+        return round_lines.read(self._path)[0] if self._on_round and self._path.exists() else []
 
 
 def _failure(folder: Path) -> str:

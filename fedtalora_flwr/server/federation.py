@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -20,8 +20,6 @@ from fedtalora_flwr.server.residuals import Residuals
 from fedtalora_flwr.server.roster import Roster
 
 _SMALL = 2**22  # bytes that are never too many
-
-_Given = TypeVar("_Given")
 
 
 class Federation:
@@ -72,10 +70,6 @@ class Federation:
             content, partitions=partitions, message_type=message_type, server_round=order.server_round
         )
         return self.exchange.send(messages, most_bytes=most_bytes)
-
-    def insist(self, exchange: Callable[[wire.RoundOrder], _Given], order: wire.RoundOrder) -> _Given:
-        """Do an exchange, again where too many nodes were gone for it; see `Nodes.insist`."""
-        return self.nodes.insist(exchange, order)
 
 
 def reply_limit(*, num_factors: int, num_sums: int) -> int:

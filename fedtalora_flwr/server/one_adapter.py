@@ -85,13 +85,13 @@ class OneAdapter:
             point = replace(point, before=point.state)
             self._residuals.begin_task(point.state)
         if order.round_in_task == 0 and self._config.rounds_per_task and self._config.rows_start == "means":
-            means, known = self._federation.insist(lambda order: self._class_means(point, order), order)
+            means, known = self._federation.nodes.insist(lambda order: self._class_means(point, order), order)
             point = self._with_rows(point, means, known)
         return point
 
     def train(self, point: Checkpoint, order: wire.RoundOrder) -> tuple[Checkpoint, Trained]:
         """Let a sample of the clients train, and fold their updates into the state."""
-        return self._federation.insist(lambda order: self._train(point, order), order)
+        return self._federation.nodes.insist(lambda order: self._train(point, order), order)
 
     def _train(self, point: Checkpoint, order: wire.RoundOrder) -> tuple[Checkpoint, Trained]:
         state, task_id = point.state, order.task_id
@@ -128,7 +128,7 @@ class OneAdapter:
             return point, Scored()
         sums = point.sums
         if self._head.collects_sums:
-            sums = self._federation.insist(lambda order: self._with_sums(point, order), order)
+            sums = self._federation.nodes.insist(lambda order: self._with_sums(point, order), order)
         if ends and self._config.rounds_per_task:
             point = self._ended_rows(point, sums)
         classifiers = [self._head.classifier(point.state.head, sums)]
@@ -207,7 +207,7 @@ class OneAdapter:
         """Gather at the end of a task what the penalty is to remember of it."""
         if not self._penalty.remembers:
             return point.memory
-        fisher = self._federation.insist(lambda order: self._mean_fisher(point, order), order)
+        fisher = self._federation.nodes.insist(lambda order: self._mean_fisher(point, order), order)
         anchor = {
             f"{factor}/{name}": getattr(pair, factor).clone()  # a checkpoint holds no tensor twice
             for name, pair in point.state.adapters.items()

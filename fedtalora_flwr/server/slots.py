@@ -86,7 +86,7 @@ class Slots:
 
     def train(self, point: Checkpoint, order: wire.RoundOrder) -> tuple[Checkpoint, Trained]:
         """Let a sample of the clients train all their slots, and fold what comes back into the states."""
-        return self._federation.insist(lambda order: self._train(point, order), order)
+        return self._federation.nodes.insist(lambda order: self._train(point, order), order)
 
     def _train(self, point: Checkpoint, order: wire.RoundOrder) -> tuple[Checkpoint, Trained]:
         clustered = clustered_of(point)
@@ -207,7 +207,7 @@ class Slots:
         point = replace(point, matrix=matrix)
         if not clustered.clusters:
             return point, scored
-        routes = self._federation.insist(lambda order: self._routes(point, order), order)
+        routes = self._federation.nodes.insist(lambda order: self._routes(point, order), order)
         routed, correct = evaluation.routed(routes)
         return replace(point, routes=routes), replace(scored, routing_accuracy=routed, accuracy_routed=correct)
 
