@@ -267,10 +267,10 @@ def _patches(messages: Iterable[Message], config: RunConfig, data: SharedPartiti
 
 def _room(model: AdaptedModel, config: RunConfig, data: SharedPartition | LocalFolder) -> wire.Room:
     """Say what an order to this node may speak of."""
-    features = model.backbone.feature_dim
+    features, head = model.backbone.feature_dim, heads.resolve(config.head, config.settings)
     return wire.Room(
         num_classes=data.num_classes,
         num_tasks=config.num_tasks,
-        widths=frozenset({features, heads.resolve(config.head, config.settings).lifted_dim(features)}),
+        widths=frozenset({head.row_dim(features), head.lifted_dim(features)}),
         factors={key: tuple(factor.shape) for key, factor in model.named_factors().items()},
     )

@@ -13,7 +13,7 @@ import torch
 from fedtalora_flwr.client.versions import version_store
 from fedtalora_flwr.config import ConfigError, RunConfig
 from fedtalora_flwr.data import ClassList, OwnData, Source, Split
-from fedtalora_flwr.data.source import NO_ROWS
+from fedtalora_flwr.data.source import NO_ROWS, Modality
 from fedtalora_flwr.model.session import data_of, decoded, model_of, own_reader, training_examples
 from fedtalora_flwr.model.train import Examples
 from fedtalora_flwr.wire import Hello, WireError
@@ -122,7 +122,7 @@ class LocalFolder:
         return decoded(self.config, split, np.arange(len(split)), source=_described(split, backbone.modality), key=key)
 
 
-def _described(split: Split, modality: Literal["image", "text"]) -> Source:
+def _described(split: Split, modality: Modality) -> Source:
     """Describe examples to a backbone; images are stored at the size that it takes, the same on every node."""
     one = Split(labels=np.zeros(1, dtype=np.int64), read=split.read)
     return Source("data-path", modality, ("",), train=one, test=NO_ROWS, image_side=float("inf"))

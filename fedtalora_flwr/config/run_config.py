@@ -81,6 +81,7 @@ class RunConfig:
     data_root: str
     input_column: str
     label_column: str
+    answer_column: str
     test_fraction: Annotated[float, Rule(lambda value: 0 < value < 1, "between 0 and 1")]
     max_per_class: Annotated[int, at_least(0)]
     max_test_per_class: Annotated[int, at_least(0)]
@@ -128,6 +129,8 @@ class RunConfig:
     backbone_checkpoint: str
     image_size: Annotated[int, between(0, 2048)]
     max_length: Annotated[int, between(2, 8192)]
+    base_dtype: Annotated[str, one_of("fp32", "bf16")]
+    gradient_checkpointing: bool
     feature_norm: Annotated[str, one_of("rms", "none")]
     rank: Annotated[int, at_least(1)]
     alpha: Annotated[float, POSITIVE]
@@ -277,5 +280,10 @@ def _check_together(config: RunConfig) -> None:
         raise ConfigError(
             f"min-replies {config.min_replies} can never be met by num-clients {config.num_clients}; lower it"
         )
-    if config.rounds_per_task == 0 and config.head == "linear":
+    if config.head == "lm" and (config.rows_start != "zero" or config.penalty != "none"):
+        raise ConfigError(
+            f"head lm has no class rows and no features: set rows-start=zero and penalty=none, got "
+            f"{config.rows_start} and {config.penalty}"
+        )
+    if config.rounds_per_task == 0 and config.head in ("linear", "lm"):
         raise ConfigError("rounds-per-task 0 trains nothing; head = ridge and head = lda learn without training rounds")

@@ -4,13 +4,15 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from fedtalora_flwr.data.images import decode_image
-from fedtalora_flwr.data.source import NO_ROWS, DataError, Ints, Source, Split, join_classes
+from fedtalora_flwr.data.instructions import instruction_reader
+from fedtalora_flwr.data.source import NO_ROWS, DataError, Ints, Modality, Source, Split, join_classes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,7 +23,9 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label", "intent", "class", "category"
 _TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
 
 
-def source_from_splits(name: str, splits: Mapping[str, "Dataset"], *, input_column: str, label_column: str) -> Source:
+def source_from_splits(
+    name: str, splits: Mapping[str, "Dataset"], *, input_column: str, label_column: str, answer_column: str = ""
+) -> Source:
     """Make a source of a training split and the first labelled test or validation split.
 
     Parameters
@@ -32,6 +36,8 @@ def source_from_splits(name: str, splits: Mapping[str, "Dataset"], *, input_colu
         Tables by split name; ``train`` is required.
     input_column, label_column
         Columns to use; empty: found by their usual names.
+    answer_column
+        Column of answers, where the inputs are instructions; empty: they are not.
 
     Raises
     ------
@@ -40,15 +46,12 @@ def source_from_splits(name: str, splits: Mapping[str, "Dataset"], *, input_colu
     """
     if "train" not in splits:
         raise DataError(f"{name} has no split named train, only {', '.join(splits)}; rename one to train")
-    modality, train, train_names = _read_split(
-        splits["train"], f"{name} (train)", input_column=input_column, label_column=label_column
-    )
+    columns = _Columns(input_column, label_column, answer_column)
+    modality, train, train_names = _read_split(splits["train"], f"{name} (train)", columns)
     for split_name in _TEST_SPLITS:
         if split_name not in splits or _is_unlabelled(splits[split_name], label_column):
             continue
-        test_modality, test, test_names = _read_split(
-            splits[split_name], f"{name} ({split_name})", input_column=input_column, label_column=label_column
-        )
+        test_modality, test, test_names = _read_split(splits[split_name], f"{name} ({split_name})", columns)
         if test_modality != modality:
             raise DataError(
                 f"{name}: training inputs are of kind {modality}, those of {split_name} of kind "
@@ -59,13 +62,24 @@ def source_from_splits(name: str, splits: Mapping[str, "Dataset"], *, input_colu
     return Source(name=name, modality=modality, class_names=train_names, train=train, test=NO_ROWS)
 
 
-def _read_split(
-    rows: "Dataset", where: str, *, input_column: str, label_column: str
-) -> tuple[Literal["image", "text"], Split, tuple[str, ...]]:
+@dataclass(frozen=True)
+class _Columns:
+    """Columns to use; empty: found by their usual names, but for answers, which only instructions have."""
+
+    inputs: str
+    label: str
+    answer: str
+
+
+def _read_split(rows: "Dataset", where: str, columns: _Columns) -> tuple[Modality, Split, tuple[str, ...]]:
     if len(rows) == 0:
         raise DataError(f"{where} has no rows; check that the file is complete")
-    column = _find_label_column(rows, where, label_column)
-    modality, inputs = _find_input_column(rows, where, input_column, not_this=column)
+    column = _find_label_column(rows, where, columns.label)
+    if columns.answer:
+        ask = instruction_reader(rows, where=where, input_column=columns.inputs, answer_column=columns.answer)
+        labels, class_names = _read_labels(rows, column, where)
+        return "instruction", Split(labels=labels, read=ask), class_names
+    modality, inputs = _find_input_column(rows, where, columns.inputs, not_this=column)
     labels, class_names = _read_labels(rows, column, where)
     reader = _image_reader if modality == "image" else _text_reader
     return modality, Split(labels=labels, read=reader(rows, inputs, where)), class_names

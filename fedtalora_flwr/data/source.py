@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+Modality = Literal["image", "text", "instruction"]
 
 # Purposes of a seed, far above any task or partition id. NumPy pads a seed with zeros, so the test rows of class 0 are
 # drawn from the stream of the class order (stream._CLASS_ORDER): harmless, for one is of rows, the other of classes.
@@ -31,7 +32,8 @@ class Split:
     labels
         (N,) class ids in [0, num_classes).
     read
-        Maps (n,) row numbers to their raw inputs, in that order: PIL images in RGB or greyscale, or strings.
+        Maps (n,) row numbers to their raw inputs, in that order: PIL images in RGB or greyscale, strings, or
+        `Instruction`.
     """
 
     labels: Ints  # (N,)
@@ -43,7 +45,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set for classification.
+    """A data set of examples in classes.
 
     Parameters
     ----------
@@ -67,7 +69,7 @@ class Source:
     """
 
     name: str
-    modality: Literal["image", "text"]
+    modality: Modality
     class_names: tuple[str, ...]
     train: Split
     test: Split

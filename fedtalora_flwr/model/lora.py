@@ -107,10 +107,12 @@ class FusedLinear(peft_lora.Linear):  # type: ignore[misc]  # PEFT is untyped
     scale, cast or add. Here the low-rank term is added into the output of the frozen product where that lies.
 
     Under autocast the frozen weight is rounded once and the copy is kept, until `forget_rounded`. The weight itself,
-    ``W_0 + R``, stays in float32: a residual added to a rounded weight would mostly be lost.
+    ``W_0 + R``, stays in float32: a residual added to a rounded weight would mostly be lost. Where W_0 itself comes in
+    fewer bits, R stands beside it, ``beside``, as ``x W_0^T + x R^T``.
     """
 
     _rounded: tuple[Tensor, Tensor | None] | None = None  # weight and bias
+    beside: Tensor | None = None  # (d_out, d_in) float32
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Compute ``x W^T + bias + scaling (x A^T) B^T`` for x (..., d_in), in autocast's dtype where that is on."""
@@ -119,7 +121,8 @@ class FusedLinear(peft_lora.Linear):  # type: ignore[misc]  # PEFT is untyped
         if torch.is_autocast_enabled(kind):
             weight, bias = self._rounded_to(torch.get_autocast_dtype(kind))
         lora_A, lora_B = self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight
-        return AdaptedProduct.apply(x, weight, bias, lora_A, lora_B, self.scaling[_ADAPTER])  # type: ignore[no-any-return]
+        output: Tensor = AdaptedProduct.apply(x, weight, bias, lora_A, lora_B, self.scaling[_ADAPTER])
+        return output if self.beside is None else output + F.linear(x.float(), self.beside).to(output.dtype)
 
     def forget_rounded(self) -> None:
         """Drop the rounded copy of the frozen weight; to be called when that is set."""
@@ -172,6 +175,8 @@ class AdaptedModel(nn.Module):
         ranks = {name: _width(backbone.model.get_submodule(name)) for name in names} if dense else {}
         for name in () if dense else names:
             _check_rank(name, backbone.model.get_submodule(name), rank)
+        if dense and any(backbone.model.get_submodule(name).weight.dtype != torch.float32 for name in names):
+            raise PlacementError("a method that trains whole weights needs them in float32: set base-dtype=fp32")
         backbone.requires_grad_(False)
         if names:
             config = LoraConfig(
@@ -185,7 +190,11 @@ class AdaptedModel(nn.Module):
         self.layers: dict[str, LoraLayer] = {
             name: module for name, module in backbone.model.named_modules() if isinstance(module, LoraLayer)
         }
-        self._pristine = {name: self._weight(name).detach().clone() for name in self.layers}  # W_0
+        self._pristine = {  # W_0, of the layers whose weight is set
+            name: weight.detach().clone()
+            for name in self.layers
+            if (weight := self._weight(name)).dtype == torch.float32
+        }
 
     def train_only(self, factors: frozenset[str]) -> list[nn.Parameter]:
         """Let gradients reach `factors` (of lora_A, lora_B) alone, and list these parameters."""
@@ -232,8 +241,10 @@ class AdaptedModel(nn.Module):
             (d_out, d_in) for each module; a module without one gets W_0.
         """
         for name, layer in self.layers.items():
-            weight, pristine = self._weight(name), self._pristine[name]
-            if name in residual:
+            weight, pristine = self._weight(name), self._pristine.get(name)
+            if pristine is None:
+                layer.beside = residual[name].to(weight.device) if name in residual else None
+            elif name in residual:
                 torch.add(pristine, residual[name].to(weight.device), out=weight.data)
             else:
                 weight.copy_(pristine)

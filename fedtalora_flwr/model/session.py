@@ -78,8 +78,8 @@ def model_of(config: RunConfig) -> AdaptedModel:
     source = _opened(config)
     if isinstance(source, Source) and model.backbone.modality != source.modality:
         raise ConfigError(
-            f"backbone {config.backbone} reads {model.backbone.modality}s, "
-            f"dataset {source.name} holds {source.modality}s"
+            f"backbone {config.backbone} reads {model.backbone.modality}s, dataset {source.name} holds "
+            f"{source.modality}s" + ("; set answer-column" if model.backbone.modality == "instruction" else "")
         )
     return model
 
@@ -93,6 +93,9 @@ def build_model(config: RunConfig) -> AdaptedModel:
         If the weights cannot be had, or the LoRA settings match nothing.
     """
     backbone = backbones.resolve(config.backbone, config.settings)
+    if (backbone.modality == "instruction") != (config.head == "lm"):
+        wanted = "set head=lm" if backbone.modality == "instruction" else "which is for a language model (lm:, smollm2)"
+        raise ConfigError(f"backbone {config.backbone} reads {backbone.modality}s, head is {config.head}: {wanted}")
     backbone.feature_norm = config.feature_norm
     return AdaptedModel(
         placed(backbone, config),

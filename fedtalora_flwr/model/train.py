@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedtalora_flwr.aggregation.factors import LoraFactors
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.model import precision
+from fedtalora_flwr.model.backbones.lm import LanguageBackbone
 from fedtalora_flwr.model.heads import Classifier, FeatureRoot, Head, logits
 from fedtalora_flwr.model.lora import AdaptedModel
 from fedtalora_flwr.model.penalties import Memory, Penalty, Start
@@ -26,7 +27,7 @@ class Examples:
     Parameters
     ----------
     inputs
-        uint8 (N, 3, H, W) images or int32 (N, L) tokens.
+        uint8 (N, 3, H, W) images, int32 (N, L) tokens, or (N, 2, L) with those to learn.
     labels
         (N,) int64.
     """
@@ -121,9 +122,14 @@ def fit(
     total_loss = torch.zeros((), device=device)
     for batch in _batches(model, inputs, config=config, rng=rng):
         with autocast(device, config.precision):
-            features = model.backbone(inputs[batch], augment=config.augment, generator=generator).float()
-        loss = F.cross_entropy(logits(rows, features, compared), targets[batch])
-        if term is not None:
+            if isinstance(model.backbone, LanguageBackbone):
+                features, scores, wanted = None, *model.backbone.answer_logits(inputs[batch])
+            else:
+                features = model.backbone(inputs[batch], augment=config.augment, generator=generator).float()
+        if features is not None:
+            scores, wanted = logits(rows, features, compared), targets[batch]
+        loss = F.cross_entropy(scores, wanted)
+        if term is not None and features is not None:
             loss = loss + term(batch, features)
         recipe.step(loss)
         total_loss += loss.detach()
@@ -159,6 +165,55 @@ def count_correct(
         for index, classifier in enumerate(on_device):
             hits[index] += int((compared[classifier.logits(features, compared).argmax(1)] == labels).sum())
     return hits
+
+
+@dataclass(frozen=True)
+class Score:
+    """How good a model is on some examples.
+
+    Parameters
+    ----------
+    correct
+        Hits of each classifier: examples, or of a language model the answers' tokens that it finds likeliest.
+    total
+        What was judged: examples, or tokens of answers.
+    loss_sum
+        Of a language model: the cross-entropy, summed over these tokens, in nats.
+    """
+
+    correct: tuple[int, ...]
+    total: int
+    loss_sum: float | None = None
+
+
+def score(
+    model: AdaptedModel,
+    classifiers: Sequence[Classifier],
+    examples: Examples,
+    *,
+    classes: Sequence[int],
+    config: RunConfig,
+) -> Score:
+    """Judge a loaded model as `count_correct` does, or a language model by the answers of the examples."""
+    if isinstance(model.backbone, LanguageBackbone):
+        return _score_answers(model, model.backbone, examples, config=config)
+    hits = count_correct(model, classifiers, examples, classes=classes, config=config)
+    return Score(tuple(hits), len(examples))
+
+
+@torch.inference_mode()
+def _score_answers(model: AdaptedModel, backbone: LanguageBackbone, examples: Examples, *, config: RunConfig) -> Score:
+    device = next(model.parameters()).device
+    correct, total, loss_sum = 0, 0, 0.0
+    model.eval()
+    order = backbone.batch_order(examples.inputs)
+    for part in order.split(config.batch_size):  # type: ignore[no-untyped-call]  # the scores of a token are V numbers
+        with autocast(device, config.precision):
+            scores, wanted = backbone.answer_logits(examples.inputs[part].to(device))
+        correct += int((scores.argmax(1) == wanted).sum())
+        total += len(wanted)
+        loss_sum += float(F.cross_entropy(scores, wanted, reduction="sum"))
+    return Score((correct,), total, loss_sum)
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ from fedtalora_flwr.run_folder import names, round_lines
 from fedtalora_flwr.run_folder.round_lines import Damage
 
 _OPTIONAL = (
-    *("resent", "weights", "kept_energy", "exactness_error", "accuracy_seen_linear"),
+    *("resent", "weights", "kept_energy", "exactness_error", "accuracy_seen_linear", "answer_losses"),
     *("cluster_accuracy", "routing_accuracy", "accuracy_routed", "slots"),
 )
 _LIBRARIES = ("torch", "flwr", "timm", "peft", "transformers", "datasets", "numpy", "ray")
@@ -59,7 +59,8 @@ class RoundLog:
     ``resent`` are partitions that had lost the base and got it once more; ``kept_energy`` is the share of the
     residual's energy that was sent, where ``residual-energy`` is below 1. ``weights`` are the clients that counted
     less than their examples say, as a share of that. ``accuracy_seen_linear`` is what the
-    trained class rows alone would give, where the head is another one.
+    trained class rows alone would give, where the head is another one. Of a language model accuracies are those of the
+    answers' tokens, and ``answer_losses`` the mean cross-entropy of these by task, in nats.
 
     Of a method over slots: `slots` are those of the round; ``cluster_accuracy`` is the share of all slots whose cluster
     is that of their true task. After its last round ``routing_accuracy`` is the share of test examples that go to the
@@ -82,6 +83,7 @@ class RoundLog:
     exactness_error: float | None = None
     accuracy_seen: float | None = None
     accuracy_seen_linear: float | None = None
+    answer_losses: Sequence[float] = ()
     cluster_accuracy: float | None = None
     routing_accuracy: float | None = None
     accuracy_routed: float | None = None

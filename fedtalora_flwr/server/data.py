@@ -15,7 +15,7 @@ from fedtalora_flwr.data import ClassList, Share
 from fedtalora_flwr.model.heads import Classifier
 from fedtalora_flwr.model.lora import AdaptedModel
 from fedtalora_flwr.model.session import data_of, test_examples
-from fedtalora_flwr.model.train import count_correct
+from fedtalora_flwr.model.train import score
 from fedtalora_flwr.run_folder.checkpoint import Checkpoint
 from fedtalora_flwr.server import holdings
 from fedtalora_flwr.server.failures import RunFailed
@@ -30,11 +30,15 @@ AskToEvaluate = Callable[[GlobalState, Sequence[int], Sequence[int], str], Itera
 
 @dataclass(frozen=True)
 class Hits:
-    """Hits and test examples by task id; and those of the trained rows alone, where they are counted too."""
+    """Hits and what was judged by task id, examples or a language model's tokens.
+
+    Where they are counted too: the hits of the trained rows alone, and the mean loss of a token.
+    """
 
     correct: Sequence[int]
     total: Sequence[int]
     correct_linear: Sequence[int] | None = None
+    answer_losses: Sequence[float] | None = None
 
 
 class RunData(Protocol):
@@ -162,13 +166,13 @@ class SharedData:
         """Count them here."""
         self._model.load(point.state.adapters, point.state.residual)
         seen = point.classes.seen(order.task_id)
-        hits, total = [], []
-        for earlier in range(order.task_id + 1):
-            examples = test_examples(self._config, task_id=earlier)
-            hits.append(count_correct(self._model, classifiers, examples, classes=seen, config=self._config))
-            total.append(len(examples))
-        correct, *others = (list(counts) for counts in zip(*hits, strict=True))
-        return Hits(correct, total, others[0] if others else None)
+        scores = [
+            score(self._model, classifiers, test_examples(self._config, task_id=t), classes=seen, config=self._config)
+            for t in range(order.task_id + 1)
+        ]
+        correct, *others = (list(counts) for counts in zip(*(one.correct for one in scores), strict=True))
+        losses = [one.loss_sum / one.total for one in scores if one.loss_sum is not None]
+        return Hits(correct, [one.total for one in scores], others[0] if others else None, losses or None)
 
 
 class NodeData:

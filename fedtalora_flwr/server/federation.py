@@ -95,6 +95,7 @@ class Scored:
 
     accuracy_seen: float | None = None
     accuracy_seen_linear: float | None = None
+    answer_losses: Sequence[float] = ()
     routing_accuracy: float | None = None
     accuracy_routed: float | None = None
 

@@ -145,7 +145,11 @@ class OneAdapter:
         )
         matrix = point.matrix.with_row(order.task_id, hits.correct, hits.total)
         linear = sum(hits.correct_linear) / sum(hits.total) if hits.correct_linear else None
-        scored = Scored(accuracy_seen=matrix.accuracy_seen()[order.task_id], accuracy_seen_linear=linear)
+        scored = Scored(
+            accuracy_seen=matrix.accuracy_seen()[order.task_id],
+            accuracy_seen_linear=linear,
+            answer_losses=hits.answer_losses or (),
+        )
         return (replace(point, sums=sums, matrix=matrix) if ends else point), scored
 
     def _class_means(self, point: Checkpoint, order: wire.RoundOrder) -> tuple[Tensor, Tensor]:

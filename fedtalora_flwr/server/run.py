@@ -245,7 +245,7 @@ class ServerRun:
             server_round=0,
             state=GlobalState(
                 adapters=self.model.initial_factors(seed=self.config.seed),
-                head=heads.init_rows(num_classes=num_classes, feature_dim=feature_dim),
+                head=heads.init_rows(num_classes=num_classes, feature_dim=self.head.row_dim(feature_dim)),
             ),
             sums=FeatureSums.zero(num_classes=num_classes, feature_dim=self.head.lifted_dim(feature_dim)),
             matrix=TaskMatrix.empty(self.config.num_tasks),

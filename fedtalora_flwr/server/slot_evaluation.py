@@ -1,5 +1,6 @@
 """How good the states of a method over slots are: each on its slots' tasks, and all on inputs of no known task."""
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ from fedtalora_flwr.model.heads import Classifier, FeatureSums, trained_classes
 from fedtalora_flwr.model.lora import AdaptedModel
 from fedtalora_flwr.model.router import router
 from fedtalora_flwr.model.session import test_examples
-from fedtalora_flwr.model.train import Examples, classify, count_correct
+from fedtalora_flwr.model.train import Examples, classify, score
+from fedtalora_flwr.server.data import Hits
 from fedtalora_flwr.server.true_tasks import TrueTasks
 
 
@@ -40,8 +42,8 @@ class SlotEvaluation:
     classes: ClassList
     config: RunConfig
 
-    def hits(self) -> tuple[list[int], list[int]]:
-        """Count hits and test examples of each task, every slot of it weighing as many times as it has examples.
+    def hits(self) -> Hits:
+        """Count the hits of each task, every slot of it weighing as many times as it has examples.
 
         A slot chooses among the classes of its task, which its client knows.
         """
@@ -51,19 +53,24 @@ class SlotEvaluation:
             for slot in tasks.slots_of(partition):
                 weights[clustered.place(slot)][tasks.task_of(slot)] += tasks.num_examples(slot)
         correct, total = [0] * self.config.last_task, [0] * self.config.last_task
+        loss_sums = [0.0] * self.config.last_task
         states = clustered.states()
         for place, by_task in weights.items():
             state = states.get(place, clustered.start)
             self._load(state)
             for task_id, weight in by_task.items():
-                examples = test_examples(self.config, task_id=task_id)
-                classes = self.classes.tasks[task_id]
-                (hits,) = count_correct(
-                    self.model, [Classifier(state.head)], examples, classes=classes, config=self.config
+                found = score(
+                    self.model,
+                    [Classifier(state.head)],
+                    test_examples(self.config, task_id=task_id),
+                    classes=self.classes.tasks[task_id],
+                    config=self.config,
                 )
-                correct[task_id] += weight * hits
-                total[task_id] += weight * len(examples)
-        return correct, total
+                correct[task_id] += weight * found.correct[0]
+                total[task_id] += weight * found.total
+                loss_sums[task_id] += weight * (found.loss_sum or 0.0)
+        losses = [loss / n if n else math.nan for loss, n in zip(loss_sums, total, strict=True)]
+        return Hits(correct, total, answer_losses=losses if any(loss_sums) else None)
 
     def routed(self, routes: FeatureSums) -> tuple[float, float]:
         """Route all test examples by their features alone, then classify each among the classes of its cluster.
@@ -82,7 +89,7 @@ class SlotEvaluation:
             task_id: classify(self.model, rule, examples, classes=range(len(clusters)), config=self.config)
             for task_id, examples in tests.items()
         }
-        at_home = correct = 0
+        at_home = correct = judged = 0
         for index, (cluster, state) in enumerate(clusters):
             self._load(state)
             for task_id, examples in tests.items():
@@ -90,18 +97,14 @@ class SlotEvaluation:
                 if not here.any():
                     continue
                 at_home += int(here.sum()) * (home.get(task_id) == cluster)
-                if not (classes := trained_classes(state.head)):  # as of tasks of one class: no row has moved
+                routed = Examples(examples.inputs[here], examples.labels[here])
+                classes = trained_classes(state.head)
+                if not classes and self.config.head != "lm":  # as of tasks of one class: no row has moved
+                    judged += len(routed)
                     continue
-                (hits,) = count_correct(
-                    self.model,
-                    [Classifier(state.head)],
-                    Examples(examples.inputs[here], examples.labels[here]),
-                    classes=classes,
-                    config=self.config,
-                )
-                correct += hits
-        num_tests = sum(map(len, tests.values()))
-        return at_home / num_tests, correct / num_tests
+                found = score(self.model, [Classifier(state.head)], routed, classes=classes, config=self.config)
+                correct, judged = correct + found.correct[0], judged + found.total
+        return at_home / sum(map(len, tests.values())), correct / judged
 
     def _clusters_of_tasks(self) -> dict[int, int]:
         """Give the cluster in which most training examples of each task are."""

@@ -200,8 +200,9 @@ class Slots:
         clustered = clustered_of(point)
         evaluation = SlotEvaluation(self._model, clustered, self._tasks, point.classes, self._config)
         task_id = self._config.last_task - 1
-        matrix = point.matrix.with_row(task_id, *evaluation.hits())
-        scored = Scored(accuracy_seen=matrix.accuracy_seen()[task_id])
+        hits = evaluation.hits()
+        matrix = point.matrix.with_row(task_id, hits.correct, hits.total)
+        scored = Scored(accuracy_seen=matrix.accuracy_seen()[task_id], answer_losses=hits.answer_losses or ())
         if not is_last:
             return point, scored
         point = replace(point, matrix=matrix)
@@ -231,7 +232,7 @@ class Slots:
         factors = [getattr(pair, factor) for pair in state.adapters.values() for factor in self._method.trainable]
         num_factors = sum(int(value.numel()) for value in [*factors, *state.head.values()])
         slots = max(map(len, self._tasks.by_partition.values()), default=0)
-        size = 1 + (self._config.ridge_features or state.head["weight"].shape[1])
+        size = 1 + (self._config.ridge_features or self._model.backbone.feature_dim)
         return slots * reply_limit(num_factors=num_factors, num_sums=0) + 16 * size * (size + slots)
 
     def parameters(self, point: Checkpoint) -> dict[str, int]:
@@ -269,7 +270,7 @@ def check_settings(config: RunConfig, *, own_data: bool) -> None:
     """
     if own_data:
         raise ConfigError(f"method {config.method} needs a data set that all nodes read, not dataset {config.dataset}")
-    if config.head != "linear":
+    if config.head not in ("linear", "lm"):
         raise ConfigError(f"method {config.method} trains class rows in every slot; set head=linear")
     if config.aggregation_weights != "examples" or config.max_weight:
         raise ConfigError(f"method {config.method} weighs slots by their examples: set aggregation-weights=examples")

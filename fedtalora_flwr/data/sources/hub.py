@@ -5,7 +5,7 @@ from fedtalora_flwr.data.hf_rows import source_from_splits
 from fedtalora_flwr.data.source import Source
 
 
-def create(*, argument: str, input_column: str, label_column: str) -> Source:
+def create(*, argument: str, input_column: str, label_column: str, answer_column: str = "") -> Source:
     """Load a data set from the hub.
 
     Parameters
@@ -14,7 +14,11 @@ def create(*, argument: str, input_column: str, label_column: str) -> Source:
         ``owner/name``, ``owner/name#config``, or the path of a folder.
     input_column, label_column
         Columns to use; empty: found by their usual names.
+    answer_column
+        Column of answers, where the texts are instructions; empty: they are not.
     """
     name, _, config = argument.partition("#")
     splits = load_hub(name, config=config or None)
-    return source_from_splits(argument, splits, input_column=input_column, label_column=label_column)
+    return source_from_splits(
+        argument, splits, input_column=input_column, label_column=label_column, answer_column=answer_column
+    )

@@ -6,7 +6,7 @@ from fedtalora_flwr.data.locate import split_files
 from fedtalora_flwr.data.source import Source
 
 
-def create(*, data_path: str, test_path: str, input_column: str, label_column: str) -> Source:
+def create(*, data_path: str, test_path: str, input_column: str, label_column: str, answer_column: str = "") -> Source:
     """Read Parquet files.
 
     Parameters
@@ -17,7 +17,11 @@ def create(*, data_path: str, test_path: str, input_column: str, label_column: s
         A file or folder of test data; empty: as `data_path` has it.
     input_column, label_column
         Columns to use; empty: found by their usual names.
+    answer_column
+        Column of answers, where the texts are instructions; empty: they are not.
     """
     files = split_files(data_path, test_path, suffixes=[".parquet"])
     splits = {split: load_files(paths) for split, paths in files.items()}
-    return source_from_splits(data_path, splits, input_column=input_column, label_column=label_column)
+    return source_from_splits(
+        data_path, splits, input_column=input_column, label_column=label_column, answer_column=answer_column
+    )

@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedtalora_flwr.data import Source, Split
+from fedtalora_flwr.data.source import Modality
 
 
 class BackboneError(ValueError):
@@ -49,7 +50,7 @@ class Backbone(nn.Module):
     model
         The library's own module; adapter keys are names in ``model.named_modules()``.
     modality
-        ``image`` or ``text``.
+        ``image``, ``text``, or ``instruction`` of a language model.
     feature_dim
         d, the size of a feature vector.
     placement
@@ -62,7 +63,7 @@ class Backbone(nn.Module):
     """
 
     model: nn.Module
-    modality: Literal["image", "text"]
+    modality: Modality
     feature_dim: int
     placement: Placement
     hub_name: str | None = None
@@ -70,7 +71,10 @@ class Backbone(nn.Module):
 
     @abstractmethod
     def encode(self, split: Split, rows: NDArray[np.int64], *, source: Source) -> Tensor:
-        """Read rows of a split of `source` into one CPU tensor: uint8 (N, 3, H, W) or int32 tokens (N, L)."""
+        """Read rows of a split of `source` into one CPU tensor.
+
+        It is uint8 (N, 3, H, W), int32 tokens (N, L), or of instructions int32 (N, 2, L): tokens, and those to learn.
+        """
 
     def batch_order(self, inputs: Tensor) -> Tensor:
         """Order encoded inputs (N, ...) so that batches of neighbours are cheap; (N,) int64."""

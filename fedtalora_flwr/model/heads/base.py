@@ -251,6 +251,10 @@ class Head(ABC):
         """Give m for features of size d."""
         return feature_dim
 
+    def row_dim(self, feature_dim: int) -> int:
+        """Give the size of a trained class row for features of size d."""
+        return feature_dim
+
 
 def init_rows(*, num_classes: int, feature_dim: int) -> dict[str, Tensor]:
     """Give the class rows that clients train, all zero: no class is preferred before it has been seen."""

@@ -1,0 +1,98 @@
+"""Instructions: what a language model is asked, and the answer that it should give.
+
+A table has a column of answers, one of instructions, and maybe one of context that belongs to the instruction.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fedtalora_flwr.data.source import DataError, Ints
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+PROMPT_COLUMNS = ("instruction", "prompt", "question", "input")
+CONTEXT_COLUMN = "context"
+ANSWER_COLUMNS = ("response", "answer", "output", "completion")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One example.
+
+    Parameters
+    ----------
+    prompt
+        What is asked; a context stands behind the instruction, after an empty line.
+    answer
+        What should be answered; empty where nobody knows.
+    """
+
+    prompt: str
+    answer: str = ""
+
+
+def prompt_columns(names: Sequence[str], *, where: str, asked: str) -> list[str]:
+    """Choose the columns that make up a prompt: those asked for, joined by commas, or the usual ones.
+
+    Raises
+    ------
+    DataError
+        If there is no such column.
+    """
+    wanted = [name.strip() for name in asked.split(",") if name.strip()]
+    if absent := [name for name in wanted if name not in names]:
+        raise DataError(f"input-column {asked!r}: {where} has no column {absent[0]!r}; it has {', '.join(names)}")
+    if wanted:
+        return wanted
+    found = next((name for name in PROMPT_COLUMNS if name in names), None)
+    if found is None:
+        raise DataError(
+            f"{where} has no column with a usual name for instructions ({', '.join(PROMPT_COLUMNS)}); it has "
+            f"{', '.join(names)}; set input-column to one of them, or to several joined by a comma"
+        )
+    return [found, *([CONTEXT_COLUMN] if CONTEXT_COLUMN in names else [])]
+
+
+def instruction_reader(
+    rows: "Dataset", *, where: str, input_column: str, answer_column: str
+) -> Callable[[Ints], Sequence[Instruction]]:
+    """Give what reads rows of a table as instructions; both columns are looked through here, so that a hole is found.
+
+    Raises
+    ------
+    DataError
+        If there is no such column, one holds no texts, or a prompt or an answer is empty.
+    """
+    columns = prompt_columns(rows.column_names, where=where, asked=input_column)
+    if answer_column not in rows.column_names:
+        raise DataError(
+            f"answer-column {answer_column!r}: {where} has no such column; it has {', '.join(rows.column_names)}"
+        )
+    for column in (columns[0], answer_column):
+        _require_texts(rows, column, where=where)
+    texts = rows.select_columns([*columns, answer_column])
+
+    def read(numbers: Ints) -> Sequence[Instruction]:
+        found = texts[[int(number) for number in numbers]]
+        prompts = zip(*(found[column] for column in columns), strict=True)
+        return [
+            Instruction("\n\n".join(part.strip() for part in parts if part and part.strip()), answer.strip())
+            for parts, answer in zip(prompts, found[answer_column], strict=True)
+        ]
+
+    return read
+
+
+def _require_texts(rows: "Dataset", column: str, *, where: str) -> None:
+    values = rows.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        raise DataError(f"column {column!r} of {where} holds {values.type}; instructions and answers are texts")
+    empty = pc.equal(pc.fill_null(pc.utf8_length(pc.utf8_trim_whitespace(values)), 0), 0)
+    if (count := pc.sum(empty).as_py()) and len(values):
+        row = pc.index(empty, True).as_py()
+        raise DataError(f"column {column!r} of {where} is empty in row {row} ({count} such rows); remove these rows")
