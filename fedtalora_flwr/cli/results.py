@@ -1,4 +1,4 @@
-"""What is done with a run that was played: ``fedtalora report``, ``compare``, ``export`` and ``predict``."""
+"""What is done with a run that was played: ``fedtalora report``, ``compare``, ``export``, ``predict``, ``answers``."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,12 @@ import typer
 from fedtalora_flwr.cli.console import console, errors, escaped, fail
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fedtalora_flwr.aggregation import Place
+    from fedtalora_flwr.inference.answer import Wish
+    from fedtalora_flwr.inference.model import TrainedModel
+    from fedtalora_flwr.inference.predict import Item
 
 Cluster = Annotated[int | None, typer.Option(metavar="N", help="Of a run of fl-tac: the model of this cluster.")]
 SlotName = Annotated[
@@ -19,7 +24,7 @@ SlotName = Annotated[
 
 def add_to(cli: typer.Typer) -> None:
     """Add the commands."""
-    for command in (report, compare, export, predict):
+    for command in (report, compare, export, predict, answers):
         cli.command()(command)
 
 
@@ -87,11 +92,18 @@ def predict(
     inputs: Annotated[list[str], typer.Argument(metavar="FILES...", help="Files and folders; - is standard input.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array instead of lines.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Classes to name for each input.")] = 3,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of a language model's answer: tokens, at most.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Of a language model: 0 takes the likeliest token each time.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of a language model's draws, with a temperature.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     cluster: Cluster = None,
     slot: SlotName = "",
 ) -> None:
     """Classify files with a run's model: a line for each input, the likeliest classes and their probabilities.
+
+    A language model answers each text; on a terminal the words come as they are found.
 
     Images: files, folders of them at any depth, or one image on standard input.
 
@@ -103,6 +115,7 @@ def predict(
     """
     import json
 
+    from fedtalora_flwr.inference.answer import Wish
     from fedtalora_flwr.inference.model import open_trained
     from fedtalora_flwr.inference.predict import predict as classify
     from fedtalora_flwr.inference.predict import read_items
@@ -118,6 +131,9 @@ def predict(
         stdin=sys.stdin.buffer,
         column=trained.config.input_column,
     )
+    if trained.model.backbone.modality == "instruction":
+        _print_answers(trained, items, Wish(max_new_tokens, temperature, seed), as_json=as_json)
+        return
     predictions = classify(trained, items, top=top)
     if as_json:
         found = [prediction.to_json() for prediction in predictions]
@@ -136,6 +152,68 @@ def predict(
         print(prediction.item.name, *ranking, *text, sep="\t")
     if failed:
         raise typer.Exit(1)
+
+
+def _print_answers(trained: "TrainedModel", items: "Iterator[Item]", wish: "Wish", *, as_json: bool) -> None:
+    """Print what a language model answers, or an array of it; exit with 1 if a prompt cannot be read."""
+    import json
+
+    from fedtalora_flwr.inference.answer import answer_items
+
+    streams = sys.stdout.isatty() and not as_json
+    on_text = (lambda text: print(text, end="", flush=True)) if streams else None
+    entries, failed = [], False
+    for item, text in answer_items(trained, items, wish, on_text=on_text):
+        failed = failed or bool(item.error)
+        if as_json:
+            entries.append({"input": item.name, **({"error": item.error} if item.error else {"answer": text})})
+        elif item.error:
+            errors.print(f"[red]error:[/red] {escaped(item.error)}", highlight=False, soft_wrap=True)
+        else:
+            print("" if streams else f"{item.name}\t{' '.join(text.split())}")
+    if as_json:
+        print(json.dumps(entries, indent=1, ensure_ascii=sys.stdout.encoding.lower() not in ("utf-8", "utf8")))
+    if failed:
+        raise typer.Exit(1)
+
+
+def answers(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder of a language model.")],
+    each: Annotated[int, typer.Option(min=1, help="Held-out prompts of each task.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws, with a temperature.")] = 0,
+    score_with: Annotated[
+        str, typer.Option(metavar="COMMAND", help="Scores answers: JSON lines in, a number a line out.")
+    ] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    cluster: Cluster = None,
+    slot: SlotName = "",
+) -> None:
+    """Let a run's language model answer prompts that nobody was trained on, before and after, and score the answers.
+
+    RUN/answers.json gets every answer and, by task, the mean of ROUGE-L (an F-measure in [0, 1]) against the expected
+    one. The report of the run shows them.
+
+    A command of yours may score the answers too: it reads lines like {"task", "prompt", "expected", "answer"}.
+    """
+    from rich.table import Table
+
+    from fedtalora_flwr.inference import answer
+    from fedtalora_flwr.inference.model import open_trained
+
+    wish = answer.Wish(max_new_tokens, temperature, seed)
+    trained = open_trained(run_folder, device=device, place=_place(cluster, slot))
+    found = answer.held_out_answers(trained, wish, each=each, on_task=lambda name: errors.print(f"answers {name}"))
+    if score_with:
+        found = answer.scored_by(score_with, found)
+    table = Table("task", "answers", "ROUGE-L before", "ROUGE-L", *(["score"] if score_with else []))
+    for task in answer.by_task(found):
+        numbers = [task["rouge_l_before"], task["rouge_l"], *([task["score"]] if score_with else [])]
+        table.add_row(", ".join(task["classes"]), str(task["num_answers"]), *(f"{number:.3f}" for number in numbers))
+    console.print(table)
+    path = answer.write_answers(trained.record.path, found, wish)
+    console.print(f"answers {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _place(cluster: int | None, slot: str) -> "Place":

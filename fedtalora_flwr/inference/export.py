@@ -32,10 +32,12 @@ from fedtalora_flwr import __version__
 from fedtalora_flwr.aggregation import Place, place_name
 from fedtalora_flwr.config.units import human_bytes
 from fedtalora_flwr.config.whole import write_text
+from fedtalora_flwr.data.instructions import Instruction
 from fedtalora_flwr.inference.model import TrainedModel, open_trained
 from fedtalora_flwr.inference.weight_delta import Change, changes_of
 from fedtalora_flwr.model import backbones
 from fedtalora_flwr.model.backbones import Backbone
+from fedtalora_flwr.model.backbones.lm import LanguageBackbone
 
 KINDS = ("merged", "peft")
 NUM_PROBES = 200
@@ -104,7 +106,7 @@ def export(run: Path, *, to: str, target: Path | None = None, force: bool = Fals
     if to == "peft" and not changes:
         raise ExportError(f"{run} has no LoRA (lora-blocks = {trained.config.lora_blocks}); export it --to merged")
     with _replacing(folder) as part:
-        facts = _write_model(part, trained, changes, to=to)
+        facts = _write_model(part, trained, changes, to=to, final=folder)
         write_text(part / _FACTS, json.dumps(facts, indent=1) + "\n")
         write_text(part / "load.py", _filled(f"load_{facts['modality']}.py.j2", **facts))
         difference, largest = _logit_difference(part, trained)
@@ -118,11 +120,14 @@ def export(run: Path, *, to: str, target: Path | None = None, force: bool = Fals
     return Exported(folder, trained.standing, difference, largest)
 
 
-def _write_model(folder: Path, trained: TrainedModel, changes: dict[str, Change], *, to: str) -> dict[str, Any]:
-    """Write weights and head, and give what is to be said of them."""
+def _write_model(
+    folder: Path, trained: TrainedModel, changes: dict[str, Change], *, to: str, final: Path
+) -> dict[str, Any]:
+    """Write weights and head, and give what is to be said of them; the folder is then moved to `final`."""
     config, backbone = trained.config, trained.model.backbone
-    untouched: Backbone = backbones.resolve(config.backbone, config.settings)
-    head = _head_tensors(trained)
+    untouched = backbones.resolve(config.backbone, config.settings).float()
+    writes = isinstance(untouched, LanguageBackbone)  # and needs no classes
+    head = {} if writes else _head_tensors(trained)
     facts: dict[str, Any] = {
         "fedtalora_version": __version__,
         "to": to,
@@ -150,8 +155,9 @@ def _write_model(folder: Path, trained: TrainedModel, changes: dict[str, Change]
             folder, untouched, changes, rows=head if plain else None, class_names=trained.class_names
         )
     else:
-        facts |= _write_adapter(folder, untouched, changes)
+        facts |= _write_adapter(folder, untouched, changes, base=str(final / "base") if writes else "base")
         facts["head_inside"] = False
+    facts["head_inside"] = facts["head_inside"] or writes
     if not facts["head_inside"]:
         save_file(head, folder / "head.safetensors")
     return facts
@@ -182,8 +188,9 @@ def _write_merged(
     return backbone.save(folder, class_names=class_names, rows=rows)
 
 
-def _write_adapter(folder: Path, backbone: Backbone, changes: dict[str, Change]) -> dict[str, Any]:
-    """Write a PEFT adapter, and the untouched backbone beside it where no hub has that."""
+def _write_adapter(folder: Path, backbone: Backbone, changes: dict[str, Change], *, base: str) -> dict[str, Any]:
+    """Write a PEFT adapter, and the untouched backbone beside it where no hub has that; it is to be found at `base`."""
+    writes = isinstance(backbone, LanguageBackbone)
     pairs = {name: change.as_factors() for name, change in changes.items()}
     ranks = {name: pair.rank for name, pair in pairs.items()}
     LoraConfig(
@@ -191,7 +198,9 @@ def _write_adapter(folder: Path, backbone: Backbone, changes: dict[str, Change])
         target_modules=list(pairs),
         rank_pattern=ranks,
         alpha_pattern={name: pair.scaling * pair.rank for name, pair in pairs.items()},
-        base_model_name_or_path=backbone.hub_name or "base",
+        base_model_name_or_path=backbone.hub_name or base,
+        task_type="CAUSAL_LM" if writes else None,
+        fan_in_fan_out=writes and bool(backbone.transposed.intersection(pairs)),
         inference_mode=True,
     ).save_pretrained(str(folder))
     tensors = {f"base_model.model.{name}.lora_A.weight": pair.lora_A for name, pair in pairs.items()}
@@ -211,7 +220,7 @@ def _write_adapter(folder: Path, backbone: Backbone, changes: dict[str, Change])
 def _logit_difference(folder: Path, trained: TrainedModel) -> tuple[float, float]:
     """Compare the logits of the folder's own ``load.py`` with the run's on random inputs; also give their largest."""
     inputs = _probes(trained)
-    wanted = trained.logits(trained.encode(inputs))
+    wanted = _run_logits(trained, inputs)
     found = runpy.run_path(str(folder / "load.py"))["logits"](inputs)
     difference = float((found - wanted).abs().max())
     largest = float(wanted.abs().max())
@@ -222,6 +231,15 @@ def _logit_difference(folder: Path, trained: TrainedModel) -> tuple[float, float
             f"nothing was written. A head whose lift is no projection cannot be exported; please report any other case"
         )
     return difference, largest
+
+
+@torch.inference_mode()
+def _run_logits(trained: TrainedModel, inputs: Sequence[Any]) -> Tensor:
+    """Score the classes of inputs, or the first tokens of a language model's answers."""
+    backbone = trained.model.backbone
+    if isinstance(backbone, LanguageBackbone):
+        return backbone.next_logits(trained.encode([Instruction(prompt) for prompt in inputs]))
+    return trained.logits(trained.encode(inputs))
 
 
 def _probes(trained: TrainedModel) -> list[Any]:

@@ -111,7 +111,7 @@ class TrainedModel:
         return raw if self.image_side is None else square(raw, side=self.image_side)
 
     def encode(self, raw: Sequence[Any]) -> Tensor:
-        """Prepare PIL images or texts as the run prepared its data: uint8 (N, 3, H, W) or int32 tokens (N, L)."""
+        """Prepare PIL images, texts or instructions as the run prepared its data (see `Backbone.encode`)."""
 
         def read(rows: Ints) -> Sequence[Any]:
             return [raw[row] for row in rows]
@@ -127,13 +127,22 @@ class TrainedModel:
         names = tuple(self.record.manifest["class_names"])
         return Source(self.record.name, self.model.backbone.modality, names, train=blank, test=NO_ROWS)
 
+    def place_for(self, inputs: Tensor) -> list[int]:
+        """Tell for each encoded input (N, ...) which of the clusters' states it needs."""
+        assert self.routes is not None
+        places = range(len(self.routes.states))
+        return self._scores(inputs, self.state, self.routes.classifier, places).argmax(1).tolist()
+
+    def become(self, state: GlobalState) -> None:
+        """Set the model to a state of a run with clusters."""
+        self.model.load(state.adapters, state.residual)
+
     @torch.inference_mode()
     def logits(self, inputs: Tensor) -> Tensor:
         """Score encoded inputs (N, ...), N at least 1, against `classes`: (N, n) float32 on the CPU."""
         if self.routes is None:
             return self._scores(inputs, self.state, self.classifier, self.classes)
-        places = range(len(self.routes.states))
-        chosen = self._scores(inputs, self.state, self.routes.classifier, places).argmax(1)  # (N,)
+        chosen = torch.tensor(self.place_for(inputs))  # (N,)
         scores = torch.full((len(inputs), len(self.classes)), -torch.inf)
         column = {class_id: index for index, class_id in enumerate(self.classes)}
         for place in sorted(set(chosen.tolist())):
@@ -146,7 +155,7 @@ class TrainedModel:
     def _scores(self, inputs: Tensor, state: GlobalState, classifier: Classifier, classes: Sequence[int]) -> Tensor:
         """Score encoded inputs under a state: (N, n) float32 on the CPU."""
         if self.routes is not None:
-            self.model.load(state.adapters, state.residual)
+            self.become(state)
         device = next(self.model.parameters()).device
         on_device, compared = classifier.to(device), torch.tensor(classes, device=device)
         scores = [
@@ -199,7 +208,7 @@ def open_trained(run: Path, *, device: str = "auto", place: Place = None) -> Tra
             f"{run} stopped after round {point.server_round}, within its first task, at whose end head = "
             f"{config.head} gets its classifier; go on with: fedtalora run --resume {run}"
         )
-    model = build_model(config)
+    model = build_model(config, in_float32=True)
     model.load(point.state.adapters, point.state.residual)
     return TrainedModel(
         record=record,
@@ -230,7 +239,8 @@ def _open_clustered(record: RunRecord, config: RunConfig, point: Checkpoint, *, 
             f"fedtalora run --resume {record.path}"
         )
     asked: dict[Place, GlobalState] = {place: there[place]} if place is not None else dict(sorted(clusters.items()))
-    if blank := {one: state for one, state in asked.items() if not trained_classes(state.head)}:
+    blank = {one: state for one, state in asked.items() if not trained_classes(state.head)}
+    if blank and config.head != "lm":
         raise TrainedModelError(
             f"{record.path}: {_listed(blank)} have not trained the row of any class, so that they cannot classify; "
             "train on tasks of at least two classes, with head-learning-rate above 0"
@@ -241,7 +251,7 @@ def _open_clustered(record: RunRecord, config: RunConfig, point: Checkpoint, *, 
         state = there[place]
     elif point.routes is not None:
         routes = Routes(router(config).classifier({}, point.routes), tuple(asked.values()))
-    model = build_model(config)
+    model = build_model(config, in_float32=True)
     model.load(state.adapters, state.residual)
     return TrainedModel(
         record=record,

@@ -20,6 +20,7 @@ import PIL.Image
 from fedtalora_flwr.data import DataError
 from fedtalora_flwr.data.hf_rows import TEXT_COLUMNS
 from fedtalora_flwr.data.images import decode_image
+from fedtalora_flwr.data.source import Modality
 from fedtalora_flwr.data.sources.imagefolder import image_files
 from fedtalora_flwr.inference.model import TrainedModel
 
@@ -105,7 +106,7 @@ def _rankings(trained: TrainedModel, raw: Sequence[Any], *, top: int) -> Iterato
         yield tuple(zip((trained.class_names[column] for column in columns), values, strict=True))
 
 
-def read_items(names: Sequence[str], *, modality: str, stdin: BinaryIO, column: str = "") -> Iterator[Item]:
+def read_items(names: Sequence[str], *, modality: Modality, stdin: BinaryIO, column: str = "") -> Iterator[Item]:
     """Read inputs one by one, in the order given; those of a folder in the order of their names.
 
     The names are looked at before the first input is read. An image that cannot be decoded, a text file that cannot be
@@ -116,7 +117,7 @@ def read_items(names: Sequence[str], *, modality: str, stdin: BinaryIO, column: 
     names
         Files and folders; ``-`` is standard input.
     modality
-        ``image`` or ``text``: what the inputs hold.
+        What the inputs hold; instructions are prompts, read as texts are.
     stdin
         Standard input.
     column
@@ -162,7 +163,7 @@ def _files_of(name: str, *, modality: str) -> list[Path | None]:
         raise InputError(f"{name}: no such file or folder; give {_wanted(modality)}, or - for standard input")
     if path.is_dir():
         return [*_files_in(path, modality=modality)]
-    if modality == "text" and path.suffix.lower() not in _READERS:
+    if modality != "image" and path.suffix.lower() not in _READERS:
         raise InputError(
             f"{name}: {path.suffix or 'a file without ending'} is no text format known here; convert it to one of "
             f"{', '.join(_READERS)}, or pipe its lines into standard input (-)"

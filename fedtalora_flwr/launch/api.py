@@ -134,11 +134,39 @@ class Run:
         """
         from fedtalora_flwr.inference.predict import InputError, items_of, predict
 
-        items = items_of(inputs, modality=self.model.model.backbone.modality)
+        modality = self.model.model.backbone.modality
+        if modality == "instruction":
+            raise InputError(f"{self.path} is of a language model, which names no classes; let it answer: run.answer")
+        items = items_of(inputs, modality=modality)
         found = list(predict(self.model, items, top=top))
         if bad := next((prediction.item for prediction in found if prediction.item.error), None):
             raise InputError(bad.error)
         return [list(prediction.ranking) for prediction in found]
+
+    def answer(
+        self, prompts: Sequence[str], *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
+        """Let the run's language model answer.
+
+        Parameters
+        ----------
+        prompts
+            At least one.
+        max_new_tokens
+            Of an answer, at most.
+        temperature
+            0 takes the likeliest token each time.
+        seed
+            Of the draws, with a temperature.
+
+        Raises
+        ------
+        ValueError
+            If the run's model classifies and writes nothing.
+        """
+        from fedtalora_flwr.inference.answer import Wish, answers
+
+        return answers(self.model, prompts, Wish(max_new_tokens, temperature, seed))
 
     def report(self) -> Path:
         """Write ``report.html`` into the folder, one file that opens offline, and give its path."""

@@ -84,8 +84,15 @@ def model_of(config: RunConfig) -> AdaptedModel:
     return model
 
 
-def build_model(config: RunConfig) -> AdaptedModel:
+def build_model(config: RunConfig, *, in_float32: bool = False) -> AdaptedModel:
     """Build the backbone with its LoRA layers on the device of the settings; no data are needed.
+
+    Parameters
+    ----------
+    config
+        The settings.
+    in_float32
+        Widen a backbone of fewer bits, so that what is computed is exact.
 
     Raises
     ------
@@ -98,7 +105,7 @@ def build_model(config: RunConfig) -> AdaptedModel:
         raise ConfigError(f"backbone {config.backbone} reads {backbone.modality}s, head is {config.head}: {wanted}")
     backbone.feature_norm = config.feature_norm
     return AdaptedModel(
-        placed(backbone, config),
+        placed(backbone.float() if in_float32 else backbone, config),
         rank=config.rank,
         alpha=config.alpha,
         blocks=config.lora_blocks,

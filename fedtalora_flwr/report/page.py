@@ -38,6 +38,7 @@ def write_report(path: Path | str, *, pictures: Path | None = None) -> Path:
     command, left_out = _command(run)
     sections = {
         "Accuracy": _accuracy_pictures(run),
+        "Answers": _answer_pictures(run),
         "Training": _training_pictures(run),
         "Clusters": _cluster_pictures(run),
         "Who held which classes": _class_pictures(run),
@@ -53,6 +54,7 @@ def write_report(path: Path | str, *, pictures: Path | None = None) -> Path:
         subtitle=_subtitle(run),
         cards=_cards(run),
         sections=[{"title": title, "pictures": drawn} for title, drawn in sections.items()],
+        answers=_answers(run),
         failures=failures[:_MOST_FAILURES_SHOWN],
         num_failures=len(failures),
         parameters=_parameters(run),
@@ -121,6 +123,10 @@ _TASK_BY_TASK = (
     "classes seen so far to choose from. Down a column: how a task fares as others follow. The diagonal: how well "
     "each task was learned at first. Darker is better; most tones lie near 100 %."
 )
+_TOKENS = (
+    "Per cent of the tokens of a task's test answers (column) that are the likeliest to the model, given all before "
+    "them, after training up to a task (row). Darker is better; most tones lie near 100 %."
+)
 _AT_ONCE = (
     "Per cent of a task's test data (column) that the clients' models for it get right, with the classes of the task "
     "to choose from. All tasks are trained at once, so there is one row. Most tones lie near 100 %."
@@ -136,7 +142,7 @@ def _accuracy_pictures(run: RunRecord) -> list[Picture]:
                 figures.accuracy_matrix(accuracy),
                 name="matrix",
                 title="Accuracy on each task after each task",
-                caption=_AT_ONCE if run.manifest.get("slots") else _TASK_BY_TASK,
+                caption=_TOKENS if run.writes else _AT_ONCE if run.manifest.get("slots") else _TASK_BY_TASK,
             )
         )
     if seen := run.accuracy_seen():
@@ -145,11 +151,49 @@ def _accuracy_pictures(run: RunRecord) -> list[Picture]:
                 figures.accuracy_over_tasks({run.name: seen}, num_tasks=run.num_tasks),
                 name="seen",
                 title="Accuracy over the stream",
-                caption="Per cent of the test data of all classes seen so far that the model gets right "
-                "after each task. The last point is FAA, the mean of the points is AIA.",
+                caption=f"Per cent of the {'tokens of test answers' if run.writes else 'test data'} of all "
+                f"{'tasks' if run.writes else 'classes'} seen so far that the model gets right after each task. The "
+                "last point is FAA, the mean of the points is AIA.",
             )
         )
     return pictures
+
+
+_MOST_ANSWERS_SHOWN = 3  # of a task
+
+
+def _answer_pictures(run: RunRecord) -> list[Picture]:
+    lines = [line for line in run.rounds if line.get("answer_losses")]
+    if not lines:
+        return []
+    names, tasks = run.manifest.get("class_names") or [], run.manifest.get("tasks") or []
+    losses = np.full((len(lines), len(tasks)), np.nan)
+    for row, line in enumerate(lines):
+        found = [number(loss) for loss in line["answer_losses"]]
+        losses[row, : len(found)] = found
+    return [
+        picture(
+            figures.answer_losses(
+                losses,
+                rounds=[line["server_round"] for line in lines],
+                names=[", ".join(names[class_id] for class_id in task) for task in tasks],
+            ),
+            name="answer-losses",
+            title="Loss on each task's answers",
+            caption="Mean cross-entropy of a token of a task's test answers, in nats, after the rounds that evaluated; "
+            "its exponential is the perplexity. Lower is better.",
+            wide=True,
+        )
+    ]
+
+
+def _answers(run: RunRecord) -> dict[str, Any]:
+    """Give the scores by task and the first answers of each, of a run whose model was let answer."""
+    tasks, shown = run.answers.get("tasks") or [], []
+    for task in tasks:
+        here = [one for one in run.answers["answers"] if one["task_id"] == task["task_id"]]
+        shown += here[:_MOST_ANSWERS_SHOWN]
+    return {"tasks": tasks, "shown": shown, "scored": any("score" in task for task in tasks)}
 
 
 def _clock(run: RunRecord) -> dict[str, Any]:

@@ -8,6 +8,7 @@ MANIFEST = "manifest.json"  # what it was run with: versions, data, sizes
 ROUNDS = "rounds.jsonl"  # a line a round
 METRICS = "metrics.json"  # the result; there once the run is finished
 STATUS = "status.json"  # where it is, for a progress display
+ANSWERS = "answers.json"  # what a language model answered, where `fedtalora answers` was asked
 REPORT = "report.html"
 LOGS = "logs"
 CHECKPOINT = "checkpoint"

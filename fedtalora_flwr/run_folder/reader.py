@@ -110,6 +110,17 @@ class RunRecord:
         """Return a number of each round, (num_rounds,), NaN where a round has none."""
         return np.array([number(line.get(name)) for line in self.rounds], dtype=np.float64)
 
+    @property
+    def answers(self) -> Mapping[str, Any]:
+        """Return what answers.json holds; empty where nobody has let the run's language model answer."""
+        file = self.path / names.ANSWERS
+        return _read_object(file) if file.is_file() else {}
+
+    @property
+    def writes(self) -> bool:
+        """Return whether the run is of a language model, whose accuracy is that of the answers' tokens."""
+        return self.config.get("head") == "lm"
+
     def seconds(self, part: str) -> NDArray[np.float64]:
         """Return the seconds each round spent on `part`, (num_rounds,), NaN where a round does not say."""
         return np.array([number((line.get("seconds") or {}).get(part)) for line in self.rounds])

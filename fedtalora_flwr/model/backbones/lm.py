@@ -53,6 +53,8 @@ class LanguageBackbone(Backbone):
         If the tokenizer has no end token, `max_length` is beyond the model's, or none of its layers is known.
     """
 
+    transposed: frozenset[str]  # layers that its files hold as Conv1D
+
     def __init__(self, model: nn.Module, tokenizer: Any, *, max_length: int, gradient_checkpointing: bool) -> None:
         super().__init__()
         self.transposed = _as_linear(model)
@@ -134,6 +136,16 @@ class LanguageBackbone(Backbone):
         wanted = labels[:, first:]
         learnt = wanted != _NOT_LEARNT
         return logits[learnt].float(), wanted[learnt]
+
+    def next_logits(self, batch: Tensor) -> Tensor:
+        """Score the first token of each answer, after prompts (n, 2, L) without one: (n, V) float32."""
+        lengths = (batch[:, 0] != _PADDING).sum(1)
+        return torch.cat(
+            [
+                self._output(row[None, 0, :n].long(), logits_to_keep=1).logits[:, -1].float()
+                for row, n in zip(batch, lengths.tolist(), strict=True)
+            ]
+        )
 
     def pool(self, batch: Tensor, *, augment: str, generator: torch.Generator | None) -> Tensor:
         """Give the mean of a prompt's last hidden states (n, d); its answer has no part in it."""

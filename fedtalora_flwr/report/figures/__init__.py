@@ -7,6 +7,7 @@ arrays give the same bytes. Text stays text: a reader can search it, and a brows
 from matplotlib.figure import Figure
 
 from fedtalora_flwr.report.figures.accuracy import accuracy_matrix, accuracy_over_tasks
+from fedtalora_flwr.report.figures.answers import answer_losses
 from fedtalora_flwr.report.figures.cases import CaseRow, cases
 from fedtalora_flwr.report.figures.classes import class_map, shows_classes
 from fedtalora_flwr.report.figures.clusters import SlotMap, clusters
@@ -25,6 +26,7 @@ __all__ = [
     "SlotMap",
     "accuracy_matrix",
     "accuracy_over_tasks",
+    "answer_losses",
     "bytes_per_round",
     "cases",
     "class_map",
