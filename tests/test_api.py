@@ -72,7 +72,9 @@ def test_an_exception_of_the_callback_stops_the_run_and_the_run_goes_on_later(tm
     assert stopped.state == "unfinished" and stopped.metrics == {} and 1 <= len(stopped.rounds) < 12
     told = []
     done = fedtalora.run(resume=tmp_path / "run", on_round=lambda line: told.append(line["server_round"]))
-    assert done.state == "complete" and told == [*range(len(stopped.rounds) + 1, 13)]
+    first = told[0]  # a run that is stopped between a round's line and its checkpoint plays that round again
+    assert done.state == "complete" and told == [*range(first, 13)]
+    assert first in (len(stopped.rounds), len(stopped.rounds) + 1)
 
 
 def test_rounds_that_are_played_again_from_an_earlier_one_are_told(tmp_path):

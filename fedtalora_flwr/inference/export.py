@@ -191,6 +191,7 @@ def _write_merged(
 def _write_adapter(folder: Path, backbone: Backbone, changes: dict[str, Change], *, base: str) -> dict[str, Any]:
     """Write a PEFT adapter, and the untouched backbone beside it where no hub has that; it is to be found at `base`."""
     writes = isinstance(backbone, LanguageBackbone)
+    transposed = backbone.transposed if isinstance(backbone, LanguageBackbone) else frozenset()
     pairs = {name: change.as_factors() for name, change in changes.items()}
     ranks = {name: pair.rank for name, pair in pairs.items()}
     LoraConfig(
@@ -200,7 +201,7 @@ def _write_adapter(folder: Path, backbone: Backbone, changes: dict[str, Change],
         alpha_pattern={name: pair.scaling * pair.rank for name, pair in pairs.items()},
         base_model_name_or_path=backbone.hub_name or base,
         task_type="CAUSAL_LM" if writes else None,
-        fan_in_fan_out=writes and bool(backbone.transposed.intersection(pairs)),
+        fan_in_fan_out=bool(transposed.intersection(pairs)),
         inference_mode=True,
     ).save_pretrained(str(folder))
     tensors = {f"base_model.model.{name}.lora_A.weight": pair.lora_A for name, pair in pairs.items()}

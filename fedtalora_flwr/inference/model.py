@@ -127,6 +127,7 @@ class TrainedModel:
         names = tuple(self.record.manifest["class_names"])
         return Source(self.record.name, self.model.backbone.modality, names, train=blank, test=NO_ROWS)
 
+    @torch.inference_mode()
     def place_for(self, inputs: Tensor) -> list[int]:
         """Tell for each encoded input (N, ...) which of the clusters' states it needs."""
         assert self.routes is not None

@@ -244,13 +244,17 @@ class _Streamer:
             self._ids = []
             return
         self._ids += value.flatten().tolist()
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # half of a character of several bytes
-            self._on_text(text.removeprefix(self._told))
-            self._told = text
+        self._tell(last=False)
 
     def end(self) -> None:
-        """Do nothing: all has been told."""
+        """Tell what was held back."""
+        self._tell(last=True)
+
+    def _tell(self, *, last: bool) -> None:
+        text = self._tokenizer.decode(self._ids or [], skip_special_tokens=True)
+        if last or not text.endswith("\ufffd"):  # half of a character of several bytes
+            self._on_text(text.removeprefix(self._told))
+            self._told = text
 
 
 def _as_linear(model: nn.Module) -> frozenset[str]:
