@@ -36,7 +36,7 @@ ALLOWED = {
     "report": {"jinja2", "markupsafe", "numpy", "rich", "matplotlib"}
     | ours("config.units", "config.whole", "run_folder"),
     "inference": TORCH
-    | {"PIL", "peft", "safetensors", "jinja2"}
+    | {"PIL", "peft", "safetensors", "jinja2", "rouge_score"}
     | ours("__version__", "aggregation", "config", "data", "model", "run_folder"),
     "client/warm": ours("__version__"),
     "client": TORCH | {"flwr"} | ours("aggregation", "config", "data", "model", "residual", "wire"),

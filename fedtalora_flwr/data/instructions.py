@@ -7,9 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from fedtalora_flwr.data.source import DataError, Ints
 
 if TYPE_CHECKING:
@@ -89,10 +86,11 @@ def instruction_reader(
 
 
 def _require_texts(rows: "Dataset", column: str, *, where: str) -> None:
-    values = rows.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
-    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-        raise DataError(f"column {column!r} of {where} holds {values.type}; instructions and answers are texts")
-    empty = pc.equal(pc.fill_null(pc.utf8_length(pc.utf8_trim_whitespace(values)), 0), 0)
-    if (count := pc.sum(empty).as_py()) and len(values):
-        row = pc.index(empty, True).as_py()
-        raise DataError(f"column {column!r} of {where} is empty in row {row} ({count} such rows); remove these rows")
+    kind = str(rows.features[column].dtype)
+    if kind not in ("string", "large_string"):
+        raise DataError(f"column {column!r} of {where} holds {kind}; instructions and answers are texts")
+    empty = [row for row, text in enumerate(rows[column]) if not (text or "").strip()]
+    if empty:
+        raise DataError(
+            f"column {column!r} of {where} is empty in row {empty[0]} ({len(empty)} such rows); remove these rows"
+        )
