@@ -24,8 +24,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install    ## run the demo: digits, five clients, offline
 	$(BIN)/fedtalora run
 
-test: install    ## run the test suite
-	$(BIN)/python -m pytest
+test: install    ## run the test suite, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-full: install  ## run also the slow, full-size checks
 	$(BIN)/python -m pytest -m "full or not full"
