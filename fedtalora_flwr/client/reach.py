@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtalora_flwr.config import ConfigError, RunConfig, kebab
+from fedtalora_flwr.config import ConfigError, RunConfig, kebab, registry
+from fedtalora_flwr.config.joined import parts_of
 
 _OF_A_SIMULATION = {"partition-id", "num-partitions"}  # all that Flower tells a simulated node
 _FOLDER_WORDS = ("hf", "timm:local-dir")  # of a backbone, before what may be a folder
@@ -37,12 +38,13 @@ def require_within_reach(config: RunConfig, node_config: Mapping[str, Any], *, p
     """
     if node_config.keys() <= _OF_A_SIMULATION:
         return
-    kind, _, name = config.dataset.partition(":")
-    if kind == "hub" and not _is_path(name):
-        raise ConfigError(
-            f"dataset {config.dataset}: a node takes no data set of the hub by the name that a server gives; put it "
-            "below the node's --data and name that folder, hub:<folder>"
-        )
+    for part in parts_of(config.dataset):
+        kind, name = registry.parted(part.dataset)
+        if kind == "hub" and not _is_path(name):
+            raise ConfigError(
+                f"dataset {config.dataset}: a node takes no data set of the hub by the name that a server gives; put "
+                "it below the node's --data and name that folder, hub:<folder>"
+            )
     own = [str(node_config.get("data-path", "")), os.environ.get("FEDTALORA_DATA", "")]
     folders = [_resolved(folder) for folder in own if folder]
     for key, path in _named(config, partition_id):
@@ -59,10 +61,16 @@ def _named(config: RunConfig, partition_id: int) -> Iterator[tuple[str, str]]:
     for field in ("data_path", "test_path", "data_root", "backbone_checkpoint"):
         if path := getattr(config, field):
             yield kebab(field), path.replace("{partition-id}", str(partition_id))
-    kind, _, name = config.dataset.partition(":")
-    if kind == "hub":
-        yield "dataset", name.partition("#")[0]
-    kind, _, name = config.backbone.rpartition(":")
+    for part in parts_of(config.dataset):
+        kind, name = registry.parted(part.dataset)
+        if kind == "hub":
+            yield "dataset", name.partition("#")[0]
+        if part.path:
+            yield "dataset", part.path
+    kind, name = registry.parted(config.backbone)
+    if kind == "timm":
+        sort, _, name = name.partition(":")
+        kind = f"{kind}:{sort}"
     if kind in _FOLDER_WORDS and (kind != "hf" or _is_path(name)):
         yield "backbone", name
 

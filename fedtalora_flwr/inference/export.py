@@ -144,6 +144,8 @@ def _write_model(folder: Path, trained: TrainedModel, changes: dict[str, Change]
     }
     if backbone.modality == "image":
         facts["image_side"] = trained.image_side
+    else:
+        facts["num_texts"] = list(trained.num_texts)
     if to == "merged":
         plain = "projection" not in head and backbone.feature_norm == "none"  # a classifier on the features as they are
         facts["head_inside"] = _write_merged(
@@ -225,7 +227,7 @@ def _logit_difference(folder: Path, trained: TrainedModel) -> tuple[float, float
 
 
 def _probes(trained: TrainedModel) -> list[Any]:
-    """Draw noise: pictures of the run's size, or texts of letters."""
+    """Draw noise: pictures of the run's size, or texts of letters, every other one a pair where the run has pairs."""
     rng = np.random.default_rng(0)
     side = trained.image_side
     if side is not None:
@@ -233,7 +235,13 @@ def _probes(trained: TrainedModel) -> list[Any]:
             PIL.Image.fromarray(pixels) for pixels in rng.integers(256, size=(NUM_PROBES, side, side, 3), dtype="u1")
         ]
     letters = np.array(list(string.ascii_lowercase))
-    return [" ".join("".join(rng.choice(letters, 4)) for _ in range(rng.integers(1, 13))) for _ in range(NUM_PROBES)]
+
+    def text() -> str:
+        return " ".join("".join(rng.choice(letters, 4)) for _ in range(rng.integers(1, 13)))
+
+    numbers = trained.num_texts
+    wanted = [numbers[probe % len(numbers)] for probe in range(NUM_PROBES)]
+    return [text() if number == 1 else (text(), text()) for number in wanted]
 
 
 def _filled(template: str, **values: Any) -> str:

@@ -106,12 +106,17 @@ class TrainedModel:
             return None
         return int(self.record.manifest["image_side"])
 
+    @property
+    def num_texts(self) -> tuple[int, ...]:
+        """How many texts an input of the run was made of; a run made before there were pairs says nothing of it."""
+        return tuple(self.record.manifest.get("num_texts", (1,)))
+
     def stored(self, raw: Any) -> Any:
         """Cut an RGB image to the square that `encode` takes of it; a text stays as it is."""
         return raw if self.image_side is None else square(raw, side=self.image_side)
 
     def encode(self, raw: Sequence[Any]) -> Tensor:
-        """Prepare PIL images or texts as the run prepared its data: uint8 (N, 3, H, W) or int32 tokens (N, L)."""
+        """Prepare images, texts or pairs of texts as the run prepared its data: uint8 (N, 3, H, W) or int32 (N, L)."""
 
         def read(rows: Ints) -> Sequence[Any]:
             return [raw[row] for row in rows]

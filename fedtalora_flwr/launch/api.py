@@ -119,7 +119,8 @@ class Run:
         Parameters
         ----------
         inputs
-            Of a run on images: PIL images, or paths of image files. Of a run on texts: texts.
+            Of a run on images: PIL images, or paths of image files. Of a run on texts: texts, or pairs (first, second)
+            where it was trained on pairs.
         top
             Classes to name for each, at most.
 
@@ -134,7 +135,7 @@ class Run:
         """
         from fedtalora_flwr.inference.predict import InputError, items_of, predict
 
-        items = items_of(inputs, modality=self.model.model.backbone.modality)
+        items = items_of(inputs, modality=self.model.model.backbone.modality, num_texts=self.model.num_texts)
         found = list(predict(self.model, items, top=top))
         if bad := next((prediction.item for prediction in found if prediction.item.error), None):
             raise InputError(bad.error)
