@@ -15,6 +15,7 @@ import torch
 from local_grid import tiny_run
 
 import fedtalora_flwr as fedtalora
+from fedtalora_flwr.cli import app
 from fedtalora_flwr.inference.export import export
 from fedtalora_flwr.inference.model import TrainedModel, open_trained
 from fedtalora_flwr.inference.predict import InputError, Item, items_of, predict, read_items
@@ -138,6 +139,26 @@ def test_a_single_text_where_pairs_are_wanted_is_told_among_the_others(clustered
     assert len(fedtalora.Run.load(clustered).predict([["one", "two"], ("a", "b")])) == 2
 
 
+def test_the_command_prints_both_texts_of_a_pair_and_leaves_with_1_where_one_is_missing(
+    mixed, clustered, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "said.txt").write_text("the cat sings\tnobody  sings\nalone\n")
+
+    def call(run: Path, *options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedtalora", "predict", str(run), str(tmp_path / "said.txt"), *options])
+        with pytest.raises(SystemExit) as left:
+            app.main()
+        return int(left.value.code or 0), *capsys.readouterr()
+
+    status, out, _ = call(mixed, "--top", "1")
+    first, second = (line.split("\t")[2:] for line in out.splitlines())
+    assert (status, first, second) == (0, ["the cat sings", "nobody sings"], ["alone"])
+    status, out, _ = call(clustered, "--json")
+    entries = json.loads(out)
+    assert status == 1 and entries[0]["text"] == ["the cat sings", "nobody  sings"]
+    assert "said.txt:2 holds 1 text; this run's model takes a pair of texts" in entries[1]["error"]
+
+
 def test_a_pair_where_a_single_text_is_wanted_is_told(text_run, tmp_path):
     (tmp_path / "a.json").write_text('["on", ["on", "off"], {"sentence1": "a", "sentence2": "b"}, 5, ["one"]]')
     first, *others = read_items([str(tmp_path / "a.json")], modality="text", stdin=io.BytesIO())
@@ -188,7 +209,8 @@ def test_load_py_takes_a_pair_with_a_tab_between_the_two(clustered, tmp_path):
     trained = open_trained(clustered, device="cpu", place=0)
     folder = export(clustered, to="merged", target=tmp_path / "merged", place=0).folder
     assert "Classify pairs of texts, with a tab between the two" in (folder / "load.py").read_text()
-    assert "with a tab between them" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "with a tab between them" in card and "classes of join:text=follows.csv+text=same.csv, learnt" in card
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "load.py", "the cat sings\tnobody sings"],
         cwd=folder,

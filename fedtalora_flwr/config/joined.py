@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 JOIN, _BETWEEN = "join:", "+"
 _WITH_PATH = re.compile(r"([\w.-]+)=(.*)", re.DOTALL)
@@ -36,6 +37,13 @@ def parts_of(dataset: str) -> tuple[Part, ...]:
         named = _WITH_PATH.fullmatch(text)
         found.append(Part(*named.groups()) if named else Part(text))
     return tuple(found)
+
+
+def without_folders(dataset: str) -> str:
+    """Name a data set for others to read: of the paths of its parts the last name alone."""
+    if not dataset.startswith(JOIN):
+        return dataset
+    return joined(Part(part.dataset, Path(part.path).name) for part in parts_of(dataset))
 
 
 def joined(parts: Iterable[Part]) -> str:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fedtalora_flwr import __version__
 from fedtalora_flwr.aggregation import Place, place_name
+from fedtalora_flwr.config.joined import without_folders
 from fedtalora_flwr.config.units import human_bytes
 from fedtalora_flwr.config.whole import write_text
 from fedtalora_flwr.inference.model import TrainedModel, open_trained
@@ -132,7 +133,7 @@ def _write_model(folder: Path, trained: TrainedModel, changes: dict[str, Change]
         "finished": trained.server_round >= trained.num_rounds,
         "method": config.method,
         "place": "" if trained.place is None else place_name(trained.place),
-        "dataset": config.dataset,
+        "dataset": without_folders(config.dataset),
         "backbone": config.backbone,
         "modality": backbone.modality,
         "head": config.head,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedtalora_flwr.config import registry
-from fedtalora_flwr.config.joined import JOIN, Part, parts_of
+from fedtalora_flwr.config.joined import JOIN, Part, joined, parts_of
 from fedtalora_flwr.data import SOURCES, load_source
 from fedtalora_flwr.data.images import joint_side
 from fedtalora_flwr.data.source import DataError, Ints, Source, Split
@@ -47,7 +47,7 @@ def create(*, argument: str, **settings: Any) -> Source:
     bounds = np.cumsum([0, *(source.num_classes for source in sources)]).tolist()  # of each part's classes
     named = zip(names, sources, strict=True)
     return Source(
-        name=f"{JOIN}{argument}",
+        name=joined(map(Part, names)),
         modality=sources[0].modality,
         class_names=tuple(f"{name}/{class_name}" for name, source in named for class_name in source.class_names),
         train=_side_by_side([source.train for source in sources], first_classes=bounds[:-1]),
