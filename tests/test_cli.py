@@ -186,7 +186,10 @@ def test_data_without_out_names_the_page_after_the_data_and_png_is_a_picture(fed
     [
         (["--preset", "clinc150", "--config", "a.toml"], "give --preset or --config, not both"),
         (["--out", "who.txt"], "is written as .html, .png or .svg, got 'who.txt'"),
-        (["--set", "dataset=nothing"], "there is no dataset 'nothing'; choose one of: cifar100, clinc150, digits"),
+        (
+            ["--set", "dataset=nothing"],
+            "there is no dataset 'nothing'; choose one of: agnews, cifar10, cifar100, clinc150, digits",
+        ),
         (["--set", "num-tasks=11"], "num-tasks must be in [1, 10], the classes of digits, got 11"),
     ],
 )

@@ -15,6 +15,7 @@ import network
 import psutil
 import pytest
 import tomli_w
+from decoders import instructions, small_decoder
 from deployment import COMPLETED, Deployment, DeploymentError, Outcome
 from local_grid import ROOT, defaults, run_server
 
@@ -189,3 +190,31 @@ def simulate(settings: dict[str, Any], out: Path, *, data: Path) -> None:
 def manifest(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
     return found
+
+
+# --- what a task may be: a data set of its own, pairs of texts, instructions for a language model ---
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_joined_pairs_and_a_language_model_are_deployed_as_in_one_process(tmp_path: Path, small_bert: Path) -> None:
+    tables = {name: tmp_path / f"{name}.csv" for name in ("same", "next")}
+    for name, table in tables.items():
+        rows = [f"{name} {n},{name} {n + n % 2},{n % 2}" for n in range(24)]
+        table.write_text("\n".join(["sentence1,sentence2,label", *rows]))
+    small = {"num-tasks": 2, "num-clients": 2, "rounds-per-task": 1, "batch-size": 8, "partition": "iid"}
+    small |= {"round-timeout": 300.0, "node-timeout": 120.0, "max-length": 64, "verify": True}
+    pairs = {"dataset": "join:" + "+".join(f"text={table}" for table in tables.values()), "task-order": "domain"}
+    pairs |= {"backbone": f"hf:{small_bert}", "ridge-features": 0}
+    asked = {"dataset": "text", "data-path": str(instructions(tmp_path)), "label-column": "category"}
+    asked |= {"answer-column": "response", "backbone": f"lm:{small_decoder(tmp_path / 'llama')}", "head": "lm"}
+    cases = {"pairs": small | pairs, "asked": small | asked | {"num-tasks": 3}}
+    with Deployment(tmp_path / "lab", num_nodes=2) as lab:
+        for name, settings in cases.items():
+            outcome = lab.run(ROOT, settings | {"out": str(tmp_path / name)}, seconds=300)
+            assert outcome.status == COMPLETED, f"{outcome.details}\n{lab.tails()}"
+    for name, settings in cases.items():
+        run_server(defaults() | settings | {"out": str(tmp_path / f"{name}-local")})
+        assert metrics(tmp_path / name) == metrics(tmp_path / f"{name}-local")
+        assert rounds(tmp_path / name) == rounds(tmp_path / f"{name}-local")
+        assert max(line["exactness_error"] for line in rounds(tmp_path / name)) < 1e-6

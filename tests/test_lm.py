@@ -324,7 +324,7 @@ def test_words_are_told_as_they_come(played):
         ({"backbone": "vit_mini"}, "head is lm"),
         ({"answer_column": "", "input_column": "instruction"}, "set answer-column"),
         ({"answer_column": "reply"}, "no such column; it has"),
-        ({"input_column": "instruction,hint"}, "has no column 'hint'"),
+        ({"input_column": "instruction,hint"}, "input-column 'hint': .* has no such column"),
         ({"rows_start": "means"}, "set rows-start=zero"),
         ({"penalty": "lwf"}, "penalty=none"),
         ({"max_length": 500}, "max-length must be at most 128"),

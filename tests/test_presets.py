@@ -11,6 +11,7 @@ import timm
 import torch
 
 from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.config.joined import parts_of
 from fedtalora_flwr.config.sources import app_folder, gather, preset_file, presets
 from fedtalora_flwr.model import heads, penalties
 from fedtalora_flwr.model.backbones.images import ImageBackbone
@@ -21,7 +22,8 @@ from fedtalora_flwr.model.train import count_correct, fit
 test_examples.__test__ = False  # type: ignore[attr-defined]
 
 APP = app_folder()
-PAPER = [name for name in presets(APP) if name.startswith("paper-")]
+FL_TAC = [name for name in presets(APP) if "fl-tac" in name]
+PAPER = [name for name in presets(APP) if name.startswith("paper-") and name not in FL_TAC]
 MOST_NUMBERS = 360_000  # LoRA numbers that a client transmits a round, by the paper
 
 
@@ -200,6 +202,61 @@ def test_tiny_imagenet_presets_load_and_train_on_an_image_folder(checkpoint, tmp
         f"backbone-checkpoint={checkpoint}",
     )
     loads_and_trains(config, num_classes=200, num_test=200)
+
+
+# FL-TAC: every task a cluster
+
+
+@pytest.mark.parametrize("name", FL_TAC)
+def test_fl_tac_presets_have_a_cluster_and_a_task_for_each_part_or_domain(name):
+    config = configured(name)
+    assert (config.method, config.residual, config.head, config.task_order) == ("fl-tac", "off", "linear", "domain")
+    assert (config.num_clients, config.partition, config.dirichlet_beta, config.rank) == (10, "dirichlet", 0.5, 1)
+    parts = parts_of(config.dataset)
+    assert config.clusters == config.num_tasks == (10 if len(parts) == 1 else len(parts))
+
+
+def glue_in_the_hubs_layout(folder: Path, tasks: dict[str, tuple[str, ...]]) -> None:
+    for task, columns in tasks.items():
+        for split, size in (("train", 80), ("validation", 8), ("test", 4)):
+            rows = {column: [f"{task} {column} {n % 2 * 'not '}{n}" for n in range(size)] for column in columns}
+            rows["label"] = [-1 if split == "test" else n % 2 for n in range(size)]
+            path = folder / "glue" / task / f"{split}-00000-of-00001.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            datasets.Dataset.from_dict(rows).to_parquet(path)
+
+
+@pytest.mark.parametrize("name", ["fl-tac-glue", "paper-fl-tac-glue"])
+def test_glue_presets_load_and_train_on_folders_in_the_hubs_layout(name, small_bert, tmp_path):
+    pair = ("sentence1", "sentence2")
+    columns = {"sst2": ("sentence",), "mrpc": pair, "rte": pair}
+    columns |= {"qqp": ("question1", "question2"), "qnli": ("question", "sentence")}
+    glue_in_the_hubs_layout(tmp_path, columns)
+    config = configured(name, f"data-root={tmp_path}", f"backbone=hf:{small_bert}")
+    source = data_of(config).source
+    assert (source.num_classes, source.num_texts, len(source.test)) == (10, (1, 2), 5 * 8)
+    assert model_of(config).backbone.feature_dim == 12
+    tokens = training_examples(config, partition_id=0, task_id=0).inputs
+    assert tokens.dtype == torch.int32 and tokens.shape[1] <= config.max_length
+
+
+@pytest.mark.parametrize("name", ["fl-tac-cifar", "paper-fl-tac-cifar"])
+def test_cifar_presets_of_fl_tac_load_two_tasks_from_folders_in_the_hubs_layout(name, checkpoint, tmp_path):
+    for folder, num_classes, column in (("cifar10", 10, "label"), ("cifar100", 100, "fine_label")):
+        for split, per_class in (("train", 12), ("test", 1)):
+            path = tmp_path / folder / f"{split}-00000-of-00001.parquet"
+            write_parquet(path, per_class, num_classes=num_classes, columns=("img", column))
+    local = (
+        f"data-root={tmp_path}",
+        f"backbone=timm:{SMALL_MODEL}",
+        f"backbone-checkpoint={checkpoint}",
+        "image-size=0",
+    )
+    config = configured(name, *local)
+    found = data_of(config)
+    assert sorted(map(len, found.stream.tasks)) == [10, 100] and len(found.source.test) == 110
+    assert len(model_of(config).layers) == 2 * 6
+    assert training_examples(config, partition_id=0, task_id=0).inputs.shape[1:] == (3, SIDE, SIDE)
 
 
 def test_an_fl_tac_adapter_of_vit_base_has_as_many_numbers_as_the_paper_counts(vit_base):

@@ -60,6 +60,13 @@ ASKED = {
     "another root": ("data-root", {"dataset": "clinc150", "data_root": "{disk}/private"}),
     "a root that is not read": ("data-root", {"dataset": "digits", "data_root": "/"}),
     "a folder laid out like one of the hub": ("dataset", {"dataset": "hub:{disk}/private"}),
+    "a part of a joined data set": ("dataset", {"dataset": "join:digits+imagefolder={disk}/private"}),
+    "a part that is laid out like one of the hub": ("dataset", {"dataset": "join:digits+hub:{disk}/private"}),
+    "a part of the hub": ("dataset", {"dataset": "join:digits+hub:someone/else"}),
+    "a folder behind a slash": ("dataset", {"dataset": "hub/{disk}/private"}),
+    "an encoder behind a slash": ("backbone", {"backbone": "hf/{disk}/private"}),
+    "an encoder in a folder with a colon": ("backbone", {"backbone": "hf:{disk}/private:b"}),
+    "a model of timm's behind a slash": ("backbone", {"backbone": "timm/local-dir:{disk}/private"}),
     "a data set of the hub": ("dataset", {"dataset": "hub:someone/else"}),
     "a kind of file that the hub's library knows": ("dataset", {"dataset": "hub:imagefolder"}),
     "a checkpoint": (

@@ -110,6 +110,9 @@ def predict(
     Texts: .txt (a text a line), .csv, .tsv, .json, .jsonl (a column text, or the run's input-column), folders of
     these, or lines on standard input: echo "what is my balance" | fedtalora predict RUN -
 
+    Pairs of texts: a line with a tab between the two, two columns (sentence1 and sentence2, or the run's
+    input-column), or a list of two in JSON.
+
     An input that cannot be read is named on standard error, or is an entry with "error" in the JSON array; the others
     are classified all the same, and the exit status is 1.
     """
@@ -130,6 +133,7 @@ def predict(
         modality=trained.model.backbone.modality,
         stdin=sys.stdin.buffer,
         column=trained.config.input_column,
+        num_texts=trained.num_texts,
     )
     if trained.model.backbone.modality == "instruction":
         _print_answers(trained, items, Wish(max_new_tokens, temperature, seed), as_json=as_json)
@@ -148,8 +152,8 @@ def predict(
             errors.print(f"[red]error:[/red] {escaped(prediction.item.error)}", highlight=False, soft_wrap=True)
             continue
         ranking = [f"{name} {probability:.3f}" for name, probability in prediction.ranking]
-        text = [" ".join(prediction.item.raw.split())] if isinstance(prediction.item.raw, str) else []
-        print(prediction.item.name, *ranking, *text, sep="\t")
+        texts = [" ".join(text.split()) for text in prediction.item.texts]
+        print(prediction.item.name, *ranking, *texts, sep="\t")
     if failed:
         raise typer.Exit(1)
 

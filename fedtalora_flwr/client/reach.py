@@ -10,10 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedtalora_flwr.config import ConfigError, RunConfig, kebab
+from fedtalora_flwr.config import ConfigError, RunConfig, kebab, registry
+from fedtalora_flwr.config.joined import parts_of
 
 _OF_A_SIMULATION = {"partition-id", "num-partitions"}  # all that Flower tells a simulated node
-_FOLDER_WORDS = ("hf", "timm:local-dir")  # of a backbone, before what may be a folder
+_FOLDER_WORDS = ("hf", "lm", "timm:local-dir")  # of a backbone, before what may be a folder
+_HUB_WORDS = ("hf", "lm")  # of these, those that may name something on the hub instead
 
 
 def require_within_reach(config: RunConfig, node_config: Mapping[str, Any], *, partition_id: int) -> None:
@@ -37,12 +39,13 @@ def require_within_reach(config: RunConfig, node_config: Mapping[str, Any], *, p
     """
     if node_config.keys() <= _OF_A_SIMULATION:
         return
-    kind, _, name = config.dataset.partition(":")
-    if kind == "hub" and not _is_path(name):
-        raise ConfigError(
-            f"dataset {config.dataset}: a node takes no data set of the hub by the name that a server gives; put it "
-            "below the node's --data and name that folder, hub:<folder>"
-        )
+    for part in parts_of(config.dataset):
+        kind, name = registry.parted(part.dataset)
+        if kind == "hub" and not _is_path(name):
+            raise ConfigError(
+                f"dataset {config.dataset}: a node takes no data set of the hub by the name that a server gives; put "
+                "it below the node's --data and name that folder, hub:<folder>"
+            )
     own = [str(node_config.get("data-path", "")), os.environ.get("FEDTALORA_DATA", "")]
     folders = [_resolved(folder) for folder in own if folder]
     for key, path in _named(config, partition_id):
@@ -59,11 +62,17 @@ def _named(config: RunConfig, partition_id: int) -> Iterator[tuple[str, str]]:
     for field in ("data_path", "test_path", "data_root", "backbone_checkpoint"):
         if path := getattr(config, field):
             yield kebab(field), path.replace("{partition-id}", str(partition_id))
-    kind, _, name = config.dataset.partition(":")
-    if kind == "hub":
-        yield "dataset", name.partition("#")[0]
-    kind, _, name = config.backbone.rpartition(":")
-    if kind in _FOLDER_WORDS and (kind != "hf" or _is_path(name)):
+    for part in parts_of(config.dataset):
+        kind, name = registry.parted(part.dataset)
+        if kind == "hub":
+            yield "dataset", name.partition("#")[0]
+        if part.path:
+            yield "dataset", part.path
+    kind, name = registry.parted(config.backbone)
+    if kind == "timm":
+        sort, _, name = name.partition(":")
+        kind = f"{kind}:{sort}"
+    if kind in _FOLDER_WORDS and (kind not in _HUB_WORDS or _is_path(name)):
         yield "backbone", name
 
 

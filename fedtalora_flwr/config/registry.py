@@ -2,12 +2,14 @@
 
 A plug-in file (a method, dataset, backbone, head, partition) has one function ``create``. Its keyword
 parameters are named as fields of `RunConfig`, and `build` passes exactly those, so a new plug-in takes the
-settings it needs without an edit elsewhere. A choice may carry an argument after a colon
-(``timm:vit_base_patch16_224.dino``); it reaches ``create`` as ``argument``.
+settings it needs without an edit elsewhere; to one that takes ``**settings`` it passes all. A choice may carry an
+argument after a colon or slash (``timm:vit_base_patch16_224.dino``, ``glue/rte``), which reaches ``create`` as
+``argument``.
 """
 
 import inspect
 import pkgutil
+import re
 import traceback
 from collections.abc import Mapping
 from importlib import import_module
@@ -105,14 +107,15 @@ def require(package: str, name: str) -> None:
 
 
 def parameters(package: str, name: str) -> frozenset[str]:
-    """Name the settings, in snake_case, that ``create`` of the file that `name` selects takes.
+    """Name the settings, in snake_case, that ``create`` of the file that `name` selects names; a rest has no names.
 
     Raises
     ------
     ValueError
         As in `resolve`.
     """
-    return frozenset(inspect.signature(resolve(package, name).create).parameters)
+    taken = inspect.signature(resolve(package, name).create).parameters.values()
+    return frozenset(parameter.name for parameter in taken if parameter.kind is not inspect.Parameter.VAR_KEYWORD)
 
 
 def build(package: str, name: str, settings: Mapping[str, Any]) -> Any:
@@ -121,10 +124,10 @@ def build(package: str, name: str, settings: Mapping[str, Any]) -> Any:
     Parameters
     ----------
     package, name
-        As in `resolve`; `name` may carry an argument after a colon.
+        As in `resolve`; `name` may carry an argument after a colon or slash.
     settings
         Settings by snake_case name, e.g. ``config.settings``; those that ``create`` does not
-        name are left out.
+        name are left out, unless it takes a rest.
 
     Raises
     ------
@@ -133,14 +136,21 @@ def build(package: str, name: str, settings: Mapping[str, Any]) -> Any:
     """
     create = resolve(package, name).create
     wanted = parameters(package, name)
-    choice, colon, argument = name.partition(":")
+    choice, argument = parted(name)
     if ("argument" in wanted) != bool(argument):
         raise ValueError(
             f"{name!r}: write {choice}:<name>" if "argument" in wanted else f"{name!r}: {choice} takes no argument"
         )
-    values = {**settings, "argument": argument} if colon else settings
-    return create(**{key: values[key] for key in wanted if key in values})
+    values = {**settings, "argument": argument} if argument else settings
+    takes_all = inspect.getfullargspec(create).varkw is not None
+    return create(**{key: value for key, value in values.items() if takes_all or key in wanted})
+
+
+def parted(name: str) -> tuple[str, str]:
+    """Part a choice from its argument, which is empty where there is none."""
+    choice, *argument = re.split("[:/]", name, maxsplit=1)
+    return choice, "".join(argument)
 
 
 def _module_name(name: str) -> str:
-    return name.partition(":")[0].replace("-", "_")
+    return parted(name)[0].replace("-", "_")

@@ -11,6 +11,7 @@ from functools import cache, cached_property
 from typing import Annotated, Any, get_type_hints
 
 from fedtalora_flwr.config import registry
+from fedtalora_flwr.config.joined import parts_of
 
 # Settings that say where and how a run is carried out. A resumed run may change them; the others define the run.
 MAY_CHANGE_ON_RESUME = frozenset(
@@ -263,9 +264,11 @@ def _typed(key: str, value: Any, kind: Any) -> Scalar:
 
 def _check_choices(config: RunConfig) -> None:
     """Check that there is a file for each setting whose value names one."""
-    for key, package in registry.PACKAGES.items():
+    chosen = [(package, str(getattr(config, key))) for key, package in registry.PACKAGES.items()]
+    chosen += [(registry.PACKAGES["dataset"], part.dataset) for part in parts_of(config.dataset)]
+    for package, name in chosen:
         try:
-            registry.require(package, getattr(config, key))
+            registry.require(package, name)
         except ValueError as unknown:
             raise ConfigError(str(unknown)) from unknown.__cause__
 

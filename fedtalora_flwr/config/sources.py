@@ -9,6 +9,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 from fedtalora_flwr.config import ConfigError, Scalar, parse_assignment, unknown_key
+from fedtalora_flwr.config.joined import JOIN, Part, joined, parts_of
 
 _PATHS = ("data-path", "test-path", "data-root", "backbone-checkpoint")
 _BASE = "base"  # of a settings file alone: the file it builds on
@@ -137,10 +138,8 @@ def gather(
     if not settings["data-root"]:
         settings["data-root"] = os.environ.get("FEDTALORA_DATA", "")
     settings = with_absolute_paths(settings)
-    for key in ("dataset", "backbone"):  # hub:<name>, hf:<name> and timm:local-dir:<name> may name a local folder
-        choice, colon, argument = str(settings[key]).rpartition(":")
-        if colon and choice != "timm:hf-hub" and Path(argument).expanduser().exists():
-            settings[key] = f"{choice}:{_absolute(argument)}"
+    settings["backbone"] = _with_absolute_folder(str(settings["backbone"]))
+    settings["dataset"] = _with_absolute_parts(str(settings["dataset"]))
     return settings
 
 
@@ -148,6 +147,26 @@ def with_absolute_paths(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """Give settings whose paths are absolute: the app runs in a folder of its own."""
     paths = {key: _absolute(str(settings[key])) for key in _PATHS if settings.get(key)}
     return {**settings, **paths}
+
+
+def _with_absolute_folder(choice: str) -> str:
+    """Make the folder absolute that hub:<name>, hf:<name> or timm:local-dir:<name> may stand for."""
+    kind, colon, argument = choice.rpartition(":")
+    if colon and kind != "timm:hf-hub" and Path(argument).expanduser().exists():
+        return f"{kind}:{_absolute(argument)}"
+    return choice
+
+
+def _with_absolute_parts(dataset: str) -> str:
+    if not dataset.startswith(JOIN):
+        return _with_absolute_folder(dataset)
+    parts = [
+        Part(_with_absolute_folder(part.dataset), part.path and _absolute(part.path)) for part in parts_of(dataset)
+    ]
+    try:
+        return joined(parts)
+    except ValueError as error:
+        raise ConfigError(f"dataset: {error}") from None
 
 
 def _absolute(path: str) -> str:

@@ -3,7 +3,7 @@
 `datasets` is imported inside the functions, as in `hf_load`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,8 +17,16 @@ from fedtalora_flwr.data.source import NO_ROWS, DataError, Ints, Modality, Sourc
 if TYPE_CHECKING:
     from datasets import Dataset
 
+_Kind = tuple[Modality, int]  # what an input is, and of how many columns
+
 _IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png")
 TEXT_COLUMNS = ("text", "sentence", "utterance", "query", "question", "content", "review")
+PAIR_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("premise", "hypothesis"),
+)
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "intent", "class", "category", "target")
 _TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
 
@@ -35,7 +43,7 @@ def source_from_splits(
     splits
         Tables by split name; ``train`` is required.
     input_column, label_column
-        Columns to use; empty: found by their usual names.
+        Columns to use; empty: found by their usual names. Two with a comma between them are a pair of texts.
     answer_column
         Column of answers, where the inputs are instructions; empty: they are not.
 
@@ -47,19 +55,25 @@ def source_from_splits(
     if "train" not in splits:
         raise DataError(f"{name} has no split named train, only {', '.join(splits)}; rename one to train")
     columns = _Columns(input_column, label_column, answer_column)
-    modality, train, train_names = _read_split(splits["train"], f"{name} (train)", columns)
+    kind, train, train_names = _read_split(splits["train"], f"{name} (train)", columns)
+    modality, num_texts = kind
     for split_name in _TEST_SPLITS:
         if split_name not in splits or _is_unlabelled(splits[split_name], label_column):
             continue
-        test_modality, test, test_names = _read_split(splits[split_name], f"{name} ({split_name})", columns)
-        if test_modality != modality:
+        test_kind, test, test_names = _read_split(splits[split_name], f"{name} ({split_name})", columns)
+        if test_kind != kind:
             raise DataError(
-                f"{name}: training inputs are of kind {modality}, those of {split_name} of kind "
-                f"{test_modality}; set input-column to a column that is in both"
+                f"{name}: training inputs are of kind {_called(kind)}, those of {split_name} of kind "
+                f"{_called(test_kind)}; set input-column to what is in both"
             )
         class_names, test = join_classes(train_names, test, test_names)
-        return Source(name=name, modality=modality, class_names=class_names, train=train, test=test)
-    return Source(name=name, modality=modality, class_names=train_names, train=train, test=NO_ROWS)
+        return Source(name, modality, class_names, train=train, test=test, num_texts=(num_texts,))
+    return Source(name, modality, train_names, train=train, test=NO_ROWS, num_texts=(num_texts,))
+
+
+def _called(kind: "_Kind") -> str:
+    modality, num_texts = kind
+    return "pair of texts" if num_texts == 2 else modality
 
 
 @dataclass(frozen=True)
@@ -71,18 +85,23 @@ class _Columns:
     answer: str
 
 
-def _read_split(rows: "Dataset", where: str, columns: _Columns) -> tuple[Modality, Split, tuple[str, ...]]:
+def _read_split(rows: "Dataset", where: str, columns: _Columns) -> tuple["_Kind", Split, tuple[str, ...]]:
     if len(rows) == 0:
         raise DataError(f"{where} has no rows; check that the file is complete")
     column = _find_label_column(rows, where, columns.label)
     if columns.answer:
         ask = instruction_reader(rows, where=where, input_column=columns.inputs, answer_column=columns.answer)
         labels, class_names = _read_labels(rows, column, where)
-        return "instruction", Split(labels=labels, read=ask), class_names
-    modality, inputs = _find_input_column(rows, where, columns.inputs, not_this=column)
+        return ("instruction", 1), Split(labels=labels, read=ask), class_names
+    modality, inputs = _find_input_columns(rows, where, columns.inputs, not_this=column)
     labels, class_names = _read_labels(rows, column, where)
-    reader = _image_reader if modality == "image" else _text_reader
-    return modality, Split(labels=labels, read=reader(rows, inputs, where)), class_names
+    if modality == "image":
+        read = _image_reader(rows, inputs[0], where)
+    elif len(inputs) == 1:
+        read = _text_reader(rows, inputs[0], where)
+    else:
+        read = _pair_reader([_text_reader(rows, column, where) for column in inputs])
+    return (modality, len(inputs)), Split(labels=labels, read=read), class_names
 
 
 def _describe_columns(rows: "Dataset") -> str:
@@ -117,9 +136,14 @@ def _find_label_column(rows: "Dataset", where: str, label_column: str) -> str:
     )
 
 
-def _find_input_column(
+def columns_named(input_column: str, *, there: Container[str]) -> tuple[str, ...]:
+    """Read ``input-column``: one column, whose own name may hold a comma, or two with a comma between them."""
+    return (input_column,) if input_column in there else tuple(name.strip() for name in input_column.split(","))
+
+
+def _find_input_columns(
     rows: "Dataset", where: str, input_column: str, *, not_this: str
-) -> tuple[Literal["image", "text"], str]:
+) -> tuple[Literal["image", "text"], tuple[str, ...]]:
     images = [column for column, feature in rows.features.items() if _is_image(feature)]
     texts = [
         column
@@ -127,23 +151,28 @@ def _find_input_column(
         if _describe(feature) in ("string", "large_string") and column != not_this
     ]
     if input_column:
-        column = _named_column(rows, where, input_column, "input-column")
-        if column in images:
-            return "image", column
-        if column in texts:
-            return "text", column
+        named = columns_named(input_column, there=rows.features)
+        columns = tuple(_named_column(rows, where, column, "input-column") for column in named)
+        if len(columns) == 1 and columns[0] in images:
+            return "image", columns
+        if len(set(columns)) == len(columns) <= 2 and set(columns) <= set(texts):
+            return "text", columns
+        held = ", ".join(_describe(rows.features[column]) for column in columns)
         raise DataError(
-            f"input-column {column!r} of {where} holds {_describe(rows.features[column])}, neither images "
-            f"nor text; the columns are {_describe_columns(rows)}"
+            f"input-column {input_column!r} of {where} holds {held}, neither images nor text nor two different texts; "
+            f"the columns are {_describe_columns(rows)}"
         )
     for column in (*(c for c in _IMAGE_COLUMNS if c in images), *(images if len(images) == 1 else ())):
-        return "image", column
+        return "image", (column,)
+    for pair in PAIR_COLUMNS:
+        if set(pair) <= set(texts):
+            return "text", pair
     for column in (*(c for c in TEXT_COLUMNS if c in texts), *(texts if len(texts) == 1 else ())):
-        return "text", column
+        return "text", (column,)
     raise DataError(
         f"{where} has no column with a usual name for images ({', '.join(_IMAGE_COLUMNS)}) or text "
         f"({', '.join(TEXT_COLUMNS)}) that holds such; it has {_describe_columns(rows)}; "
-        "set input-column to one of them"
+        "set input-column to one of them, or to two of texts, as a,b"
     )
 
 
@@ -188,6 +217,10 @@ def _text_reader(rows: "Dataset", column: str, where: str) -> Callable[[Ints], S
         return found
 
     return read
+
+
+def _pair_reader(readers: Sequence[Callable[[Ints], Sequence[Any]]]) -> Callable[[Ints], Sequence[Any]]:
+    return lambda numbers: list(zip(*(read(numbers) for read in readers), strict=True))
 
 
 def _label_values(rows: "Dataset", column: str) -> Any:

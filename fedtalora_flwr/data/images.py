@@ -99,10 +99,19 @@ def stored_side(source: Source, *, size: int) -> int:
         Side of the model's input in pixels.
     """
     assert source.modality == "image", source.name
+    return int(min(size, _side_at_hand(source)))
+
+
+def joint_side(sources: Sequence[Source]) -> float | None:
+    """Give the side at which images of all these are stored, so that none loses pixels; None for text."""
+    return max((_side_at_hand(source) for source in sources if source.modality == "image"), default=None)
+
+
+def _side_at_hand(source: Source) -> float:
     if source.image_side is not None:
-        return int(min(size, source.image_side))
+        return source.image_side
     first = source.train.read(np.zeros(1, dtype=np.int64))[0]
-    return min(size, int(first.width), int(first.height))
+    return float(min(first.width, first.height))
 
 
 def stack_images(images: Sequence[PIL.Image.Image], *, side: int) -> "Tensor":

@@ -3,7 +3,7 @@
 A table has a column of answers, one of instructions, and maybe one of context that belongs to the instruction.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 PROMPT_COLUMNS = ("instruction", "prompt", "question", "input")
 CONTEXT_COLUMN = "context"
-ANSWER_COLUMNS = ("response", "answer", "output", "completion")
 
 
 @dataclass(frozen=True)
@@ -33,26 +32,18 @@ class Instruction:
     answer: str = ""
 
 
-def prompt_columns(names: Sequence[str], *, where: str, asked: str) -> list[str]:
-    """Choose the columns that make up a prompt: those asked for, joined by commas, or the usual ones.
-
-    Raises
-    ------
-    DataError
-        If there is no such column.
-    """
-    wanted = [name.strip() for name in asked.split(",") if name.strip()]
-    if absent := [name for name in wanted if name not in names]:
-        raise DataError(f"input-column {asked!r}: {where} has no column {absent[0]!r}; it has {', '.join(names)}")
-    if wanted:
-        return wanted
+def prompt_columns(names: Collection[str], *, asked: str) -> tuple[str, ...]:
+    """Choose the columns that make up a prompt: those asked for, joined by commas, or the usual ones that are there."""
+    if asked:
+        return tuple(name.strip() for name in asked.split(",") if name.strip())
     found = next((name for name in PROMPT_COLUMNS if name in names), None)
-    if found is None:
-        raise DataError(
-            f"{where} has no column with a usual name for instructions ({', '.join(PROMPT_COLUMNS)}); it has "
-            f"{', '.join(names)}; set input-column to one of them, or to several joined by a comma"
-        )
-    return [found, *([CONTEXT_COLUMN] if CONTEXT_COLUMN in names else [])]
+    context = (CONTEXT_COLUMN,) if CONTEXT_COLUMN in names else ()
+    return () if found is None else (found, *context)
+
+
+def prompt_of(texts: Iterable[str | None]) -> str:
+    """Put the texts of a prompt's columns together, with an empty line between them; one may be empty."""
+    return "\n\n".join(text.strip() for text in texts if text and text.strip())
 
 
 def instruction_reader(
@@ -65,11 +56,15 @@ def instruction_reader(
     DataError
         If there is no such column, one holds no texts, or a prompt or an answer is empty.
     """
-    columns = prompt_columns(rows.column_names, where=where, asked=input_column)
-    if answer_column not in rows.column_names:
+    columns, there = prompt_columns(rows.column_names, asked=input_column), ", ".join(rows.column_names)
+    if not columns:
         raise DataError(
-            f"answer-column {answer_column!r}: {where} has no such column; it has {', '.join(rows.column_names)}"
+            f"{where} has no column with a usual name for instructions ({', '.join(PROMPT_COLUMNS)}); it has {there}; "
+            "set input-column to one of them, or to several joined by a comma"
         )
+    for key, column in (*(("input-column", column) for column in columns), ("answer-column", answer_column)):
+        if column not in rows.column_names:
+            raise DataError(f"{key} {column!r}: {where} has no such column; it has {there}")
     for column in (columns[0], answer_column):
         _require_texts(rows, column, where=where)
     texts = rows.select_columns([*columns, answer_column])
@@ -78,8 +73,8 @@ def instruction_reader(
         found = texts[[int(number) for number in numbers]]
         prompts = zip(*(found[column] for column in columns), strict=True)
         return [
-            Instruction("\n\n".join(part.strip() for part in parts if part and part.strip()), answer.strip())
-            for parts, answer in zip(prompts, found[answer_column], strict=True)
+            Instruction(prompt_of(texts), answer.strip())
+            for texts, answer in zip(prompts, found[answer_column], strict=True)
         ]
 
     return read

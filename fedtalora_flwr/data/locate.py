@@ -55,7 +55,7 @@ def split_files(data_path: str, test_path: str, *, suffixes: Sequence[str]) -> d
         If a path does not exist, or holds no such files.
     """
     train = existing(data_path, key="data-path")
-    files = {"train": [train] if train.is_file() else _starting_with("train", train, suffixes)}
+    files = {"train": [train] if train.is_file() else named_files("train", train, suffixes)}
     if not files["train"]:
         raise DataError(
             f"data-path {train} holds no train*{'|'.join(suffixes)}, only {_listing(train)}; "
@@ -64,7 +64,7 @@ def split_files(data_path: str, test_path: str, *, suffixes: Sequence[str]) -> d
     if test_path:
         test = existing(test_path, key="test-path")
         if test.is_dir():
-            files["test"] = _test_files(test, suffixes) or _starting_with("", test, suffixes)
+            files["test"] = _test_files(test, suffixes) or named_files("", test, suffixes)
         else:
             files["test"] = [test]
         if not files["test"]:
@@ -91,10 +91,11 @@ def where_to_put(name: str, *, data_root: str) -> str:
 
 def _test_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     """Take the first kind that is there: of test and validation files, only the test files."""
-    return next((found for p in _TEST_PREFIXES if (found := _starting_with(p, folder, suffixes))), [])
+    return next((found for p in _TEST_PREFIXES if (found := named_files(p, folder, suffixes))), [])
 
 
-def _starting_with(prefix: str, folder: Path, suffixes: Sequence[str]) -> list[Path]:
+def named_files(prefix: str, folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """List the files in a folder whose names begin so and end in one of these, in order of name."""
     return sorted(
         file
         for file in folder.iterdir()

@@ -27,7 +27,7 @@ from fedtalora_flwr.data.sources.imagefolder import image_files
 _TABLES = (".csv", ".tsv", ".json", ".jsonl")
 _BYTES_AS_THEY_ARE = "surrogateescape"  # the name of a file need be no UTF-8
 
-Item = Path | str  # an image file, or a text
+Item = Path | str | tuple[str, str]  # an image file, a text, or a pair of texts
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class OwnData:
     def modality(self) -> Literal["image", "text"] | None:
         """What the examples are; None where there is none."""
         for folder in self.folders:
-            return "text" if isinstance((*folder.train, *folder.test)[0], str) else "image"
+            return "image" if isinstance((*folder.train, *folder.test)[0], Path) else "text"
         return None
 
     @cached_property
@@ -149,7 +149,7 @@ class OwnReader:
         if not folders:
             remarks = [*remarks, "no example in data-path"]
         data = OwnData(root, tuple(folders), tuple(remarks))
-        if len({type(item) is str for folder in folders for item in (*folder.train, *folder.test)}) > 1:
+        if len({isinstance(item, Path) for folder in folders for item in (*folder.train, *folder.test)}) > 1:
             raise DataError(f"data-path {root} holds images and texts; a run trains on one kind")
         return data
 
@@ -167,14 +167,14 @@ class OwnReader:
         require_distinct(sorted(classes), where=f"the folders and files in {folder}")
         return sorted(classes.items())
 
-    def _table(self, file: Path) -> dict[str, list[str]]:
+    def _table(self, file: Path) -> dict[str, list[Item]]:
         source = source_from_splits(
             str(file), {"train": load_files([file])}, input_column=self.input_column, label_column=self.label_column
         )
         if source.modality != "text":
             raise DataError(f"{file} holds no texts; put images into one subfolder a class")
         texts = source.train.read(np.arange(len(source.train)))
-        by_class: dict[str, list[str]] = {}
+        by_class: dict[str, list[Item]] = {}
         for label, text in zip(source.train.labels, texts, strict=True):
             by_class.setdefault(source.class_names[label], []).append(text)
         return by_class
@@ -224,8 +224,10 @@ def _require_unicode(name: str, *, root: Path) -> None:
 
 
 def _key(item: Item) -> str:
-    """Name an example: a file by its own name, a text by itself."""
-    return item.name if isinstance(item, Path) else item
+    """Name an example: a file by its own name, a text by itself, a pair by both."""
+    if isinstance(item, Path):
+        return item.name
+    return item if isinstance(item, str) else "\0".join(item)
 
 
 def _draw(name: str, key: str) -> float:

@@ -32,8 +32,8 @@ class Split:
     labels
         (N,) class ids in [0, num_classes).
     read
-        Maps (n,) row numbers to their raw inputs, in that order: PIL images in RGB or greyscale, strings, or
-        `Instruction`.
+        Maps (n,) row numbers to their raw inputs, in that order: PIL images in RGB or greyscale, strings, pairs of
+        strings, or `Instruction`.
     """
 
     labels: Ints  # (N,)
@@ -61,6 +61,8 @@ class Source:
         Class ids by domain, e.g. the ten domains of CLINC150; empty where the classes have none.
     image_side
         Side in pixels at which images are stored, if the model takes that much; None: that of the first one.
+    num_texts
+        How many texts an input may be made of: 1, 2 where it is a pair, or both in a joined set. Not of images.
 
     Raises
     ------
@@ -75,6 +77,7 @@ class Source:
     test: Split
     groups: tuple[tuple[int, ...], ...] = ()
     image_side: float | None = None
+    num_texts: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
         if len(self.train) == 0:

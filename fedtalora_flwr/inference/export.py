@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fedtalora_flwr import __version__
 from fedtalora_flwr.aggregation import Place, place_name
+from fedtalora_flwr.config.joined import without_folders
 from fedtalora_flwr.config.units import human_bytes
 from fedtalora_flwr.config.whole import write_text
 from fedtalora_flwr.data.instructions import Instruction
@@ -137,7 +138,7 @@ def _write_model(
         "finished": trained.server_round >= trained.num_rounds,
         "method": config.method,
         "place": "" if trained.place is None else place_name(trained.place),
-        "dataset": config.dataset,
+        "dataset": without_folders(config.dataset),
         "backbone": config.backbone,
         "modality": backbone.modality,
         "head": config.head,
@@ -149,6 +150,8 @@ def _write_model(
     }
     if backbone.modality == "image":
         facts["image_side"] = trained.image_side
+    else:
+        facts["num_texts"] = list(trained.num_texts)
     if to == "merged":
         plain = "projection" not in head and backbone.feature_norm == "none"  # a classifier on the features as they are
         facts["head_inside"] = _write_merged(
@@ -244,7 +247,7 @@ def _run_logits(trained: TrainedModel, inputs: Sequence[Any]) -> Tensor:
 
 
 def _probes(trained: TrainedModel) -> list[Any]:
-    """Draw noise: pictures of the run's size, or texts of letters."""
+    """Draw noise: pictures of the run's size, or texts of letters, every other one a pair where the run has pairs."""
     rng = np.random.default_rng(0)
     side = trained.image_side
     if side is not None:
@@ -252,7 +255,13 @@ def _probes(trained: TrainedModel) -> list[Any]:
             PIL.Image.fromarray(pixels) for pixels in rng.integers(256, size=(NUM_PROBES, side, side, 3), dtype="u1")
         ]
     letters = np.array(list(string.ascii_lowercase))
-    return [" ".join("".join(rng.choice(letters, 4)) for _ in range(rng.integers(1, 13))) for _ in range(NUM_PROBES)]
+
+    def text() -> str:
+        return " ".join("".join(rng.choice(letters, 4)) for _ in range(rng.integers(1, 13)))
+
+    numbers = trained.num_texts
+    wanted = [numbers[probe % len(numbers)] for probe in range(NUM_PROBES)]
+    return [text() if number == 1 else (text(), text()) for number in wanted]
 
 
 def _filled(template: str, **values: Any) -> str:

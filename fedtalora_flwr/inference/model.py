@@ -106,12 +106,17 @@ class TrainedModel:
             return None
         return int(self.record.manifest["image_side"])
 
+    @property
+    def num_texts(self) -> tuple[int, ...]:
+        """How many texts an input of the run was made of; a run made before there were pairs says nothing of it."""
+        return tuple(self.record.manifest.get("num_texts", (1,)))
+
     def stored(self, raw: Any) -> Any:
         """Cut an RGB image to the square that `encode` takes of it; a text stays as it is."""
         return raw if self.image_side is None else square(raw, side=self.image_side)
 
     def encode(self, raw: Sequence[Any]) -> Tensor:
-        """Prepare PIL images, texts or instructions as the run prepared its data (see `Backbone.encode`)."""
+        """Prepare images, texts, pairs or instructions as the run prepared its data (see `Backbone.encode`)."""
 
         def read(rows: Ints) -> Sequence[Any]:
             return [raw[row] for row in rows]

@@ -1,7 +1,8 @@
 """Classify files and standard input with a run's model.
 
 Images come as files, folders of them, or one on standard input; texts as files (a text a line, or a table with a
-text column), folders of such, or lines on standard input.
+text column), folders of such, or lines on standard input. A pair of texts is a line with a tab between the two, a row
+with two text columns, or a list of two in JSON.
 
 A name that stands for nothing stops the whole; what is there and cannot be read is told in its place among the others.
 """
@@ -18,8 +19,9 @@ from typing import Any, BinaryIO
 import PIL.Image
 
 from fedtalora_flwr.data import DataError
-from fedtalora_flwr.data.hf_rows import TEXT_COLUMNS
+from fedtalora_flwr.data.hf_rows import PAIR_COLUMNS, TEXT_COLUMNS, columns_named
 from fedtalora_flwr.data.images import decode_image
+from fedtalora_flwr.data.instructions import prompt_columns, prompt_of
 from fedtalora_flwr.data.source import Modality
 from fedtalora_flwr.data.sources.imagefolder import image_files
 from fedtalora_flwr.inference.model import TrainedModel
@@ -43,7 +45,7 @@ class Item:
     name
         The file, with the number of the line or row where it holds several.
     raw
-        A PIL image or a text; None where it cannot be read.
+        A PIL image, a text or a pair of texts; None where it cannot be read.
     error
         Why it cannot be read, empty where it can.
     """
@@ -51,6 +53,11 @@ class Item:
     name: str
     raw: Any
     error: str = ""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text, or both of a pair; none of an image."""
+        return _texts_in(self.raw)
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class Prediction:
         """Give it as an object; a text is repeated, an image is not. An item that cannot be read gives its error."""
         if self.item.error:
             return {"input": self.item.name, "error": self.item.error}
-        text = {"text": self.item.raw} if isinstance(self.item.raw, str) else {}
+        text = {"text": self.item.raw} if self.item.texts else {}
         classes = [{"class": name, "probability": probability} for name, probability in self.ranking]
         return {"input": self.item.name, **text, "predictions": classes}
 
@@ -106,7 +113,9 @@ def _rankings(trained: TrainedModel, raw: Sequence[Any], *, top: int) -> Iterato
         yield tuple(zip((trained.class_names[column] for column in columns), values, strict=True))
 
 
-def read_items(names: Sequence[str], *, modality: Modality, stdin: BinaryIO, column: str = "") -> Iterator[Item]:
+def read_items(
+    names: Sequence[str], *, modality: Modality, stdin: BinaryIO, column: str = "", num_texts: Sequence[int] = (1,)
+) -> Iterator[Item]:
     """Read inputs one by one, in the order given; those of a folder in the order of their names.
 
     The names are looked at before the first input is read. An image that cannot be decoded, a text file that cannot be
@@ -121,7 +130,9 @@ def read_items(names: Sequence[str], *, modality: Modality, stdin: BinaryIO, col
     stdin
         Standard input.
     column
-        Text column of tables; empty: found by its usual name.
+        Text column of tables, or two with a comma between them; empty: found by their usual names.
+    num_texts
+        How many texts an input may be made of.
 
     Raises
     ------
@@ -129,11 +140,12 @@ def read_items(names: Sequence[str], *, modality: Modality, stdin: BinaryIO, col
         If there is no such file, a text file is of no known kind, or a folder has none.
     """
     found = [file for name in names for file in _files_of(name, modality=modality)]
-    return _read(found, modality=modality, stdin=stdin, column=column)
+    wanted = _Wanted(tuple(num_texts), column, prompts=modality == "instruction")
+    return _read(found, modality=modality, stdin=stdin, wanted=wanted)
 
 
-def items_of(inputs: Sequence[Any], *, modality: str) -> Iterator[Item]:
-    """Give inputs that a program has at hand one by one: PIL images, paths of image files, or texts.
+def items_of(inputs: Sequence[Any], *, modality: str, num_texts: Sequence[int] = (1,)) -> Iterator[Item]:
+    """Give inputs that a program has at hand one by one: PIL images, paths of image files, texts, or pairs of texts.
 
     An image file that cannot be read is an item with an error.
 
@@ -143,15 +155,50 @@ def items_of(inputs: Sequence[Any], *, modality: str) -> Iterator[Item]:
         If an input is none of these.
     """
     for number, one in enumerate(inputs):
-        if modality == "text" and isinstance(one, str):
-            yield Item(f"input {number}", one)
+        if modality == "text" and len(texts := _texts_in(one)) in num_texts:
+            yield Item(f"input {number}", _raw(texts))
         elif modality == "image" and isinstance(one, PIL.Image.Image):
             yield Item(f"input {number}", one.convert("RGB"))
         elif modality == "image" and isinstance(one, str | Path):
             yield _image_of(Path(one), io.BytesIO())
         else:
-            wanted = "a text" if modality == "text" else "a PIL image or the path of an image file"
+            wanted = _described(num_texts) if modality == "text" else "a PIL image or the path of an image file"
             raise InputError(f"input {number} is {type(one).__name__}; this run's model takes {wanted}")
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What a run's inputs are made of: one text or two, or either, and the columns of tables if they are named."""
+
+    num_texts: tuple[int, ...]
+    column: str
+    prompts: bool = False  # what all columns hold is one text then
+
+    def columns(self, row: Any) -> list[tuple[str, ...]]:
+        """List the columns of a row that may hold its texts, all of which it has."""
+        fields = row if isinstance(row, dict) else {}
+        if self.prompts:
+            found = prompt_columns(fields, asked=self.column)
+            return [found] if found and all(name in fields for name in found) else []
+        usual = [*PAIR_COLUMNS, *((name,) for name in TEXT_COLUMNS)]
+        named = [columns_named(self.column, there=fields)] if self.column else usual
+        return [names for names in named if len(names) in self.num_texts and all(name in fields for name in names)]
+
+
+def _texts_in(value: Any) -> tuple[str, ...]:
+    """Take a text, or the two or more of a list; none where it is anything else."""
+    if isinstance(value, str):
+        return (value,)
+    found = tuple(value) if isinstance(value, list | tuple) and len(value) > 1 else ()
+    return found if all(isinstance(text, str) for text in found) else ()
+
+
+def _raw(texts: tuple[str, ...]) -> str | tuple[str, ...]:
+    return texts[0] if len(texts) == 1 else texts
+
+
+def _described(num_texts: Sequence[int]) -> str:
+    return " or ".join({1: "a text", 2: "a pair of texts"}[number] for number in num_texts)
 
 
 def _files_of(name: str, *, modality: str) -> list[Path | None]:
@@ -171,14 +218,14 @@ def _files_of(name: str, *, modality: str) -> list[Path | None]:
     return [path]
 
 
-def _read(files: Sequence[Path | None], *, modality: str, stdin: BinaryIO, column: str) -> Iterator[Item]:
+def _read(files: Sequence[Path | None], *, modality: str, stdin: BinaryIO, wanted: _Wanted) -> Iterator[Item]:
     for file in files:
         if modality == "image":
             yield _image_of(file, stdin)
         elif file is None:
-            yield from _lines_of(stdin)
+            yield from _lines_of(stdin, wanted=wanted)
         else:
-            yield from _texts_of(file, column=column)
+            yield from _texts_of(file, wanted=wanted)
 
 
 def _image_of(file: Path | None, stdin: BinaryIO) -> Item:
@@ -206,12 +253,12 @@ def _files_in(folder: Path, *, modality: str) -> list[Path]:
     return files
 
 
-def _lines_of(stdin: BinaryIO) -> Iterator[Item]:
+def _lines_of(stdin: BinaryIO, *, wanted: _Wanted) -> Iterator[Item]:
     empty = True
     for number, line in enumerate(stdin, start=1):
         name = f"{STDIN}:{number}"
         try:
-            item = Item(name, line.decode().strip())
+            item = _text_item(line.decode(), wanted=wanted, name=name)
         except UnicodeDecodeError as error:
             reason = f"line {number} of standard input is not UTF-8 ({error}); convert it first"
             item = Item(name, None, reason)
@@ -222,52 +269,64 @@ def _lines_of(stdin: BinaryIO) -> Iterator[Item]:
         yield Item(STDIN, None, "standard input is empty; pipe texts into it, one a line")
 
 
-def _texts_of(file: Path, *, column: str) -> Iterator[Item]:
+def _texts_of(file: Path, *, wanted: _Wanted) -> Iterator[Item]:
     try:
         rows = list(_READERS[file.suffix.lower()](file.read_text(encoding="utf-8-sig")))
     except (OSError, csv.Error, ValueError) as error:
         reason = f"{file} cannot be read as {file.suffix}: {error}; save it as UTF-8 and check its end"
         yield Item(str(file), None, reason)
         return
-    items = [_text_item(row, column=column, name=f"{file}:{number}") for number, row in rows]
+    items = [_text_item(row, wanted=wanted, name=f"{file}:{number}") for number, row in rows]
     items = [item for item in items if item.raw or item.error]
     items = items or [Item(str(file), None, f"{file} holds no text; give one that does, or leave it out")]
     # Where no row has a column for a text, the file as a whole is at fault, which is said once.
-    yield from items if any(isinstance(row, str) or _present(row, column=column) for _, row in rows) else items[:1]
+    yield from items if any(isinstance(row, str | list) or wanted.columns(row) for _, row in rows) else items[:1]
 
 
-def _text_item(row: Any, *, column: str, name: str) -> Item:
+def _text_item(row: Any, *, wanted: _Wanted, name: str) -> Item:
     try:
-        text = row if isinstance(row, str) else _column_of(row, column=column, where=name)
-        text.encode()
+        texts = _columns_of(row, wanted=wanted, where=name) if isinstance(row, dict) else _texts_of_line(row, wanted)
+        texts = (prompt_of(texts),) if wanted.prompts else texts
+        "".join(texts).encode()
     except InputError as error:
         return Item(name, None, str(error))
     except UnicodeEncodeError as error:  # JSON can hold half a character: "\ud83d"
         return Item(name, None, f"{name} is no valid Unicode text ({error}); replace it")
-    return Item(name, text.strip())
+    texts = tuple(text.strip() for text in texts)
+    if texts and not any(texts):
+        return Item(name, "")
+    if len(texts) not in wanted.num_texts:
+        hint = "; put a tab between the two, or give a list of two in JSON" if 2 in wanted.num_texts else ""
+        takes = f"this run's model takes {_described(wanted.num_texts)}{hint}"
+        return Item(name, None, f"{name} holds {len(texts) or 'no'} text{'s' * (len(texts) != 1)}; {takes}")
+    return Item(name, _raw(texts))
 
 
-def _column_of(row: Any, *, column: str, where: str) -> str:
-    """Take the text out of a table's row."""
-    fields = row if isinstance(row, dict) else {}
-    present = _present(row, column=column)
-    found = next((name for name in present if isinstance(fields[name], str)), None)
-    if found is not None:
-        return str(fields[found])
-    if present and fields[present[0]] is None:
-        raise InputError(f"{where} holds no text in its column {present[0]}; fill it in, or remove the row")
-    if present:
-        raise InputError(
-            f"{where} must hold a string in its column {present[0]}, got {json.dumps(fields[present[0]])[:40]}; "
-            "put it in quotes, or remove the row"
-        )
-    wanted = f"text column {column!r}" if column else f"text column (looked for {', '.join(TEXT_COLUMNS)})"
-    raise InputError(f"{where} has no {wanted}, only {', '.join(map(str, fields)) or type(row).__name__}; rename one")
+def _texts_of_line(row: Any, wanted: _Wanted) -> tuple[str, ...]:
+    """Take the texts of a line or a JSON value; a tab is part of a text where the run has no pairs."""
+    if isinstance(row, str) and 2 in wanted.num_texts:
+        return tuple(row.strip().split("\t"))
+    return _texts_in(row)
 
 
-def _present(row: Any, *, column: str) -> list[str]:
-    """List the columns of a row that may hold its text."""
-    return [name for name in ([column] if column else TEXT_COLUMNS) if isinstance(row, dict) and name in row]
+def _columns_of(row: dict[str, Any], *, wanted: _Wanted, where: str) -> tuple[str, ...]:
+    """Take the text, or the texts of a pair, out of a table's row."""
+    present = wanted.columns(row)
+    for names in present:
+        if all(isinstance(row[name], str) for name in names):
+            return tuple(row[name] for name in names)
+    if not present:
+        usual = [", ".join(TEXT_COLUMNS)] * (1 in wanted.num_texts)
+        usual += [", ".join(map(" and ".join, PAIR_COLUMNS))] * (2 in wanted.num_texts)
+        columns = f"text column {wanted.column!r}" if wanted.column else f"text column (looked for {', '.join(usual)})"
+        raise InputError(f"{where} has no {columns}, only {', '.join(map(str, row)) or 'nothing'}; rename one")
+    odd = next(name for name in present[0] if not isinstance(row[name], str))
+    if row[odd] is None:
+        raise InputError(f"{where} holds no text in its column {odd}; fill it in, or remove the row")
+    raise InputError(
+        f"{where} must hold a string in its column {odd}, got {json.dumps(row[odd])[:40]}; "
+        "put it in quotes, or remove the row"
+    )
 
 
 def _lines(content: str) -> Iterator[tuple[int, Any]]:

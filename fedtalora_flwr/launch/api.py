@@ -119,7 +119,8 @@ class Run:
         Parameters
         ----------
         inputs
-            Of a run on images: PIL images, or paths of image files. Of a run on texts: texts.
+            Of a run on images: PIL images, or paths of image files. Of a run on texts: texts, or pairs (first, second)
+            where it was trained on pairs.
         top
             Classes to name for each, at most.
 
@@ -137,7 +138,7 @@ class Run:
         modality = self.model.model.backbone.modality
         if modality == "instruction":
             raise InputError(f"{self.path} is of a language model, which names no classes; let it answer: run.answer")
-        items = items_of(inputs, modality=modality)
+        items = items_of(inputs, modality=modality, num_texts=self.model.num_texts)
         found = list(predict(self.model, items, top=top))
         if bad := next((prediction.item for prediction in found if prediction.item.error), None):
             raise InputError(bad.error)

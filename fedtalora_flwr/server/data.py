@@ -51,6 +51,10 @@ class RunData(Protocol):
     def image_side(self) -> int | None:
         """Give the side in pixels at which images are stored before the model enlarges them; None for text."""
 
+    @property
+    def num_texts(self) -> tuple[int, ...]:
+        """Give how many texts an input may be made of."""
+
     def check(self) -> None:
         """Find data that cannot be used before training."""
 
@@ -112,6 +116,11 @@ class SharedData:
         if source.modality != "image":
             return None
         return int(self._model.backbone.encode(source.train, first, source=source).shape[-1])
+
+    @property
+    def num_texts(self) -> tuple[int, ...]:
+        """How many texts an input may be made of."""
+        return data_of(self._config).source.num_texts
 
     def check(self) -> None:
         """Decode all test examples, so that a bad file is found before training.
@@ -197,6 +206,12 @@ class NodeData:
         """The side that the backbone takes, the same on every node."""
         side: int | None = self._model.backbone.preparation().get("image_size")
         return side
+
+    @property
+    def num_texts(self) -> tuple[int, ...]:
+        """How many texts an input is made of where the settings name its columns; else nodes may bring either."""
+        columns = self._config.input_column
+        return (len(columns.split(",")),) if columns else (1, 2)
 
     def check(self) -> None:
         """Leave it to the nodes."""

@@ -222,6 +222,7 @@ class ServerRun:
         return {
             "class_names": list(classes.names),
             "image_side": self.data.image_side,
+            "num_texts": list(self.data.num_texts),
             "class_order": [row for task in classes.tasks for row in task],
             "tasks": [list(task) for task in classes.tasks],
             "num_rounds": self.training.num_rounds,

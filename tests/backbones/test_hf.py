@@ -156,6 +156,50 @@ def test_features_do_not_depend_on_padding(folders, family):
         torch.testing.assert_close(backbone(padded)[0], together[row], rtol=0, atol=2e-5)
 
 
+PAIRS = [
+    ("hi", "what is my balance"),
+    "book a flight to oslo",
+    ("a [SEP] of my own", "and one [SEP] here"),  # text that reads like what stands between the two
+    ("please book a flight to oslo for two on friday", "no"),  # the longer one is cut first
+    ("no", "please book a flight to oslo for two on friday"),
+    "hi",
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [*CONFIGS, "minilm"])
+def test_pairs_and_single_texts_give_what_the_tokenizer_and_the_model_make_of_each(folders, family):
+    backbone = resolve("minilm", {"max_length": 10}).eval() if family == "minilm" else encoder(folders[family], 10)
+    tokenizer, model = backbone._tokenizer, backbone.model
+    tokens = encode(backbone, PAIRS)
+    assert tokens.dtype == torch.int32 and tokens.shape == (len(PAIRS), 10)
+    found = backbone.pool(tokens, augment="none", generator=None)
+    for row, texts in enumerate(PAIRS):
+        one = tokenizer(
+            *([texts] if isinstance(texts, str) else texts), truncation=True, max_length=10, return_tensors="pt"
+        )
+        if family in ("distilbert", "mpnet", "modernbert") or "t5" in family:  # these take no types
+            one.pop("token_type_ids", None)
+        hidden = model(**one).last_hidden_state  # (1, L, d)
+        torch.testing.assert_close(found[row], hidden[0].mean(0), rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+def test_a_model_with_types_is_told_which_text_of_a_pair_a_token_is_of(folders):
+    backbone = encoder(folders["bert"])
+    tokens = encode(backbone, PAIRS[:1])
+    told = backbone(tokens)
+    backbone.model.embeddings.token_type_embeddings.weight[1] += torch.linspace(-1, 1, WIDTH)
+    assert (backbone(tokens) - told).abs().max() > 1e-2
+    torch.testing.assert_close(backbone(encode(backbone, ["hi"])), encoder(folders["bert"])(encode(backbone, ["hi"])))
+
+
+def test_the_order_for_batches_counts_both_texts_of_a_pair(folders):
+    backbone = encoder(folders["bert"])
+    tokens = encode(backbone, [("hi", "what is my balance"), "what is my balance", ("hi", "hi"), "hi"])
+    assert backbone.batch_order(tokens).tolist() == [3, 2, 1, 0]
+
+
 @torch.no_grad()
 def test_deberta_v1_computes_in_float32_under_autocast_since_its_mask_overflows_bf16(folders):
     backbone = encoder(folders["deberta"])
