@@ -291,6 +291,8 @@ class Intake:
     def hits(self, replies: Replies, *, num_tasks: int) -> tuple[list[int], list[int]]:
         """Add up the hits on what clients have held out: correct and all examples, by task id.
 
+        As in training, no client counts for more than `max-weight` equal shares of a task.
+
         Raises
         ------
         RunFailed
@@ -305,7 +307,10 @@ class Intake:
         good = [hits for _, hits in self._good(replies, read)]
         if not good:
             self.require(0)
-        correct, total = np.sum(good, axis=0).tolist()
+        counted = torch.tensor(good, dtype=torch.float64)  # (K, 2, T)
+        totals = counted[:, 1]  # (K, T)
+        most = torch.stack([capped(of_task, self._config.max_weight) for of_task in totals.unbind(1)], 1)
+        correct, total = (counted * (most / totals.clamp(min=1))[:, None]).sum(0).round().long().tolist()
         return correct, total
 
     def slot_sums(
@@ -374,7 +379,8 @@ class Intake:
         To data that a node brings, examples may come at any time: as many as it said it has, of classes it has named.
         """
         held = self._roster.holdings.counts[task_id, partition]
-        grows = partition in self._roster.holdings.told and not (counts > _GROWTH * held).any()
+        can_be = (counts >= 0) & (counts <= _GROWTH * held) & (counts == counts.round())
+        grows = partition in self._roster.holdings.told and bool(can_be.all())
         if not grows and not torch.equal(counts.double(), torch.where(held < least, 0, held).double()):
             raise BadUpdate("speaks of other examples than the client said it holds of this task")
 
