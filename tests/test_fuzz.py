@@ -455,8 +455,8 @@ def own_data_intake(**settings: Any) -> tuple[Intake, Tally]:
     roster.holdings = Holdings(
         names,
         {(0, p): COUNTS for p in range(3)},
-        tests={0: {p: 100 for p in range(3)}},
-        told={p: names for p in range(3)},
+        tests={0: dict.fromkeys(range(3), 100)},
+        told=dict.fromkeys(range(3), names),
     )
     roster.holds_task = {0: [0, 1, 2]}
     return Intake(config, roster, tally), tally
@@ -486,7 +486,7 @@ def test_squared_gradients_over_fewer_examples_than_none_are_refused_where_data_
     content = wire.fisher_reply(sums, class_counts=COUNTS)
     with opened(content) as tensors:
         tensors["counts/examples"] = -tensors["counts/examples"]
-    intake, tally = own_data_intake()
+    intake, _ = own_data_intake()
     with pytest.raises(RunFailed, match="speaks of other examples than"):
         intake.mean_fisher([(0, answered(content, kind="train.fisher"))], like=state, method=METHOD, task_id=0)
 

@@ -9,7 +9,7 @@ import torch
 
 from fedtalora_flwr.aggregation.factors import FACTORS, Step
 from fedtalora_flwr.aggregation.types import ClientUpdate, GlobalState
-from fedtalora_flwr.aggregation.weights import capped, further
+from fedtalora_flwr.aggregation.weights import capped, further, row_change
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -153,12 +153,8 @@ def _changes(state: GlobalState, update: ClientUpdate) -> dict[str, float]:
             before, after = getattr(ours, factor), getattr(update.adapters[name], factor)
             if before.shape == after.shape:  # of another rank the product alone can be compared
                 factors[factor] += float((after - before).double().square().sum())
-    held = update.class_counts.nonzero().flatten()
-    rows = sum(
-        float((update.head[name][held] - value[held]).double().square().sum()) for name, value in state.head.items()
-    )
-    changes = {"the weights": _weights_energy(state, update), "a class row": rows / max(1, len(held)), **factors}
-    return {what: math.sqrt(energy) for what, energy in changes.items()}
+    weights, rows = math.sqrt(_weights_energy(state, update)), row_change(state, update)
+    return {"the weights": weights, "a class row": rows, **{key: math.sqrt(moved) for key, moved in factors.items()}}
 
 
 def update_norm(state: GlobalState, update: ClientUpdate) -> float:

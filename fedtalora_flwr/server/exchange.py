@@ -158,11 +158,7 @@ class Exchange:
     ) -> None:
         """Take in the replies that are there; `asked` loses those that are answered, `resent` gains whom it is sent."""
         replies = list(self._grid.pull_messages(list(asked)))
-        odd = {
-            reply.metadata.reply_to_message_id: reason
-            for reply in replies
-            if (reason := _odd(reply, most_bytes))
-        }
+        odd = {reply.metadata.reply_to_message_id: reason for reply in replies if (reason := _odd(reply, most_bytes))}
         self._tally.bytes_up += wire.message_bytes(r for r in replies if r.metadata.reply_to_message_id not in odd)
         for reply in replies:
             message = asked.pop(reply.metadata.reply_to_message_id, None)

@@ -58,9 +58,9 @@ def odd_reply(reply: Message, *, most_bytes: int) -> str | None:
     if any(len(record) > 1 for record in reply.content.array_records.values()):
         return "holds a record of several arrays, which nobody asked for"
     tensors = sum(len(array.data) for record in reply.content.array_records.values() for array in record.values())
-    others = [*reply.content.config_records.values(), *reply.content.metric_records.values()]
     rest = _RECORD_BYTES * len(reply.content)
-    rest += sum(_length(list(record)) + _length(list(record.values())) for record in others)
+    rest += sum(_length([*record, *record.values()]) for record in reply.content.config_records.values())
+    rest += sum(_length([*record, *record.values()]) for record in reply.content.metric_records.values())
     if tensors > most_bytes or rest > _MOST_REST:
         return f"holds {human_bytes(tensors + rest)}, at most {human_bytes(most_bytes)} can be of use"
     return None
