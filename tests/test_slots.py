@@ -328,6 +328,21 @@ def test_slot_that_changes_a_factor_or_a_row_far_more_than_the_others_is_refused
     assert all(f["partition_id"] == 1 and re.match(reason, f["reason"]) for f in first["failures"])
 
 
+def test_slot_that_changes_its_rows_more_than_the_others_counts_less_in_them(tmp_path, monkeypatch):
+    """Nine times as far is no outlier yet, and would be most of the mean."""
+    shares: dict[Slot, float] = {}
+    aggregate = FLTAC.aggregate
+
+    def watched(self, state, updates):
+        shares.update({slot: float(u.class_counts.sum()) / u.num_examples for slot, u in updates.items()})
+        return aggregate(self, state, updates)
+
+    monkeypatch.setattr(FLTAC, "aggregate", watched)
+    run(tmp_path, meddle(scaled("head/", -9.0)), rounds_per_task=1)
+    assert 0.2 < shares.pop(Slot(1, 1)) < 0.5  # 3 of about 9
+    assert len(shares) == CLIENTS * TASKS - 1 and {*shares.values()} == {1.0}
+
+
 def test_round_of_slots_that_hardly_change_goes_on(tmp_path):
     def still(message: Message, context: Context) -> Message:
         reply = app(message, context)

@@ -10,13 +10,16 @@ with these weights, by any method. So robustness costs no exactness, and ``verif
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fedtalora_flwr.aggregation.types import ClientUpdate, GlobalState, in_summation_order
+
+Key = TypeVar("Key", bound=Hashable)
 
 _ITERATIONS, _SMALLEST = 100, 1e-6  # of the geometric median; relative to the largest distance
 
@@ -72,6 +75,32 @@ class Weighing:
             for update, weight, less in zip(updates, weights.tolist(), less_rows.tolist(), strict=True)
             if weight > 0
         ]
+
+
+def in_proportion(
+    changes: Mapping[Key, tuple[GlobalState, ClientUpdate]], *, max_change: float
+) -> dict[Key, ClientUpdate]:
+    """Let updates count less that change far more than is usual, as `Weighing` does, each from a state of its own.
+
+    Parameters
+    ----------
+    changes
+        What was sent, and what came back, from each slot of a round.
+    max_change
+        As of `Weighing`.
+    """
+    if not max_change:
+        return {key: update for key, (_, update) in changes.items()}
+    most = max_change * further(torch.tensor([float(update.num_examples) for _, update in changes.values()]).double())
+    lengths = torch.stack(
+        [inner_products(state, [update])[0, 0].clamp(min=0).sqrt() for state, update in changes.values()]
+    )
+    moved = torch.tensor([row_change(state, update) for state, update in changes.values()], dtype=torch.float64)
+    less, less_rows = _shortened(lengths, most).tolist(), _shortened(moved, most).tolist()
+    return {
+        key: update if a == b == 1 else _of_weight(update, a, less_rows=b)
+        for (key, (_, update)), a, b in zip(changes.items(), less, less_rows, strict=True)
+    }
 
 
 def inner_products(state: GlobalState, updates: Sequence[ClientUpdate]) -> Tensor:

@@ -15,6 +15,7 @@ from fedtalora_flwr.aggregation import (
     GlobalState,
     Slot,
     SlotAggregator,
+    in_proportion,
     outliers,
     slots_exactness_error,
 )
@@ -99,8 +100,8 @@ class Slots:
         changes = {slot: (clustered.of(slot), update) for slot, (update, _) in heard.items()}
         for slot, reason in outliers(changes, limit=self._config.outlier_limit).items():
             self._federation.tally.fail(slot.partition_id, f"slot {slot.number} refused: {reason}")
-            del heard[slot]
-        updates = {slot: update for slot, (update, _) in heard.items()}
+            del heard[slot], changes[slot]
+        updates = in_proportion(changes, max_change=self._config.max_change)
         losses = [mean_loss for _, mean_loss in heard.values()]
         self._federation.intake.require(len({slot.partition_id for slot in updates}))
         new = self._method.aggregate(clustered, updates)
