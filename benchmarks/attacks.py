@@ -49,8 +49,10 @@ def main() -> None:
             own = [f"{key}={value}" for key, value in settings.items()]
             result = play(attack, rule=rule, num_hostile=arguments.hostile, assignments=[*own, *arguments.set])
             rows.append({"attack": name, "rule": rule, **result, "seconds": time.perf_counter() - began})
+            routed = "" if result.get("routed") is None else f"routed {result['routed']:.3f}, "
             print(
-                f"{name:28}{rule:18}{result['accuracy']:9.3f}{result['first']:12.3f}   {result['became']}", flush=True
+                f"{name:28}{rule:18}{result['accuracy']:9.3f}{result['first']:12.3f}   {routed}{result['became']}",
+                flush=True,
             )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
@@ -68,12 +70,14 @@ def play(attack: Attack | None, *, rule: str, num_hostile: int, assignments: lis
     def client(message: Message, context: Context) -> Message:
         reply = client_app(message, context)
         if attack and context.node_config["partition-id"] in hostile and not reply.has_error():
-            sent, answered = _tensors(message.content), _tensors(reply.content)
-            attack(message.metadata.message_type, sent, answered, reply.content)
-            if answered:
-                content = save({key: value.contiguous().numpy() for key, value in answered.items()})
-                reply.content[ARRAYS][TENSORS].data = content
-                reply.content[ARRAYS][TENSORS].shape = (len(content),)
+            kind = _KINDS.get(message.metadata.message_type, message.metadata.message_type)
+            for record in [name for name in reply.content if name.partition(".")[0] == ARRAYS] or [ARRAYS]:
+                sent, answered = _tensors(message.content, record), _tensors(reply.content, record)
+                attack(kind, sent, answered, reply.content)
+                if answered:
+                    content = save({key: value.contiguous().numpy() for key, value in answered.items()})
+                    reply.content[record][TENSORS].data = content
+                    reply.content[record][TENSORS].shape = (len(content),)
         return reply
 
     with tempfile.TemporaryDirectory() as out:
@@ -100,14 +104,15 @@ def play(attack: Attack | None, *, rule: str, num_hostile: int, assignments: lis
     return {
         "accuracy": metrics["faa"],
         "first": metrics["accuracy_matrix"][config.num_tasks - 1][0],
+        "routed": rounds[-1].get("accuracy_routed"),
         "became": became,
     }
 
 
-def _tensors(content: RecordDict) -> Tensors:
-    if ARRAYS not in content:
+def _tensors(content: RecordDict, record: str) -> Tensors:
+    if record not in content:
         return {}
-    return {key: torch.from_numpy(value.copy()) for key, value in load(content[ARRAYS][TENSORS].data).items()}
+    return {key: torch.from_numpy(value.copy()) for key, value in load(content[record][TENSORS].data).items()}
 
 
 def _flip(factor: float) -> Attack:
@@ -119,6 +124,23 @@ def _flip(factor: float) -> Attack:
         for key, value in answered.items():
             if key.startswith("lora_"):
                 answered[key] = sent[key] - factor * (value - sent[key])
+
+    return attack
+
+
+def _rows(factor: float) -> Attack:
+    """Turn the change of the class rows around, `factor` times as far."""
+
+    def attack(kind: str, sent: Tensors, answered: Tensors, content: RecordDict) -> None:
+        if kind != "train":
+            return
+        there = sent["rows/class"].tolist()
+        for key in [key for key in answered if key.startswith("head/")]:
+            before = torch.zeros_like(answered[key])
+            for row, number in enumerate(answered["counts/class"].tolist()):
+                if number in there:
+                    before[row] = sent[key][there.index(number)]
+            answered[key] = before - factor * (answered[key] - before)
 
     return attack
 
@@ -205,6 +227,10 @@ def _rank(rank: int) -> Attack:
 
 
 _FISHER_LIMIT = 1000.0
+_KINDS = {"train.slots": "train", "train.slot_sums": "train.sums"}  # what is asked of slots, as of one adapter
+_SLOTS = {"method": "fl-tac", "clusters": 5, "head": "linear", "lora-targets": "q,v", "lora-blocks": "last:2"}
+_SLOTS |= {"max-per-class": 24, "rounds-per-task": 3, "partition": "iid"}
+_LINEAR = {"head": "linear", "max-per-class": 40}
 ATTACKS: Mapping[str, tuple[Attack | None, Mapping[str, Any]]] = {
     "none": (None, {}),
     "flip-1": (_flip(1.0), {}),
@@ -219,6 +245,13 @@ ATTACKS: Mapping[str, tuple[Attack | None, Mapping[str, Any]]] = {
     "rank-768": (_rank(768), {}),
     "none-ewc": (None, {"penalty": "ewc", "penalty-weight": 10.0}),
     "fisher": (_fisher, {"penalty": "ewc", "penalty-weight": 10.0}),
+    "none-linear": (None, _LINEAR),
+    "rows-9-linear": (_rows(9.0), _LINEAR),
+    "none-slots": (None, _SLOTS),
+    "flip-9-slots": (_flip(9.0), _SLOTS),
+    "rows-9-slots": (_rows(9.0), _SLOTS),
+    "gauge-1e6-slots": (_gauge(1e6), _SLOTS),
+    "sums-55-slots": (_sums(55.0), _SLOTS),
 }
 
 

@@ -1,5 +1,6 @@
 """A checkpoint comes back bit for bit, and a kill at any moment leaves a whole one."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,6 +134,39 @@ def test_file_of_tensors_that_is_cut_short_is_an_error_that_names_it(tmp_path):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match=r"round-000003\.safetensors"):
         checkpoint.load(tmp_path)
+
+
+def test_a_changed_number_in_the_pointer_is_refused_by_the_name_of_the_file(tmp_path):
+    checkpoint.save(tmp_path, make_checkpoint(3))
+    for name in ("latest.json", "round-000003.json"):
+        path = tmp_path / name
+        text = path.read_text()
+        path.write_text(text.replace('"version": 3', '"version": 7'))
+        with pytest.raises(CheckpointError, match=f"{name} is not what was written"):
+            checkpoint.load(tmp_path, 0 if name == "latest.json" else 3)
+        path.write_text(text)
+    assert checkpoint.load(tmp_path).state.version == 3
+
+
+def test_pointer_of_an_earlier_version_that_has_no_checksum_is_read(tmp_path):
+    wanted = make_checkpoint()
+    checkpoint.save(tmp_path, wanted)
+    facts = json.loads((tmp_path / "latest.json").read_text())
+    del facts["crc32"]
+    (tmp_path / "latest.json").write_text(json.dumps(facts))
+    assert_same(checkpoint.load(tmp_path), wanted)
+
+
+def test_files_of_others_in_the_folder_stay_and_end_no_round(tmp_path):
+    others = {"round-000001 (copy).json", "round-final.safetensors", "round-notes.txt"}
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    for server_round in (1, 2):
+        checkpoint.save(tmp_path, make_checkpoint(server_round))
+    assert checkpoint.rounds(tmp_path) == [2]
+    assert all((tmp_path / name).read_text() == "mine" for name in others)
+    with pytest.raises(CheckpointError, match="those kept: 2"):
+        checkpoint.load(tmp_path, 1)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])

@@ -18,7 +18,7 @@ from tensors import opened, tensors_of
 from fedtalora_flwr import wire
 from fedtalora_flwr.aggregation import ClientUpdate, GlobalState, LoraFactors, resolve
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.data import HeldClass, Share
+from fedtalora_flwr.data import ClassList, HeldClass, Share
 from fedtalora_flwr.launch.in_process import LocalGrid
 from fedtalora_flwr.model.heads import FeatureRoot, FeatureSums
 from fedtalora_flwr.residual import Patch
@@ -445,6 +445,58 @@ def test_bad_hits_are_refused_with_a_reason_and_those_of_the_others_are_counted(
         assert intake.hits(replies, num_tasks=2) == ([3, 2], [4, 2]), name
         (failure,) = tally.failures
         assert re.match("(refused: .{10})", failure.reason) and len(failure.reason) <= 200, name
+
+
+def own_data_intake(**settings: Any) -> tuple[Intake, Tally]:
+    """An intake of three nodes that bring their own data, which may grow."""
+    config, tally = RunConfig.parse(defaults() | {"num-clients": 3} | settings), Tally()
+    roster = Roster(config, tally)
+    names = ClassList(tuple("abcd"), (tuple(range(NUM_CLASSES)),))
+    roster.holdings = Holdings(
+        names,
+        {(0, p): COUNTS for p in range(3)},
+        tests={0: dict.fromkeys(range(3), 100)},
+        told=dict.fromkeys(range(3), names),
+    )
+    roster.holds_task = {0: [0, 1, 2]}
+    return Intake(config, roster, tally), tally
+
+
+def answered(content: RecordDict, *, kind: str) -> Message:
+    return Message(content, reply_to=Message(RecordDict(), dst_node_id=1, message_type=kind))
+
+
+@pytest.mark.parametrize("count", [-1.0, -8.0, 0.5, 3.5, 9.0])
+@pytest.mark.parametrize("row", [0, 1])  # of a class that is held, and of one that is not
+def test_examples_of_a_class_are_a_whole_number_that_can_be_where_data_may_grow(row, count):
+    moment = torch.cat([torch.ones(NUM_CLASSES, FEATURE_DIM), COUNTS[:, None]], 1).double()
+    odd = moment.clone()
+    odd[row, -1] = count
+    intake, tally = own_data_intake()
+    replies = [(p, answered(wire.means_reply(m), kind="train.means")) for p, m in enumerate((moment, odd))]
+    means, _ = intake.class_means(replies, task_id=0, feature_dim=FEATURE_DIM)
+    assert means[0].tolist() == [1 / 4] * FEATURE_DIM
+    (failure,) = tally.failures
+    assert failure.partition_id == 1 and "speaks of other examples than" in failure.reason
+
+
+def test_squared_gradients_over_fewer_examples_than_none_are_refused_where_data_may_grow():
+    state = make_state(torch.Generator().manual_seed(1))
+    sums = {key: torch.ones_like(value) for key, value in wire.records.pack_factors(state.adapters).items()}
+    content = wire.fisher_reply(sums, class_counts=COUNTS)
+    with opened(content) as tensors:
+        tensors["counts/examples"] = -tensors["counts/examples"]
+    intake, _ = own_data_intake()
+    with pytest.raises(RunFailed, match="speaks of other examples than"):
+        intake.mean_fisher([(0, answered(content, kind="train.fisher"))], like=state, method=METHOD, task_id=0)
+
+
+@pytest.mark.parametrize(("max_weight", "wanted"), [(0.0, ([280], [400])), (1.2, ([213], [333]))])
+def test_no_node_counts_for_more_of_the_accuracy_than_max_weight(max_weight, wanted):
+    intake, _ = own_data_intake(**{"max-weight": max_weight})
+    said = [([40], [100]), ([40], [100]), ([200], [200])]
+    replies = [(p, answered(wire.hits_reply(*hits), kind="evaluate")) for p, hits in enumerate(said)]
+    assert intake.hits(replies, num_tasks=1) == wanted
 
 
 @pytest.mark.parametrize(("changes", "num_classes"), [(SHARED, NUM_CLASSES), (OWN, None)], ids=["shared", "own"])

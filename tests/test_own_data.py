@@ -352,6 +352,17 @@ def test_node_whose_word_is_of_no_use_as_a_task_begins_sits_it_out_and_is_named(
     assert f"node 102 (partition 2) sits the task out: {reason}" in caplog.text
 
 
+def test_name_that_most_nodes_bring_to_a_later_task_stays_and_the_one_like_it_is_left_out(paths, tmp_path):
+    def arrives() -> None:
+        for path, name in zip(paths, ("Elk", "elk", "elk"), strict=True):
+            draw(path / "task-10", name, 4, digit=4)
+
+    out = run(tmp_path / "run", paths, before_task(1, arrives))
+    (failure,) = rounds(out)[1]["failures"]
+    assert failure["partition_id"] == 0 and "'Elk' and a class 'elk', which differ" in failure["reason"]
+    assert rounds(out)[1]["participants"] == [1, 2]
+
+
 def test_class_that_arrives_under_a_name_like_a_known_one_leaves_out_its_node_alone(paths, tmp_path):
     out = run(tmp_path / "run", paths, before_task(1, lambda: draw(paths[1] / "task-10", "Cat", 3, digit=0)))
     assert [line["participants"] for line in rounds(out)] == [[0, 1, 2], [0, 2]]
@@ -432,11 +443,11 @@ def test_more_than_twice_the_examples_that_a_node_said_it_has_are_refused(paths,
 WRONG: dict[str, tuple[Callable[[list[Path]], None], str]] = {
     "a name that differs by case on another node": (
         lambda paths: draw(paths[1] / "task-2", "Ant", 3, digit=0),
-        "'Ant' and a class 'ant', which differ only by case or space",
+        "'Ant' and a class 'ant', which differ only by case, space or",
     ),
     "a name that differs by a space on one node": (
         lambda paths: draw(paths[0] / "task-2", "ant ", 3, digit=0),
-        "'ant' and a class 'ant ', which differ only by case or space",
+        "'ant' and a class 'ant ', which differ only by case, space or",
     ),
     "a corrupt file": (
         lambda paths: (paths[1] / "task-2" / "bee" / "x.png").write_bytes(b"x"),

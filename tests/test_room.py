@@ -71,6 +71,10 @@ def told(content: RecordDict) -> None:
     content[CLASSES] = wire.tell_classes(ClassList(("ant",), ((10**9,),)))[CLASSES]
 
 
+def told_many(content: RecordDict) -> None:
+    content[CLASSES] = wire.tell_classes(ClassList(("",) * 10**6, ()))[CLASSES]
+
+
 ORDERS: dict[str, tuple[Callable[[RecordDict], object], str]] = {
     "ten million classes": (
         lambda content: content[ORDER].update({"num-classes": 10**7}),
@@ -104,6 +108,7 @@ ORDERS: dict[str, tuple[Callable[[RecordDict], object], str]] = {
         lambda content: content[ORDER].update({"task-id": 10**9}),
         "task-id is 1000000000, the run has 2 tasks",
     ),
+    "a million classes of no name": (told_many, "the server told 1000000 classes, a run has at most 50000"),
     "a class beyond all": (told, "a task has class 1000000000, the server told 1 classes"),
 }
 

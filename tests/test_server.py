@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Context, Message, MessageType
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType
 from local_grid import defaults, run_server, tiny_run
 from PIL import Image
 from tensors import opened, packed
@@ -770,8 +770,17 @@ def test_a_folder_that_a_run_writes_to_is_refused_to_another_and_free_again_afte
             r"holds 16.8 MB, at most [\d.]+ MB can be of use",
         ),
         (lambda content: content[METRICS].update({"x": [0.5] * 2**22}), "holds 3[0-9.]+ MB, at most"),
+        (lambda content: content[METRICS].update({"x" * 2**25: 0.5}), "holds 3[0-9.]+ MB, at most"),
+        (
+            lambda content: content[ARRAYS].update({str(i): Array(np.ones(1)) for i in range(20_000)}),
+            "holds a record of several arrays, which nobody asked for",
+        ),
+        (
+            lambda content: content.update({f"{ARRAYS}.{i}": ArrayRecord() for i in range(20_000)}),
+            "holds 2[0-9.]+ MB, at most",
+        ),
     ],
-    ids=["unknown record", "large arrays", "large metrics"],
+    ids=["unknown record", "large arrays", "large metrics", "long names", "many arrays", "many records"],
 )
 def test_reply_that_nobody_could_have_asked_for_is_refused_unread_and_the_round_goes_on(tmp_path, spoil, reason):
     def floods(message: Message, context: Context) -> Message:

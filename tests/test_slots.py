@@ -1,6 +1,7 @@
 """Whole runs of the methods over slots in this process, on a few digits."""
 
 import json
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -264,6 +265,95 @@ def test_bad_sums_for_the_router_are_refused_and_the_others_count(tmp_path):
     (failure,) = rounds(tmp_path)[0]["failures"]
     assert failure["partition_id"] == 1 and failure["reason"].startswith("refused: sums have a root of ")
     assert rounds(tmp_path)[0]["routing_accuracy"] > 0
+
+
+def longer(reply: Message, *, times: float) -> None:
+    """Make the features of the router's sums longer, so that G and the rows still go together."""
+    with opened(reply.content, "arrays") as tensors:
+        width = tensors["sums/moment"].shape[1]
+        numbers = len(tensors["sums/root"])
+        num_rows = next(k for k in range(width + 1) if k * width - k * (k - 1) // 2 == numbers)
+        columns = np.triu_indices(num_rows, m=width)[1]
+        tensors["sums/root"] = tensors["sums/root"] * np.where(columns < width - 1, times, 1.0)
+        tensors["sums/moment"] = tensors["sums/moment"] * np.where(np.arange(width) < width - 1, times, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("feature_norm", "reason"),
+    [("rms", "features have a norm of "), ("none", "features are .* times as large as is usual")],
+)
+def test_sums_for_the_router_of_features_of_another_length_are_refused(tmp_path, feature_norm, reason):
+    client = meddle(lambda reply: longer(reply, times=20.0), kind="train.slot_sums")
+    run(tmp_path, client, rounds_per_task=1, feature_norm=feature_norm)
+    (failure,) = rounds(tmp_path)[0]["failures"]
+    assert failure["partition_id"] == 1 and re.match(f"refused: {reason}", failure["reason"])
+
+
+def in_gauge(factor: float) -> Callable[[Message], None]:
+    """The same products of other factors, in every slot."""
+
+    def change(reply: Message) -> None:
+        for record in [name for name in reply.content if name.startswith("arrays.")]:
+            with opened(reply.content, record) as tensors:
+                for key in [key for key in tensors if key.startswith("lora_")]:
+                    times = factor if key.startswith("lora_A/") else 1 / factor
+                    tensors[key] = (tensors[key] * times).astype(np.float32)
+
+    return change
+
+
+def scaled(part: str, times: float) -> Callable[[Message], None]:
+    """All tensors of a part of slot 1, so many times as large."""
+
+    def change(reply: Message) -> None:
+        with opened(reply.content, "arrays.1") as tensors:
+            for key in [key for key in tensors if key.startswith(part)]:
+                tensors[key] = (tensors[key] * times).astype(np.float32)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (in_gauge(1e6), r"slot [01] refused: changes lora_A by .* times as much as is usual"),
+        (scaled("head/", -50.0), r"slot 1 refused: changes a class row by .* times as much as is usual"),
+    ],
+    ids=["gauge", "rows"],
+)
+def test_slot_that_changes_a_factor_or_a_row_far_more_than_the_others_is_refused(tmp_path, change, reason):
+    run(tmp_path, meddle(change))
+    first, second = rounds(tmp_path)
+    assert first["failures"] and not second["failures"]
+    assert all(f["partition_id"] == 1 and re.match(reason, f["reason"]) for f in first["failures"])
+
+
+def test_slot_that_changes_its_rows_more_than_the_others_counts_less_in_them(tmp_path, monkeypatch):
+    """Nine times as far is no outlier yet, and would be most of the mean."""
+    shares: dict[Slot, float] = {}
+    aggregate = FLTAC.aggregate
+
+    def watched(self, state, updates):
+        shares.update({slot: float(u.class_counts.sum()) / u.num_examples for slot, u in updates.items()})
+        return aggregate(self, state, updates)
+
+    monkeypatch.setattr(FLTAC, "aggregate", watched)
+    run(tmp_path, meddle(scaled("head/", -9.0)), rounds_per_task=1)
+    assert 0.2 < shares.pop(Slot(1, 1)) < 0.5  # 3 of about 9
+    assert len(shares) == CLIENTS * TASKS - 1 and {*shares.values()} == {1.0}
+
+
+def test_round_of_slots_that_hardly_change_goes_on(tmp_path):
+    def still(message: Message, context: Context) -> Message:
+        reply = app(message, context)
+        for record in [name for name in reply.content if name.startswith("arrays.")]:
+            with opened(reply.content, record) as tensors:
+                for key in [key for key in tensors if key.startswith("lora_")]:
+                    tensors[key] = np.full_like(tensors[key], 1e-44)
+        return reply
+
+    run(tmp_path, still)
+    assert [line["failures"] for line in rounds(tmp_path)] == [[], []]
 
 
 def test_local_only_averages_nothing_and_scores_the_mean_over_clients_weighted_by_examples(alone):

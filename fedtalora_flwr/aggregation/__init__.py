@@ -15,7 +15,7 @@ from fedtalora_flwr.aggregation.slots import (
 )
 from fedtalora_flwr.aggregation.types import Aggregator, ClientUpdate, GlobalState, Method
 from fedtalora_flwr.aggregation.verify import exactness_error
-from fedtalora_flwr.aggregation.weights import Weighing, capped
+from fedtalora_flwr.aggregation.weights import Weighing, capped, in_proportion
 from fedtalora_flwr.config import registry
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "check_update",
     "exactness_error",
     "far_off",
+    "in_proportion",
     "kept_energy",
     "outliers",
     "place_name",

@@ -180,7 +180,9 @@ def _rounded(factor: Tensor, *, inner: int) -> Tensor:
     largest = max(-float(low), float(high))
     if largest == 0.0:
         return factor.float()
-    longest = float(factor.norm(dim=inner).max())
+    # The squares of numbers so small or so large are beyond float32.
+    wide = None if 2.0**-50 < largest < 2.0**50 else torch.float64
+    longest = float(torch.linalg.vector_norm(factor, dim=inner, dtype=wide).max())
     spacing = 2.0 ** max(math.ceil(math.log2(largest)) - 24, math.ceil(math.log2(longest)) - 26)
     if spacing < 2.0**-100:  # its inverse is beyond float32
         factor = factor.double()

@@ -2,14 +2,14 @@
 
 import math
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import TypeVar
 
 import torch
 
 from fedtalora_flwr.aggregation.factors import FACTORS, Step
 from fedtalora_flwr.aggregation.types import ClientUpdate, GlobalState
-from fedtalora_flwr.aggregation.weights import capped, further
+from fedtalora_flwr.aggregation.weights import capped, further, row_change
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -76,8 +76,8 @@ def check_update(
 
 
 def outliers(
-    state: GlobalState, updates: Sequence[ClientUpdate], *, limit: float, max_weight: float = 0.0
-) -> dict[int, str]:
+    changes: Mapping[Key, tuple[GlobalState, ClientUpdate]], *, limit: float, max_weight: float = 0.0
+) -> dict[Key, str]:
     """Find the updates that change something far more than the others do.
 
     What is compared is the norm of the change of the effective weights, of either factor (whose product says nothing
@@ -86,8 +86,8 @@ def outliers(
 
     Parameters
     ----------
-    state, updates
-        What was sent, and what came back from all clients of a round, checked one by one.
+    changes
+        What was sent, and what came back, from each client or slot of a round, checked one by one.
     limit
         The multiple of the round's median from which on a change is too large; 0: none is.
     max_weight
@@ -95,38 +95,39 @@ def outliers(
 
     Returns
     -------
-    Partition id -> why. Of two it cannot be said which is far off: where there are fewer than three, only a factor
+    Key -> why. Of two it cannot be said which is far off: where there are fewer than three, only a factor
     that changes by more than `limit` times the norm of both factors is too large.
     """
     if not limit:
         return {}
-    if len(updates) < 3:
-        return _out_of_bounds(state, updates, limit=limit)
-    examples = torch.tensor([float(update.num_examples) for update in updates], dtype=torch.float64)
-    found: dict[int, str] = {}
-    changes = [_changes(state, update) for update in updates]
-    for what in changes[0]:
-        sizes = torch.tensor([change[what] for change in changes], dtype=torch.float64)
-        allowed = (limit * sizes.median() * further(capped(examples, max_weight))).clamp(min=_factor_norm(state, what))
-        for update, size, most in zip(updates, sizes.tolist(), allowed.tolist(), strict=True):
+    if len(changes) < 3:
+        return _out_of_bounds(changes, limit=limit)
+    examples = torch.tensor([float(update.num_examples) for _, update in changes.values()], dtype=torch.float64)
+    found: dict[Key, str] = {}
+    sizes_of = [_changes(state, update) for state, update in changes.values()]
+    for what in sizes_of[0]:
+        sizes = torch.tensor([size[what] for size in sizes_of], dtype=torch.float64)
+        own = torch.tensor([_factor_norm(state, what) for state, _ in changes.values()], dtype=torch.float64)
+        allowed = (limit * sizes.median() * further(capped(examples, max_weight))).maximum(own)
+        for key, size, most in zip(changes, sizes.tolist(), allowed.tolist(), strict=True):
             if size > most > 0:
                 times = limit * size / most
                 reason = f"changes {what} by {times:.3g} times as much as is usual, outlier-limit is {limit:g}"
-                found.setdefault(update.partition_id, reason)
+                found.setdefault(key, reason)
     return found
 
 
-def _out_of_bounds(state: GlobalState, updates: Sequence[ClientUpdate], *, limit: float) -> dict[int, str]:
+def _out_of_bounds(changes: Mapping[Key, tuple[GlobalState, ClientUpdate]], *, limit: float) -> dict[Key, str]:
     """Find updates with a factor that no training has moved so far: ``(c B, A / c)`` with a large or a small c."""
-    usual = math.hypot(*(_factor_norm(state, factor) for factor in FACTORS))
-    found: dict[int, str] = {}
-    for update in updates:
-        changes = _changes(state, update)
+    found: dict[Key, str] = {}
+    for key, (state, update) in changes.items():
+        usual = math.hypot(*(_factor_norm(state, factor) for factor in FACTORS))
+        sizes = _changes(state, update)
         for factor in sorted(FACTORS):
-            if changes[factor] > limit * usual > 0:
-                times = changes[factor] / usual
+            if sizes[factor] > limit * usual > 0:
+                times = sizes[factor] / usual
                 reason = f"changes {factor} by {times:.3g} times the norm of both factors, outlier-limit is {limit:g}"
-                found.setdefault(update.partition_id, reason)
+                found.setdefault(key, reason)
     return found
 
 
@@ -152,12 +153,8 @@ def _changes(state: GlobalState, update: ClientUpdate) -> dict[str, float]:
             before, after = getattr(ours, factor), getattr(update.adapters[name], factor)
             if before.shape == after.shape:  # of another rank the product alone can be compared
                 factors[factor] += float((after - before).double().square().sum())
-    held = update.class_counts.nonzero().flatten()
-    rows = sum(
-        float((update.head[name][held] - value[held]).double().square().sum()) for name, value in state.head.items()
-    )
-    changes = {"the weights": _weights_energy(state, update), "a class row": rows / max(1, len(held)), **factors}
-    return {what: math.sqrt(energy) for what, energy in changes.items()}
+    weights, rows = math.sqrt(_weights_energy(state, update)), row_change(state, update)
+    return {"the weights": weights, "a class row": rows, **{key: math.sqrt(moved) for key, moved in factors.items()}}
 
 
 def update_norm(state: GlobalState, update: ClientUpdate) -> float:

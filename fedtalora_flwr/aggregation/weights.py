@@ -10,13 +10,16 @@ with these weights, by any method. So robustness costs no exactness, and ``verif
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fedtalora_flwr.aggregation.types import ClientUpdate, GlobalState, in_summation_order
+
+Key = TypeVar("Key", bound=Hashable)
 
 _ITERATIONS, _SMALLEST = 100, 1e-6  # of the geometric median; relative to the largest distance
 
@@ -35,7 +38,8 @@ class Weighing:
         The most that a client counts, as a multiple of an equal share; 0: no bound.
     max_change
         The longest change that counts in full, as a multiple of the round's median (see `further`); a longer one
-        counts less, as if it had that length. 0: no bound.
+        counts less, as if it had that length. So too a longer change of the class rows, among those who hold the
+        class. 0: no bound.
     """
 
     rule: str = "examples"
@@ -57,16 +61,46 @@ class Weighing:
         examples = torch.tensor([float(update.num_examples) for update in updates], dtype=torch.float64)
         inner = inner_products(state, updates) if self.rule not in ("examples", "equal") or self.max_change else None
         weights = capped(RULES[self.rule](examples, inner, self.suspects), self.max_weight)
+        less_rows = torch.ones_like(examples)
         if inner is not None and self.max_change:
-            lengths = inner.diagonal().clamp(min=0).sqrt()
-            bound = self.max_change * lengths.median() * further(capped(examples, self.max_weight))
-            weights = weights * torch.where((lengths > bound) & (bound > 0), bound / lengths, 1.0)
+            most = self.max_change * further(capped(examples, self.max_weight))
+            weights = weights * _shortened(inner.diagonal().clamp(min=0).sqrt(), most)
+            moved = torch.tensor([row_change(state, update) for update in updates], dtype=torch.float64)
+            less_rows = _shortened(moved, most)
         weights = capped(weights, self.max_weight)
         return [
-            update if weight == update.num_examples else _of_weight(update, weight / update.num_examples)
-            for update, weight in zip(updates, weights.tolist(), strict=True)
+            update
+            if weight == update.num_examples and less == 1
+            else _of_weight(update, weight / update.num_examples, less_rows=less)
+            for update, weight, less in zip(updates, weights.tolist(), less_rows.tolist(), strict=True)
             if weight > 0
         ]
+
+
+def in_proportion(
+    changes: Mapping[Key, tuple[GlobalState, ClientUpdate]], *, max_change: float
+) -> dict[Key, ClientUpdate]:
+    """Let updates count less that change far more than is usual, as `Weighing` does, each from a state of its own.
+
+    Parameters
+    ----------
+    changes
+        What was sent, and what came back, from each slot of a round.
+    max_change
+        As of `Weighing`.
+    """
+    if not max_change:
+        return {key: update for key, (_, update) in changes.items()}
+    most = max_change * further(torch.tensor([float(update.num_examples) for _, update in changes.values()]).double())
+    lengths = torch.stack(
+        [inner_products(state, [update])[0, 0].clamp(min=0).sqrt() for state, update in changes.values()]
+    )
+    moved = torch.tensor([row_change(state, update) for state, update in changes.values()], dtype=torch.float64)
+    less, less_rows = _shortened(lengths, most).tolist(), _shortened(moved, most).tolist()
+    return {
+        key: update if a == b == 1 else _of_weight(update, a, less_rows=b)
+        for (key, (_, update)), a, b in zip(changes.items(), less, less_rows, strict=True)
+    }
 
 
 def inner_products(state: GlobalState, updates: Sequence[ClientUpdate]) -> Tensor:
@@ -87,6 +121,21 @@ def inner_products(state: GlobalState, updates: Sequence[ClientUpdate]) -> Tenso
         less = torch.cat([-torch.ones(num, 1, dtype=torch.float64), torch.eye(num, dtype=torch.float64)], 1)
         total += less @ products @ less.T
     return total
+
+
+def row_change(state: GlobalState, update: ClientUpdate) -> float:
+    """Give how far an update moves a class row that it holds: the root mean square over its rows."""
+    held = update.class_counts.nonzero().flatten()
+    moved = sum(
+        float((update.head[name][held] - value[held]).double().square().sum()) for name, value in state.head.items()
+    )
+    return math.sqrt(moved / max(1, len(held)))
+
+
+def _shortened(lengths: Tensor, most: Tensor) -> Tensor:
+    """Give the share for which each length (K,) counts, so that none is over its multiple `most` of their median."""
+    bound = most * lengths.median()
+    return torch.where((lengths > bound) & (bound > 0), bound / lengths, 1.0)
 
 
 def further(examples: Tensor) -> Tensor:
@@ -176,7 +225,9 @@ def _distances_to_mean(inner: Tensor, weights: Tensor) -> Tensor:
     return (inner.diagonal() - 2 * to_mean + p @ to_mean).clamp(min=0).sqrt()
 
 
-def _of_weight(update: ClientUpdate, factor: float) -> ClientUpdate:
+def _of_weight(update: ClientUpdate, factor: float, *, less_rows: float) -> ClientUpdate:
     return replace(
-        update, num_examples=factor * update.num_examples, class_counts=factor * update.class_counts.double()
+        update,
+        num_examples=factor * update.num_examples,
+        class_counts=less_rows * factor * update.class_counts.double(),
     )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedtalora_flwr.config import registry
-from fedtalora_flwr.data.classes import ClassList, HeldClass, TooFewClasses
+from fedtalora_flwr.data.classes import MOST_CLASSES, ClassList, HeldClass, TooFewClasses, as_read
 from fedtalora_flwr.data.images import load_images, stack_images, stored_side
 from fedtalora_flwr.data.own import OwnData, OwnReader
 from fedtalora_flwr.data.source import DataError, Source, Split, take, tidy
@@ -13,6 +13,7 @@ from fedtalora_flwr.data.stream import PARTITIONS, TASK_ORDERS, Share, TaskStrea
 SOURCES = registry.PACKAGES["dataset"]
 
 __all__ = [
+    "MOST_CLASSES",
     "PARTITIONS",
     "SOURCES",
     "TASK_ORDERS",
@@ -26,6 +27,7 @@ __all__ = [
     "Split",
     "TaskStream",
     "TooFewClasses",
+    "as_read",
     "build_stream",
     "load_images",
     "load_source",

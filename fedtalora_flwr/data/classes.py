@@ -1,12 +1,17 @@
 """Classes that nodes name themselves: one list of all names, which grows at its end and never moves a row."""
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fedtalora_flwr.data.source import DataError
 from fedtalora_flwr.data.stream import cut
+
+MOST_CLASSES = 50_000  # of a run: each has a row in the head, on every node and in every message
+# Characters that show nothing, as Unicode's Default_Ignorable_Code_Point, as far as Python calls them printable.
+_UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 
 
 class TooFewClasses(DataError):
@@ -102,11 +107,15 @@ class ClassList:
         Raises
         ------
         DataError
-            If two names differ only by case or space, some nodes have task folders and others none, or the
-            classes do not fit the number of tasks.
+            If two names differ only by case, space or spelling in Unicode, some nodes have task folders and others
+            none, the classes do not fit the number of tasks, or there are more than `MOST_CLASSES`.
         """
         folders = sorted({(one.task, one.name) for one in held})
-        require_distinct([*self.names, *(name for _, name in folders)])
+        names = [*self.names, *(name for _, name in folders)]
+        require_distinct(names)
+        require_distinct([*self.task_names, *(task for task, _ in folders)], what="task")
+        if len(set(names)) > MOST_CLASSES:
+            raise DataError(f"the nodes name {len(set(names))} classes, a run has at most {MOST_CLASSES}")
         if not folders:
             return self
         tasks = {task for task, _ in folders}
@@ -149,22 +158,29 @@ class ClassList:
         return ClassList(tuple(row_of), tuple(tuple(sorted(rows)) for rows in tasks), task_names)
 
 
-def require_distinct(names: Iterable[str], *, where: str = "the nodes") -> None:
-    """Refuse names that people take for one and the same.
+def require_distinct(names: Iterable[str], *, where: str = "the nodes", what: str = "class") -> None:
+    """Refuse names that people take for one and the same; letters of two scripts that look alike are not found.
 
     Raises
     ------
     DataError
-        If two names differ only by case or space.
+        If two names differ only by case, space, characters that show nothing, or by how Unicode spells a letter: an
+        accent may be part of it or a character of its own, and a Mac's files have the one, others mostly the other.
     """
     seen: dict[str, str] = {}
     for name in names:
-        other = seen.setdefault(" ".join(name.split()).casefold(), name)
+        other = seen.setdefault(as_read(name), name)
         if other != name:
             raise DataError(
-                f"{where} name a class {other!r} and a class {name!r}, which differ only by case or space; "
-                "give both the same name"
+                f"{where} name a {what} {other!r} and a {what} {name!r}, which differ only by case, space or spelling "
+                "in Unicode; give both the same name"
             )
+
+
+def as_read(name: str) -> str:
+    """Give one text for all names that people read alike."""
+    shown = _UNSEEN.sub("", unicodedata.normalize("NFKC", name))
+    return " ".join(unicodedata.normalize("NFKC", shown.casefold()).split())
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:

@@ -127,7 +127,7 @@ class OwnReader:
         ------
         DataError
             If there is no such folder, a table cannot be read, the layout is mixed, the name of a class or task is no
-            UTF-8, or two names differ only by case or space.
+            UTF-8, or two names differ only by case, space or spelling in Unicode.
         """
         root = existing(data_path, key="data-path")
         if not root.is_dir():

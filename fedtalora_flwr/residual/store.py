@@ -140,7 +140,7 @@ class VersionStore:
             if index >= _KEPT and used > self.limit_bytes:
                 path.unlink(missing_ok=True)
         for part in self.folder.glob(".*.part"):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):
                 if time.time() - part.stat().st_mtime > _ABANDONED:
                     part.unlink()
 
@@ -152,7 +152,7 @@ class VersionStore:
         """List the files and their sizes, the last used first; another client may remove one meanwhile."""
         found = []
         for path in self.folder.glob("*.safetensors"):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # or a link that leads nowhere
                 found.append((path, path.stat()))
         found.sort(key=lambda entry: -entry[1].st_mtime_ns)
         return [(path, facts.st_size) for path, facts in found]

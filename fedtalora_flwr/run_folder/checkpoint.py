@@ -6,6 +6,8 @@ whole checkpoint, the last or the one before.
 
 import hashlib
 import json
+import re
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -25,6 +27,8 @@ from fedtalora_flwr.model.penalties import Memory
 from fedtalora_flwr.run_folder import names
 
 _POINTER, _BEFORE = names.LATEST, "before "
+_CHECKSUM = "crc32"  # of the facts, as they are written, without it
+_OURS = re.compile(r"round-(\d{6,})\.(json|safetensors)")
 _INSTEAD = "go on from an earlier round that was kept (resume-from), or start the run anew"
 
 
@@ -123,19 +127,21 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> None:
             "own": sorted(clustered.own),
             "assigned": [[*slot, cluster] for slot, cluster in sorted(clustered.assigned.items())],
         }
+    facts[_CHECKSUM] = _checksum(facts)
     write_text(folder / _facts_of(checkpoint.server_round), json.dumps(facts))
     write_text(folder / _POINTER, json.dumps(facts))
     last = checkpoint.server_round
     kept = sorted(n for n in rounds(folder) if n <= last)[-keep:]
     names = {path for n in kept for path in (_facts_of(n), _tensors_of(n))}
     for old in folder.glob("round-*"):
-        if old.name not in names:
+        if _OURS.fullmatch(old.name) and old.name not in names:
             old.unlink(missing_ok=True)
 
 
 def rounds(folder: Path) -> list[int]:
     """List the rounds of which a checkpoint is kept."""
-    return sorted(int(path.stem.removeprefix("round-")) for path in folder.glob("round-*.json"))
+    found = (_OURS.fullmatch(path.name) for path in folder.glob("round-*.json"))
+    return sorted(int(name[1]) for name in found if name)
 
 
 def _facts_of(server_round: int) -> str:
@@ -144,6 +150,10 @@ def _facts_of(server_round: int) -> str:
 
 def _tensors_of(server_round: int) -> str:
     return f"round-{server_round:06d}.safetensors"
+
+
+def _checksum(facts: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(facts).encode())
 
 
 def _digest(path: Path) -> str:
@@ -167,9 +177,12 @@ def load(folder: Path, server_round: int = 0) -> Checkpoint:
         raise CheckpointError(f"{folder} holds no checkpoint ({_POINTER}); the run ended before its first round did")
     try:
         facts = json.loads(pointer.read_text())
+        checksum = facts.pop(_CHECKSUM, None)  # an earlier version wrote none
         path = folder / facts["tensors"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{pointer} cannot be read; {_INSTEAD}") from error
+    if checksum not in (None, _checksum(facts)):
+        raise CheckpointError(f"{pointer} is not what was written: its checksum is another; {_INSTEAD}")
     try:
         if _digest(path) != facts.get("sha256"):
             raise CheckpointError(f"{path} is not what was written: its SHA-256 is another; {_INSTEAD}")

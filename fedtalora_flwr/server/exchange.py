@@ -89,7 +89,8 @@ class Exchange:
         partition_of = self._roster.partition_of
         patient, self.patient, self.closed_early = self.patient, False, False
         sent = sorted(messages, key=lambda message: partition_of[message.metadata.dst_node_id])
-        sent = self._without_busy(sent, partition_of, needed=len(sent) if patient else self._config.min_replies)
+        needed = len(sent) if patient else self._config.min_replies
+        sent = self._without_busy(sent, partition_of, needed=needed, most_bytes=most_bytes)
         order = [partition_of[message.metadata.dst_node_id] for message in sent]
         asked = dict(zip(self._push(sent), sent, strict=True))
         if any(message.metadata.message_type != MessageType.EVALUATE for message in sent):
@@ -117,9 +118,12 @@ class Exchange:
                 num_given += 1
                 yield partition, reply
 
-    def _without_busy(self, messages: list[Message], partition_of: Mapping[int, int], *, needed: int) -> list[Message]:
+    def _without_busy(
+        self, messages: list[Message], partition_of: Mapping[int, int], *, needed: int, most_bytes: int
+    ) -> list[Message]:
         """Leave out those to nodes that still work for a round that was closed, unless these are needed."""
-        self._tally.bytes_up += wire.message_bytes(self._stragglers.late_replies(self._grid))
+        late = self._stragglers.late_replies(self._grid)
+        self._tally.bytes_up += wire.message_bytes(reply for reply in late if not _odd(reply, most_bytes))
         busy = self._stragglers.busy(messages)
         free = [message for message in messages if message.metadata.dst_node_id not in busy]
         if len(free) < needed:
@@ -154,11 +158,7 @@ class Exchange:
     ) -> None:
         """Take in the replies that are there; `asked` loses those that are answered, `resent` gains whom it is sent."""
         replies = list(self._grid.pull_messages(list(asked)))
-        odd = {
-            reply.metadata.reply_to_message_id: reason
-            for reply in replies
-            if reply.has_content() and (reason := wire.odd_reply(reply, most_bytes=most_bytes))
-        }
+        odd = {reply.metadata.reply_to_message_id: reason for reply in replies if (reason := _odd(reply, most_bytes))}
         self._tally.bytes_up += wire.message_bytes(r for r in replies if r.metadata.reply_to_message_id not in odd)
         for reply in replies:
             message = asked.pop(reply.metadata.reply_to_message_id, None)
@@ -189,3 +189,7 @@ class Exchange:
     def _settle(self, settled: dict[int, Message | None], partition: int, reason: str) -> None:
         settled[partition] = None
         self._tally.fail(partition, reason)
+
+
+def _odd(reply: Message, most_bytes: int) -> str | None:
+    return wire.odd_reply(reply, most_bytes=most_bytes) if reply.has_content() else None

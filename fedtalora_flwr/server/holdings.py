@@ -108,8 +108,8 @@ def compatible(
 ) -> tuple[list[Hello], dict[int, str]]:
     """Leave out the nodes whose names or layout do not go with what is known, or with the other nodes.
 
-    As long as nothing is known, the odd ones are those that do not go with most: each node in turn is taken for the
-    first, until more than half go together.
+    The odd ones are those that do not go with most, and at a later task too, of those that go with what is known: each
+    node in turn is taken for the first, until more than half go together.
 
     Returns
     -------
@@ -120,7 +120,7 @@ def compatible(
         return list(hellos), {}
     except DataError:  # somebody is odd, or there is too little of all
         good, reasons = _going_with(hellos, classes, next_task=next_task, config=config)
-    for first in range(1, 0 if classes.names else len(hellos)):
+    for first in range(1, len(hellos)):
         if 2 * len(good) > len(hellos):
             break
         turned = [hellos[first], *hellos[:first], *hellos[first + 1 :]]

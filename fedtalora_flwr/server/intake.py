@@ -24,7 +24,7 @@ from fedtalora_flwr.aggregation import (
     outliers,
 )
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.model.heads import FeatureSums
+from fedtalora_flwr.model.heads import FeatureSums, Head
 from fedtalora_flwr.server.failures import Tally
 from fedtalora_flwr.server.roster import Roster
 
@@ -44,6 +44,11 @@ class UsualNorm:
 
     norm: float
     slack: float
+
+    @classmethod
+    def of(cls, head: Head, feature_dim: int, config: RunConfig) -> "UsualNorm | None":
+        """Give that of what a head sums of features (N, feature_dim); None where these are of any size."""
+        return cls(head.usual_norm(feature_dim), head.norm_slack()) if config.feature_norm == "rms" else None
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,8 @@ class Intake:
                 continue
             updates.append(update)
         limit, max_weight = self._config.outlier_limit, self._config.max_weight
-        refused = outliers(state, updates, limit=limit, max_weight=max_weight)
+        changes = {update.partition_id: (state, update) for update in updates}
+        refused = outliers(changes, limit=limit, max_weight=max_weight)
         for partition, reason in refused.items():
             self._tally.fail(partition, f"refused: {reason}")
         updates = [update for update in updates if update.partition_id not in refused]
@@ -285,6 +291,8 @@ class Intake:
     def hits(self, replies: Replies, *, num_tasks: int) -> tuple[list[int], list[int]]:
         """Add up the hits on what clients have held out: correct and all examples, by task id.
 
+        As in training, no client counts for more than `max-weight` equal shares of a task.
+
         Raises
         ------
         RunFailed
@@ -299,13 +307,21 @@ class Intake:
         good = [hits for _, hits in self._good(replies, read)]
         if not good:
             self.require(0)
-        correct, total = np.sum(good, axis=0).tolist()
+        counted = torch.tensor(good, dtype=torch.float64)  # (K, 2, T)
+        totals = counted[:, 1]  # (K, T)
+        most = torch.stack([capped(of_task, self._config.max_weight) for of_task in totals.unbind(1)], 1)
+        correct, total = (counted * (most / totals.clamp(min=1))[:, None]).sum(0).round().long().tolist()
         return correct, total
 
     def slot_sums(
-        self, replies: Replies, *, held: Mapping[int, Sequence[int]], feature_dim: int
+        self,
+        replies: Replies,
+        *,
+        held: Mapping[int, Sequence[int]],
+        feature_dim: int,
+        usual_norm: UsualNorm | None,
     ) -> dict[int, FeatureSums]:
-        """Read what clients summed over their slots.
+        """Read what clients summed over their slots; as of the head's sums, none is far larger than the others'.
 
         Parameters
         ----------
@@ -315,19 +331,21 @@ class Intake:
             Partition id -> training examples of each of its slots.
         feature_dim
             Of the lifted features.
+        usual_norm
+            As of `sums`.
         """
 
-        def read(partition: int, reply: Message) -> FeatureSums:
+        def read(partition: int, reply: Message) -> tuple[FeatureSums, float]:
             like = FeatureSums.zero(num_classes=len(held[partition]), feature_dim=feature_dim)
             sums = wire.read_sums(reply, like=like)
             if not torch.equal(sums.moment[:, -1], torch.tensor(held[partition]).double()):
                 raise BadUpdate("sums over other examples than the client said it holds in its slots")
-            self._check_sums(sums)
-            return sums
+            return sums, self._check_sums(sums, usual_norm)
 
-        good = dict(self._good(replies, read))
-        self.require(len(good))
-        return good
+        good = self._good(replies, read)
+        near = {p: sums for p, (sums, _) in (good if usual_norm else self._near(good, "features"))}
+        self.require(len(near))
+        return near
 
     def _good(self, replies: Replies, read: Callable[[int, Message], Read]) -> Iterator[tuple[int, Read]]:
         """Give what can be read of each reply; a bad one is refused."""
@@ -361,7 +379,8 @@ class Intake:
         To data that a node brings, examples may come at any time: as many as it said it has, of classes it has named.
         """
         held = self._roster.holdings.counts[task_id, partition]
-        grows = partition in self._roster.holdings.told and not (counts > _GROWTH * held).any()
+        can_be = (counts >= 0) & (counts <= _GROWTH * held) & (counts == counts.round())
+        grows = partition in self._roster.holdings.told and bool(can_be.all())
         if not grows and not torch.equal(counts.double(), torch.where(held < least, 0, held).double()):
             raise BadUpdate("speaks of other examples than the client said it holds of this task")
 

@@ -248,14 +248,12 @@ class OneAdapter:
             partitions=self._federation.roster.tellers(order.task_id),
             message_type="train.sums",
         )
-        scaled = self._config.feature_norm == "rms"
-        usual = self._head.usual_norm(self._model.backbone.feature_dim)
         return self._federation.intake.sums(
             replies,
             task_id=order.task_id,
             to=point.sums,
             views=views,
-            usual_norm=UsualNorm(usual, self._head.norm_slack()) if scaled else None,
+            usual_norm=UsualNorm.of(self._head, self._model.backbone.feature_dim, self._config),
         )
 
     def _content(

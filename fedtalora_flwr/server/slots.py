@@ -15,9 +15,9 @@ from fedtalora_flwr.aggregation import (
     GlobalState,
     Slot,
     SlotAggregator,
-    far_off,
+    in_proportion,
+    outliers,
     slots_exactness_error,
-    update_norm,
 )
 from fedtalora_flwr.aggregation.clustering import in_matched_group
 from fedtalora_flwr.config import ConfigError, RunConfig
@@ -28,6 +28,7 @@ from fedtalora_flwr.run_folder.checkpoint import Checkpoint
 from fedtalora_flwr.run_folder.writer import SlotLog
 from fedtalora_flwr.server.failures import RunFailed
 from fedtalora_flwr.server.federation import Federation, Scored, Trained, reply_limit
+from fedtalora_flwr.server.intake import UsualNorm
 from fedtalora_flwr.server.one_adapter import count_trained
 from fedtalora_flwr.server.residuals import SlotResiduals
 from fedtalora_flwr.server.slot_evaluation import SlotEvaluation
@@ -90,19 +91,18 @@ class Slots:
 
     def _train(self, point: Checkpoint, order: wire.RoundOrder) -> tuple[Checkpoint, Trained]:
         clustered = clustered_of(point)
-        heard: dict[Slot, tuple[ClientUpdate, float, float]] = {}
+        heard: dict[Slot, tuple[ClientUpdate, float]] = {}
         for partition, reply in self._federation.exchange.send(
             self._messages(clustered, order), most_bytes=self._most_bytes(point)
         ):
             for slot, update, mean_loss in self._read(clustered, partition, reply):
-                heard[slot] = update, mean_loss, update_norm(clustered.of(slot), update)
-        limit, tally = self._config.outlier_limit, self._federation.tally
-        for slot, times in far_off({slot: norm for slot, (_, _, norm) in heard.items()}, limit=limit).items():
-            reason = f"changes the weights by {times:.3g} times as much as is usual, outlier-limit is {limit:g}"
-            tally.fail(slot.partition_id, f"slot {slot.number} refused: {reason}")
-            del heard[slot]
-        updates = {slot: update for slot, (update, _, _) in heard.items()}
-        losses = [mean_loss for _, mean_loss, _ in heard.values()]
+                heard[slot] = update, mean_loss
+        changes = {slot: (clustered.of(slot), update) for slot, (update, _) in heard.items()}
+        for slot, reason in outliers(changes, limit=self._config.outlier_limit).items():
+            self._federation.tally.fail(slot.partition_id, f"slot {slot.number} refused: {reason}")
+            del heard[slot], changes[slot]
+        updates = in_proportion(changes, max_change=self._config.max_change)
+        losses = [mean_loss for _, mean_loss in heard.values()]
         self._federation.intake.require(len({slot.partition_id for slot in updates}))
         new = self._method.aggregate(clustered, updates)
         self._residuals.follow(new)
@@ -223,8 +223,10 @@ class Slots:
             most_bytes=self._most_bytes(point),
         )
         held = {p: [tasks.num_examples(slot) for slot in tasks.slots_of(p)] for p in tasks.holders()}
-        dim = router(self._config).lifted_dim(self._model.backbone.feature_dim)
-        return by_cluster(self._federation.intake.slot_sums(replies, held=held, feature_dim=dim), clustered)
+        head, dim = router(self._config), self._model.backbone.feature_dim
+        usual = UsualNorm.of(head, dim, self._config)
+        sums = self._federation.intake.slot_sums(replies, held=held, feature_dim=head.lifted_dim(dim), usual_norm=usual)
+        return by_cluster(sums, clustered)
 
     def _most_bytes(self, point: Checkpoint) -> int:
         """Bound a reply by what a client with the most slots sends, or its sums for the router."""

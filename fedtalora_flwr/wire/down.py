@@ -166,6 +166,7 @@ def read_memory(message: Message, *, room: Room | None = None) -> Memory:
 
 
 _DIGEST = re.compile("[0-9a-f]{64}")
+_LONGEST_HELD = 65 * 10_000  # characters: far more digests than a client keeps bases
 _BEFORE = ".before"  # behind the names of the records that speak of an earlier state
 
 
@@ -233,4 +234,4 @@ def read_version_missing(message: Message) -> list[str] | None:
     """Give the digests held by a client that could not reach the base, or None for any other reply."""
     if BASE not in message.content.config_records:
         return None
-    return str(message.content.config_records[BASE].get("held", "")).split()
+    return str(message.content.config_records[BASE].get("held", ""))[:_LONGEST_HELD].split()

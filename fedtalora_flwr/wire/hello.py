@@ -11,7 +11,7 @@ from torch import Tensor
 import fedtalora_flwr
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.config.units import one_line
-from fedtalora_flwr.data import ClassList, HeldClass
+from fedtalora_flwr.data import MOST_CLASSES, ClassList, HeldClass, as_read
 from fedtalora_flwr.wire.errors import WireError, check_library
 from fedtalora_flwr.wire.records import (
     ARRAYS,
@@ -151,7 +151,7 @@ def _name(value: Any) -> str:
         raise ValueError(f"a name has {len(name)} characters, at most {_LONGEST_NAME} are taken: {name[:40]!r}...")
     if not name.isprintable():
         raise ValueError(f"the name {name!r} has characters that cannot be printed")
-    return name.strip() and name
+    return name if as_read(name) else ""
 
 
 def _list(value: Any) -> list[Any]:
@@ -187,12 +187,14 @@ def read_classes(message: Message) -> ClassList:
     Raises
     ------
     WireError
-        If a task has a class that the list does not name.
+        If there are more classes than a run has, or a task has one that the list does not name.
     """
     if CLASSES not in message.content.config_records:
         return ClassList()
     settings = message.content.config_records[CLASSES]
     names = tuple(cast(list[str], settings["names"]))
+    if len(names) > MOST_CLASSES:
+        raise WireError(f"the server told {len(names)} classes, a run has at most {MOST_CLASSES}")
     tasks = tuple(tuple(int(row) for row in rows.split()) for rows in cast(list[str], settings["tasks"]))
     if odd := [row for rows in tasks for row in rows if not 0 <= row < len(names)]:
         raise WireError(f"a task has class {odd[0]}, the server told {len(names)} classes")

@@ -13,6 +13,7 @@ from fedtalora_flwr.config.units import human_bytes
 from fedtalora_flwr.wire.records import ARRAYS, BASE, DRIFT, HELD, HELLO, METRICS
 
 _MOST_REST = 2**24  # bytes of what is not a tensor: names of classes, numbers
+_RECORD_BYTES = 2**10  # what a record counts for, whatever it holds: each is an object that Flower moves by itself
 
 
 def message_bytes(messages: Iterable[Message]) -> int:
@@ -54,9 +55,12 @@ def odd_reply(reply: Message, *, most_bytes: int) -> str | None:
     for name in reply.content:
         if name not in known and name.rpartition(".")[0] not in known:  # of a slot
             return f"holds a record {name[:40]!r}, which nobody asked for"
+    if any(len(record) > 1 for record in reply.content.array_records.values()):
+        return "holds a record of several arrays, which nobody asked for"
     tensors = sum(len(array.data) for record in reply.content.array_records.values() for array in record.values())
-    rest = sum(_length(list(record.values())) for record in reply.content.config_records.values())
-    rest += sum(_length(list(record.values())) for record in reply.content.metric_records.values())
+    rest = _RECORD_BYTES * len(reply.content)
+    rest += sum(_length([*record, *record.values()]) for record in reply.content.config_records.values())
+    rest += sum(_length([*record, *record.values()]) for record in reply.content.metric_records.values())
     if tensors > most_bytes or rest > _MOST_REST:
         return f"holds {human_bytes(tensors + rest)}, at most {human_bytes(most_bytes)} can be of use"
     return None

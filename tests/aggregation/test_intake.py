@@ -119,6 +119,10 @@ def round_of(state, num, **changes):
     return [make_update(state, k, generator=draw(k), spread=0.1, **changes) for k in range(num)]
 
 
+def found_of(state, updates, **limits):
+    return outliers({update.partition_id: (state, update) for update in updates}, **limits)
+
+
 def in_gauge(update, factor):
     """The same products of other factors."""
     pairs = {
@@ -146,43 +150,43 @@ def in_gauge(update, factor):
 def test_one_that_changes_something_far_more_than_the_others_is_found(state, spoil, what):
     updates = round_of(state, 5)
     updates[3] = spoil(updates[3])
-    found = outliers(state, updates, limit=10.0)
+    found = found_of(state, updates, limit=10.0)
     assert found.keys() == {3} and f"changes {what} by " in found[3] and "outlier-limit is 10" in found[3]
-    assert not outliers(state, updates, limit=0.0)
+    assert not found_of(state, updates, limit=0.0)
 
 
 def test_honest_clients_are_no_outliers_however_few(state):
     updates = round_of(state, 5)
-    assert not any(outliers(state, updates[:number], limit=10.0) for number in (1, 2, 5))
+    assert not any(found_of(state, updates[:number], limit=10.0) for number in (1, 2, 5))
 
 
 @pytest.mark.parametrize("factor", [1e3, 1e6, 1e-3, 1e-6])
 def test_another_gauge_is_found_among_two_clients_too(state, factor):
     updates = round_of(state, 2)
-    found = outliers(state, [updates[0], in_gauge(updates[1], factor)], limit=10.0)
+    found = found_of(state, [updates[0], in_gauge(updates[1], factor)], limit=10.0)
     assert found.keys() == {1} and "times the norm of both factors" in found[1]
-    assert not outliers(state, [updates[0], in_gauge(updates[1], factor)], limit=0.0)
+    assert not found_of(state, [updates[0], in_gauge(updates[1], factor)], limit=0.0)
 
 
 def test_one_that_takes_more_steps_may_go_as_much_further(state):
     updates = round_of(state, 4)
     far = make_update(state, 4, generator=draw(9), spread=3.0)
-    assert outliers(state, [*updates, far], limit=10.0).keys() == {4}
+    assert found_of(state, [*updates, far], limit=10.0).keys() == {4}
     large = replace(far, num_examples=300 * far.num_examples, class_counts=300 * far.class_counts)
-    assert not outliers(state, [*updates, large], limit=10.0)
-    assert outliers(state, [*updates, large], limit=10.0, max_weight=2.0).keys() == {4}  # it counts as twice as many
+    assert not found_of(state, [*updates, large], limit=10.0)
+    assert found_of(state, [*updates, large], limit=10.0, max_weight=2.0).keys() == {4}  # it counts as twice as many
 
 
 @pytest.mark.parametrize("factor", [1e3, 1e6])
 def test_another_gauge_is_found_in_the_first_round_too_where_lora_A_does_not_move(state, factor):
     updates = round_of(state, 5, trainable=frozenset({"lora_B"}))
-    found = outliers(state, [*updates[:4], in_gauge(updates[4], factor)], limit=10.0)
+    found = found_of(state, [*updates[:4], in_gauge(updates[4], factor)], limit=10.0)
     assert found.keys() == {4} and "changes lora_A by " in found[4]
 
 
 def test_factors_that_nobody_changes_make_no_outlier(state):
     frozen = {"trainable": frozenset({"lora_B"})}
-    assert not outliers(state, round_of(state, 5, **frozen), limit=10.0)
+    assert not found_of(state, round_of(state, 5, **frozen), limit=10.0)
 
 
 def test_norm_of_an_update_is_that_of_the_change_of_the_effective_weights_and_the_rows(state, update):

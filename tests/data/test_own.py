@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fedtalora_flwr.data import ClassList, DataError, HeldClass, OwnReader
-from fedtalora_flwr.data.classes import require_distinct
+from fedtalora_flwr.data.classes import MOST_CLASSES, require_distinct
 
 READER = OwnReader(input_column="", label_column="", test_fraction=0.3, max_per_class=0)
 EMPTY = ClassList(tasks=((), ()))
@@ -134,7 +134,26 @@ def test_too_few_classes_for_the_tasks_are_refused():
         EMPTY.grown(held("ant"), next_task=0, num_tasks=2, seed=None)
 
 
-@pytest.mark.parametrize("other", ["Cat", "cat ", " cat", "CAT"])
-def test_names_that_look_the_same_are_refused(other):
-    with pytest.raises(DataError, match="differ only by case or space; give both the same name"):
-        require_distinct(["dog", "cat", other])
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        *(("cat", other) for other in ("Cat", "cat ", " cat", "CAT", "c\ufe0fat", "cat\u3164", "\uff43at")),
+        ("caf\u00e9", "cafe\u0301"),
+        ("STRASSE", "stra\u00dfe"),
+        ("\u1fb3", "\u0391\u0345"),
+    ],
+)
+def test_names_that_look_the_same_are_refused(name, other):
+    with pytest.raises(DataError, match="differ only by case, space or spelling in Unicode; give both the same name"):
+        require_distinct(["dog", name, other])
+
+
+def test_task_folders_that_look_the_same_are_refused():
+    with pytest.raises(DataError, match="name a task 'Task-1' and a task 'task-1', which differ only by case"):
+        EMPTY.grown(held("ant", task="Task-1") + held("bee", task="task-1"), next_task=0, num_tasks=4, seed=None)
+
+
+def test_more_classes_than_a_run_has_room_for_are_refused():
+    known = EMPTY.grown(held(*map(str, range(MOST_CLASSES))), next_task=0, num_tasks=2, seed=None)
+    with pytest.raises(DataError, match="the nodes name 50001 classes, a run has at most 50000"):
+        known.grown(held("one more"), next_task=1, num_tasks=2, seed=None)

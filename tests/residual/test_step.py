@@ -37,6 +37,20 @@ def test_grid_changes_the_product_by_less_than_a_millionth(m, seed):
     assert (on_grid(left, right).added_to(None) - wanted).norm() < 1e-6 * wanted.norm()
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e22, 1e30])
+def test_numbers_whose_squares_are_beyond_float32_keep_their_digits(size):
+    left, right = (factor.float() for factor in made(4, seed=0))
+    wanted = (size * left).double()
+    step = on_grid(size * left, right / size)
+    assert (step.left - wanted).norm() < 1e-6 * wanted.norm()
+    assert step.left.norm(dim=1, dtype=torch.float64).max() <= 2**26 * step.left[step.left != 0].abs().min()
+
+
+def test_numbers_that_float32_can_hardly_hold_make_a_step():
+    step = on_grid(torch.full((D_OUT, 3), 1e-44), torch.full((3, D_IN), 1e-44))
+    assert torch.equal(step.left, torch.full((D_OUT, 3), 1e-44)) and not step.added_to(None).any()
+
+
 @pytest.mark.parametrize("m", [0, 3])
 def test_step_of_nothing_adds_nothing(m):
     step = on_grid(torch.zeros(D_OUT, m, dtype=torch.float64), torch.zeros(m, D_IN, dtype=torch.float64))

@@ -230,6 +230,14 @@ def test_folder_that_cannot_be_written_costs_the_cache_and_not_the_round(tmp_pat
     assert "the base is not kept on disk" in caplog.text
 
 
+def test_links_that_lead_nowhere_or_in_a_circle_cost_no_message(tmp_path):
+    for name, target in (("a.safetensors", "a.safetensors"), ("b.safetensors", "gone"), (".c.part", ".c.part")):
+        (tmp_path / name).symlink_to(target)
+    store, base = VersionStore(tmp_path, limit_bytes=0), ResidualVersion({"x": torch.ones(2, 3)})
+    store.reach(Patch((base.digest,), dense=base.residual))
+    assert store.digests() == sorted({ZERO.digest, base.digest})
+
+
 @pytest.fixture
 def cache() -> Iterator[tuple[Path, Callable[[], None]]]:
     """A folder, and what makes it one that this process can read and not write; root becomes another user for it."""
