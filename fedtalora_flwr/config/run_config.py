@@ -73,6 +73,7 @@ class RunConfig:
     clusters: Annotated[int, at_least(0)]
     signature: Annotated[str, one_of("product", "lora_B", "raw")]
     stray_share: Annotated[float, Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")]
+    shared_rank: Annotated[int, at_least(0)]
     min_slot_share: Annotated[float, Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")]
     verify: bool
     dataset: str

@@ -97,6 +97,7 @@ def build_model(config: RunConfig) -> AdaptedModel:
     return AdaptedModel(
         placed(backbone, config),
         rank=config.rank,
+        shared_rank=config.shared_rank,
         alpha=config.alpha,
         blocks=config.lora_blocks,
         targets=config.lora_targets,

@@ -111,4 +111,5 @@ class SlotEvaluation:
         return {task_id: int(row.argmax()) for task_id, row in enumerate(counts) if row.any()}
 
     def _load(self, state: GlobalState) -> None:
-        self.model.load(state.adapters, state.residual)
+        whole = self.clustered.whole(state)
+        self.model.load(whole.adapters, whole.residual)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fedtalora_flwr import wire
@@ -15,6 +16,7 @@ from fedtalora_flwr.aggregation import (
     GlobalState,
     Slot,
     SlotAggregator,
+    check_update,
     far_off,
     slots_exactness_error,
     update_norm,
@@ -22,7 +24,7 @@ from fedtalora_flwr.aggregation import (
 from fedtalora_flwr.aggregation.clustering import in_matched_group
 from fedtalora_flwr.config import ConfigError, RunConfig
 from fedtalora_flwr.model.heads import FeatureSums, trained_classes
-from fedtalora_flwr.model.lora import AdaptedModel
+from fedtalora_flwr.model.lora import AdaptedModel, count_parameters
 from fedtalora_flwr.model.router import by_cluster, router
 from fedtalora_flwr.run_folder.checkpoint import Checkpoint
 from fedtalora_flwr.run_folder.writer import SlotLog
@@ -89,29 +91,38 @@ class Slots:
         return self._federation.nodes.insist(lambda order: self._train(point, order), order)
 
     def _train(self, point: Checkpoint, order: wire.RoundOrder) -> tuple[Checkpoint, Trained]:
-        clustered = clustered_of(point)
+        clustered = clustered_of(point, self._config)
         heard: dict[Slot, tuple[ClientUpdate, float, float]] = {}
+        shared: dict[int, ClientUpdate] = {}
         for partition, reply in self._federation.exchange.send(
             self._messages(clustered, order), most_bytes=self._most_bytes(point)
         ):
-            for slot, update, mean_loss in self._read(clustered, partition, reply):
+            for slot, update, mean_loss in self._read(clustered, partition, reply, shared):
                 heard[slot] = update, mean_loss, update_norm(clustered.of(slot), update)
         limit, tally = self._config.outlier_limit, self._federation.tally
         for slot, times in far_off({slot: norm for slot, (_, _, norm) in heard.items()}, limit=limit).items():
             reason = f"changes the weights by {times:.3g} times as much as is usual, outlier-limit is {limit:g}"
             tally.fail(slot.partition_id, f"slot {slot.number} refused: {reason}")
             del heard[slot]
+        if clustered.shared is not None:
+            norms = {partition: update_norm(clustered.shared, update) for partition, update in shared.items()}
+            for partition, times in far_off(norms, limit=limit).items():
+                reason = f"changes the weights by {times:.3g} times as much as is usual, outlier-limit is {limit:g}"
+                tally.fail(partition, f"shared part refused, and all slots: {reason}")
+                heard = {slot: one for slot, one in heard.items() if slot.partition_id != partition}
         updates = {slot: update for slot, (update, _, _) in heard.items()}
         losses = [mean_loss for _, mean_loss, _ in heard.values()]
         self._federation.intake.require(len({slot.partition_id for slot in updates}))
-        new = self._method.aggregate(clustered, updates)
+        common = [one for partition, update in sorted(shared.items()) if (one := _of_slots(update, partition, updates))]
+        new = self._method.aggregate(clustered, updates, common)
         self._residuals.follow(new)
         right = self._in_cluster_of_their_task(new)
-        norms = [float(r.norm()) ** 2 for state in new.states().values() for r in state.residual.values()]
+        states = [*new.states().values(), *([new.shared] if new.shared is not None else [])]
+        squares = [float(r.norm()) ** 2 for state in states for r in state.residual.values()]
         return replace(point, clustered=new), Trained(
             mean_loss=float(np.average(losses, weights=[update.num_examples for update in updates.values()])),
-            residual_norm=sum(norms) ** 0.5,
-            exactness_error=slots_exactness_error(clustered, updates, new) if self._config.verify else None,
+            residual_norm=sum(squares) ** 0.5,
+            exactness_error=slots_exactness_error(clustered, updates, new, common) if self._config.verify else None,
             cluster_accuracy=sum(right.values()) / len(right) if right else None,
             slots=[
                 SlotLog(*slot, cluster=new.assigned.get(slot), right=right.get(slot, False), x=x, y=y)
@@ -123,8 +134,11 @@ class Slots:
         """Build the round's training messages, each with the states of all its client's slots."""
         packed: dict[int, ArrayRecord] = {}  # id of a state -> its arrays, shared by all that train from it
         messages: list[Message] = []
+        common: dict[wire.Part, RecordDict] = {}
+        if clustered.shared is not None:
+            common[wire.SHARED] = self._content(clustered.shared, wire.pack_state(clustered.shared), order)
         for partition in self._federation.roster.sample(order.server_round, order.task_id):
-            parts = {}
+            parts = {**common}
             for slot in self._tasks.slots_of(partition):
                 state = clustered.of(slot)
                 if id(state) not in packed:
@@ -145,25 +159,64 @@ class Slots:
         )
 
     def _read(
-        self, clustered: ClusteredState, partition: int, reply: Message
+        self, clustered: ClusteredState, partition: int, reply: Message, shared: dict[int, ClientUpdate]
     ) -> Iterator[tuple[Slot, ClientUpdate, float]]:
-        """Give the good updates in a client's reply, with their losses."""
+        """Give the good updates in a client's reply, with their losses; what came of the shared part goes to `shared`.
+
+        Where that is bad, so is all that was trained beside it.
+        """
         slots, tally = self._tasks.slots_of(partition), self._federation.tally
+        known: set[wire.Part] = {slot.number for slot in slots}
         try:
             parts = wire.unbundle(reply)
         except wire.WireError as refusal:
             tally.fail(partition, f"refused: {refusal}")
             return
-        if unknown := parts.keys() - {slot.number for slot in slots}:
-            tally.fail(partition, f"refused: speaks of slot {min(unknown)}, has {len(slots)}")
+        if clustered.shared is not None:
+            known.add(wire.SHARED)
+        if unknown := parts.keys() - known:
+            tally.fail(partition, f"refused: speaks of slot {min(unknown, key=str)}, has {len(slots)}")
             return
+        good: dict[Slot, tuple[ClientUpdate, float]] = {}
         for slot in slots:
             try:
-                yield slot, *self._checked(clustered.of(slot), slot, parts)
+                good[slot] = self._checked(clustered.of(slot), slot, parts)
             except BadUpdate as refusal:
                 tally.fail(partition, f"slot {slot.number} refused: {refusal}")
+        if clustered.shared is not None and good:
+            try:
+                updates = {slot: update for slot, (update, _) in good.items()}
+                shared[partition] = self._checked_shared(clustered.shared, partition, parts, updates)
+            except BadUpdate as refusal:
+                tally.fail(partition, f"shared part refused, and all slots: {refusal}")
+                return
+        for slot, (update, mean_loss) in good.items():
+            yield slot, update, mean_loss
 
-    def _checked(self, state: GlobalState, slot: Slot, parts: Mapping[int, Message]) -> tuple[ClientUpdate, float]:
+    def _checked_shared(
+        self,
+        state: GlobalState,
+        partition: int,
+        parts: Mapping[wire.Part, Message],
+        updates: Mapping[Slot, ClientUpdate],
+    ) -> ClientUpdate:
+        """Read a client's update of the shared part and check it as any other, as trained on the examples of its slots.
+
+        It says nothing of examples itself.
+        """
+        if wire.SHARED not in parts:
+            raise BadUpdate("it did not come back")
+        update, _ = wire.read_update(parts[wire.SHARED], like=state, trainable=self._method.trainable)
+        if update.partition_id != partition:
+            raise BadUpdate(f"speaks for partition {update.partition_id}, holds {partition}")
+        whole = _of_slots(update, partition, updates)
+        assert whole is not None
+        check_update(state, whole, trainable=self._method.trainable, norm_limit=self._config.norm_limit)
+        return whole
+
+    def _checked(
+        self, state: GlobalState, slot: Slot, parts: Mapping[wire.Part, Message]
+    ) -> tuple[ClientUpdate, float]:
         """Read a slot's update and check it as any other, against the state and the examples of its slot."""
         if slot.number not in parts:
             raise BadUpdate("it did not come back")
@@ -197,7 +250,7 @@ class Slots:
         due = self._config.eval_every and order.server_round % self._config.eval_every == 0
         if not is_last and not due:
             return point, Scored()
-        clustered = clustered_of(point)
+        clustered = clustered_of(point, self._config)
         evaluation = SlotEvaluation(self._model, clustered, self._tasks, point.classes, self._config)
         task_id = self._config.last_task - 1
         matrix = point.matrix.with_row(task_id, *evaluation.hits())
@@ -212,10 +265,11 @@ class Slots:
         return replace(point, routes=routes), replace(scored, routing_accuracy=routed, accuracy_routed=correct)
 
     def _routes(self, point: Checkpoint, order: wire.RoundOrder) -> FeatureSums:
-        """Let every holder of a slot sum its features under the untouched backbone."""
-        clustered, tasks = clustered_of(point), self._tasks
+        """Let every holder of a slot sum its features under what no slot has of its own: backbone and shared part."""
+        clustered, tasks = clustered_of(point, self._config), self._tasks
+        common = clustered.shared or clustered.start
         replies = self._federation.ask(
-            self._content(clustered.start, wire.pack_state(clustered.start), order),
+            self._content(common, wire.pack_state(common), order),
             order,
             partitions=tasks.holders(),
             message_type=SUMS,
@@ -227,7 +281,7 @@ class Slots:
 
     def _most_bytes(self, point: Checkpoint) -> int:
         """Bound a reply by what a client with the most slots sends, or its sums for the router."""
-        state = point.state
+        state = point.state  # of a slot and the shared part together
         factors = [getattr(pair, factor) for pair in state.adapters.values() for factor in self._method.trainable]
         num_factors = sum(int(value.numel()) for value in [*factors, *state.head.values()])
         slots = max(map(len, self._tasks.by_partition.values()), default=0)
@@ -235,16 +289,20 @@ class Slots:
         return slots * reply_limit(num_factors=num_factors, num_sums=0) + 16 * size * (size + slots)
 
     def parameters(self, point: Checkpoint) -> dict[str, int]:
-        """Count as a client with a slot for every task trains and sends: an adapter each, and every class row once."""
-        one = count_trained(self._model, point.state, sorted(self._method.trainable), dense=self._method.dense)
-        adapters = self._config.last_task
-        lora = adapters * one["lora"]
-        trained = adapters * (one["trainable"] - one["head"]) + one["head"]
+        """Count as a client with a slot for every task trains and sends.
+
+        That is an adapter each, the shared part once and every class row once.
+        """
+        clustered, adapters = clustered_of(point, self._config), self._config.last_task
+        factors, dense = sorted(self._method.trainable), self._method.dense
+        one = count_trained(self._model, clustered.start, factors, dense=dense)
+        shared = 0 if clustered.shared is None else count_parameters(clustered.shared.adapters)
+        trained = adapters * (one["trainable"] - one["head"]) + shared + one["head"]
         return {
             **one,
             "trainable": trained,
-            "transmitted": lora + one["head"],
-            "lora": one["lora"],
+            "transmitted": adapters * one["lora"] + shared + one["head"],
+            "shared": shared,
             "sums": 0,
             "adapters": adapters,
         }
@@ -254,9 +312,21 @@ class Slots:
         return {"slots": [list(tasks) for _, tasks in sorted(self._tasks.by_partition.items())]}
 
 
-def clustered_of(point: Checkpoint) -> ClusteredState:
+def clustered_of(point: Checkpoint, config: RunConfig) -> ClusteredState:
     """Give the states of a run over slots; before its first round all begin with one."""
-    return point.clustered or ClusteredState(point.state)
+    return point.clustered or ClusteredState.begin(point.state, shared_rank=config.shared_rank)
+
+
+def _of_slots(update: ClientUpdate, partition: int, updates: Mapping[Slot, ClientUpdate]) -> ClientUpdate | None:
+    """Let a client's update of the shared part weigh as all its slots do; None where it has none."""
+    mine = [one for slot, one in updates.items() if slot.partition_id == partition]
+    if not mine:
+        return None
+    return replace(
+        update,
+        num_examples=sum(one.num_examples for one in mine),
+        class_counts=torch.stack([one.class_counts for one in mine]).sum(0),
+    )
 
 
 def check_settings(config: RunConfig, *, own_data: bool) -> None:

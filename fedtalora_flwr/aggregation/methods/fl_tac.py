@@ -5,6 +5,14 @@ are about the same thing: it clusters the adapters, and a slot goes on from the 
 
     W_c  =  W_0 + R_c + s B_c A_c,    (B_c, A_c, R_c) = a method's aggregate of the slots in cluster c.
 
+With ``shared_rank``, which the paper does not have, one more pair stands beside that of every slot,
+
+    W_c  =  W_0 + R + R_c + s (B A + B_c A_c),    (B, A, R) = the method's aggregate of all clients,
+
+so that what the tasks have in common is learned from the examples of all. Each client trains it through its slots and
+sends it once. Both sums are the means of what was trained, each with a residual of its own; clusters are found by what
+is not shared.
+
 Where the paper leaves a gap, and what is done here:
 
 - The paper clusters the flattened (A, B), which depends on the gauge of the pair; here it is the product B A (see
@@ -42,7 +50,7 @@ from fedtalora_flwr.aggregation.clustering import (
 )
 from fedtalora_flwr.aggregation.methods.fedtalora import FedTaLoRA, Residual
 from fedtalora_flwr.aggregation.signature import SIGNATURES, Adapters
-from fedtalora_flwr.aggregation.slots import ClusteredState, Slot, SlotAggregator, followed, mean_residual
+from fedtalora_flwr.aggregation.slots import ClusteredState, Slot, SlotAggregator, followed, weighted_residual
 from fedtalora_flwr.aggregation.types import Aggregator, ClientUpdate, GlobalState, example_weights
 
 Signature = Literal["product", "lora_B", "raw"]
@@ -67,6 +75,8 @@ class FLTAC(SlotAggregator):
         A slot whose agreement with its cluster is below this share of the usual one goes its own way (see `strays`).
     seed
         Of K-means.
+    shared_rank
+        Rank of the pair that all slots share; 0: none, as in the paper.
     """
 
     method: Aggregator
@@ -74,6 +84,7 @@ class FLTAC(SlotAggregator):
     signature: str = "product"
     stray_share: float = 0.5
     seed: int = 0
+    shared_rank: int = 0
 
     @property
     def trainable(self) -> frozenset[str]:  # type: ignore[override]
@@ -98,8 +109,10 @@ class FLTAC(SlotAggregator):
         if not 0 <= self.stray_share < 1:
             raise ValueError(f"stray_share must be in [0, 1), got {self.stray_share}")
 
-    def aggregate(self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate]) -> ClusteredState:
-        """Cluster the slots and fold each cluster (see `SlotAggregator.aggregate`)."""
+    def aggregate(
+        self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate], shared: Sequence[ClientUpdate] = ()
+    ) -> ClusteredState:
+        """Cluster the slots and fold each cluster, and the shared part (see `SlotAggregator.aggregate`)."""
         if not updates:
             raise ValueError("nothing to average: no slot sent an update")
         updates = {slot: updates[slot] for slot in sorted(updates)}
@@ -122,7 +135,8 @@ class FLTAC(SlotAggregator):
         folded = {cluster: self._fold(state, cluster, slots, updates) for cluster, slots in members.items()}
         alive = set(assigned.values())
         clusters = {c: one for c, one in sorted({**state.clusters, **folded}.items()) if c in alive}
-        return ClusteredState(state.start, clusters, assigned, own, state.version + 1)
+        common = None if state.shared is None else self.method.aggregate(state.shared, shared)
+        return ClusteredState(state.start, clusters, assigned, own, state.version + 1, common)
 
     def _cluster(
         self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate]
@@ -160,7 +174,7 @@ class FLTAC(SlotAggregator):
         if all(base is before for base in bases):
             folded = self.method.aggregate(before, replies)
             return followed(folded, before=before, same_place=cluster in state.clusters)
-        mixed = replace(before, residual=mean_residual(bases, example_weights(replies)))
+        mixed = replace(before, residual=weighted_residual(bases, example_weights(replies)))
         return replace(self.method.aggregate(mixed, replies), step={})  # no step leads there from the old residual
 
     def picture(self, updates: Mapping[Slot, ClientUpdate]) -> dict[Slot, tuple[float, float]]:
@@ -188,6 +202,7 @@ def create(
     signature: Signature = "product",
     stray_share: float = 0.5,
     seed: int = 0,
+    shared_rank: int = 0,
 ) -> FLTAC:
     """Build the method; ``residual`` is that of Fed-TaLoRA within a cluster, ``off`` the mean of factors by examples.
 
@@ -199,5 +214,10 @@ def create(
     if residual_energy < 1:
         raise ValueError(f"residual-energy is {residual_energy}; with method fl-tac it must be 1")
     return FLTAC(
-        FedTaLoRA(residual=residual), num_clusters=clusters, signature=signature, stray_share=stray_share, seed=seed
+        FedTaLoRA(residual=residual),
+        num_clusters=clusters,
+        signature=signature,
+        stray_share=stray_share,
+        seed=seed,
+        shared_rank=shared_rank,
     )
