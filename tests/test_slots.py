@@ -488,16 +488,20 @@ def test_shared_part_is_the_mean_over_all_clients_and_clusters_have_their_own(sh
     assert max(line["exactness_error"] for line in lines) < 1e-6 and not any(line["failures"] for line in lines)
 
 
-def test_run_with_a_shared_part_that_is_killed_goes_on_to_the_same_bits(sharing, tmp_path):
+def test_run_with_a_shared_part_that_is_killed_goes_on_to_the_same_bits(tmp_path):
+    settings = {"shared_rank": SHARED_RANK, "signature": "changes", "stray_share": 0.0}
+    whole, killed = run(tmp_path / "whole", **settings), tmp_path / "killed"
+
     def client(message: Message, context: Context) -> Message:
         if (message.metadata.group_id, partition_of(context)) == ("2", 1):
             raise Killed
         return app(message, context)
 
     with pytest.raises(Killed):
-        run(tmp_path, client, shared_rank=SHARED_RANK)
-    run(tmp_path, resume=True, shared_rank=SHARED_RANK)
-    assert result(tmp_path) == result(sharing)
+        run(killed, client, **settings)
+    run(killed, resume=True, **settings)
+    assert result(killed) == result(whole)
+    assert clustered(killed).changes is not None
 
 
 def test_client_of_a_run_with_a_shared_part_may_come_late_sit_out_and_lose_its_bases(tmp_path, monkeypatch):

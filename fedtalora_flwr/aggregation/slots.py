@@ -62,6 +62,9 @@ class ClusteredState:
     shared
         What stands beside the adapter of every slot: a pair and a residual, no class rows. None: nothing does, and a
         state is all that its slots train from.
+    changes
+        Cosines between what the slots changed in a round, summed over the rounds that both were there: (n, n) float64,
+        in the order of `slots`. None where no method asks for them.
     """
 
     start: GlobalState
@@ -70,6 +73,7 @@ class ClusteredState:
     own: Mapping[Slot, GlobalState] = field(default_factory=dict)
     version: int = 0
     shared: GlobalState | None = None
+    changes: Tensor | None = None
 
     @classmethod
     def begin(cls, initial: GlobalState, *, shared_rank: int) -> "ClusteredState":

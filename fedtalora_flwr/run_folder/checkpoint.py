@@ -88,6 +88,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> None:
     tensors = _tensors(state)
     for prefix, one in _places(clustered):
         tensors |= _tensors(one, prefix=prefix)
+    if clustered is not None and clustered.changes is not None:
+        tensors["slots/changes"] = clustered.changes
     tensors |= {f"anchor/{name}": value for name, value in checkpoint.memory.anchor.items()}
     tensors |= {f"fisher/{name}": value for name, value in checkpoint.memory.fisher.items()}
     tensors |= {"sums/gram": checkpoint.sums.gram, "sums/moment": checkpoint.sums.moment}
@@ -261,6 +263,7 @@ def _clustered(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, start
         own={Slot(*slot): read(_prefix(*slot)) for slot in told["own"]},
         version=told["version"],
         shared=shared,
+        changes=tensors.get("slots/changes"),
     )
 
 

@@ -321,7 +321,7 @@ def test_no_update_is_an_error_and_not_an_empty_state():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"signature": "BA"}, "signature must be one of product, lora_B, raw, got 'BA'"),
+        ({"signature": "BA"}, "signature must be one of product, changes, lora_B, raw, got 'BA'"),
         ({"num_clusters": -1}, "num_clusters must be at least 0, got -1"),
         ({"stray_share": 1.0}, r"stray_share must be in \[0, 1\), got 1.0"),
     ],
@@ -464,3 +464,42 @@ def test_initial_pairs_are_cut_into_shared_and_own_rows_and_put_together_again()
         assert torch.equal(again.adapters[name].lora_A, pair.lora_A)
         assert torch.equal(again.adapters[name].lora_B, pair.lora_B)
     assert state.shared.version == again.version == 2 and not state.shared.head
+
+
+def test_changes_are_summed_over_the_rounds_in_which_a_slot_was_there_and_leave_out_what_was_broadcast():
+    generator, state, tasks = begin(9, 2)
+    fl_tac, slots = FLTAC(EXACT, num_clusters=2, signature="changes"), sorted(TWO_TASKS)
+    wanted = torch.zeros(len(slots), len(slots), dtype=torch.float64)
+    for some in (TWO_TASKS, {slot: task for slot, task in TWO_TASKS.items() if slot.partition_id}, TWO_TASKS):
+        updates = train_all(state, tasks, some, generator=generator)
+        changes = torch.zeros(len(slots), sum(d_out * d_in for d_out, d_in in SHAPES.values()), dtype=torch.float64)
+        for row, slot in enumerate(slots):
+            if slot in updates:
+                before, after = state.of(slot).adapters, updates[slot].adapters
+                changes[row] = torch.cat([(after[n].delta() - before[n].delta()).flatten() for n in SHAPES])
+        unit = changes / changes.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        wanted += unit @ unit.T
+        state = fl_tac.aggregate(state, updates)
+        assert torch.allclose(state.changes, wanted, atol=1e-5)
+    assert same_groups(state.assigned, TWO_TASKS)
+
+
+@pytest.mark.parametrize(("signature", "finds"), [("changes", True), ("product", False)])
+def test_slot_that_began_in_a_wrong_cluster_is_found_by_its_changes_and_not_by_what_it_was_sent(signature, finds):
+    generator, state, tasks = begin(7, 2)
+    fl_tac = FLTAC(EXACT, num_clusters=2, signature=signature, stray_share=0)
+    mover, slots = Slot(4, 0), TWO_TASKS | {Slot(5, 0): 0, Slot(5, 1): 1}
+    first = train_all(state, tasks, slots | {mover: 0}, generator=generator, num_steps=20)
+    state = fl_tac.aggregate(state, first)
+    assert state.assigned[mover] == state.assigned[Slot(0, 0)]
+    for _ in range(3):  # on its own task from now on, of which a round shows little
+        updates = train_all(state, tasks, slots | {mover: 1}, generator=generator, num_steps=2)
+        state = fl_tac.aggregate(state, updates)
+    assert (state.assigned[mover] == state.assigned[Slot(0, 1)]) == finds
+
+
+def test_slot_never_seen_before_is_found_by_its_changes_once_it_is_there_with_slots_of_its_task():
+    generator, fl_tac, tasks, state = two_clusters(signature="changes")
+    newcomer = Slot(9, 0)
+    new = fl_tac.aggregate(state, train_all(state, tasks, TWO_TASKS | {newcomer: 1}, generator=generator))
+    assert new.assigned == state.assigned | {newcomer: state.assigned[Slot(0, 1)]}

@@ -36,6 +36,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fedtalora_flwr.aggregation.clustering import (
     Matrix,
@@ -49,11 +51,11 @@ from fedtalora_flwr.aggregation.clustering import (
     strays,
 )
 from fedtalora_flwr.aggregation.methods.fedtalora import FedTaLoRA, Residual
-from fedtalora_flwr.aggregation.signature import SIGNATURES, Adapters
+from fedtalora_flwr.aggregation.signature import SIGNATURES, Adapters, change
 from fedtalora_flwr.aggregation.slots import ClusteredState, Slot, SlotAggregator, followed, weighted_residual
 from fedtalora_flwr.aggregation.types import Aggregator, ClientUpdate, GlobalState, example_weights
 
-Signature = Literal["product", "lora_B", "raw"]
+Signature = Literal["product", "changes", "lora_B", "raw"]
 _DIMENSIONS = 16  # that the silhouette sees: unit points of 50 tasks stand well apart in them, and noise is left out
 
 
@@ -70,7 +72,9 @@ class FLTAC(SlotAggregator):
         N, the number of tasks; 0 lets the silhouette choose it in every round, up to one for each cluster there is
         and one more for every two slots that are there.
     signature
-        What is clustered: ``product``, ``lora_B`` or ``raw`` (see `signature`).
+        What is clustered: ``product``, ``lora_B`` or ``raw`` (see `signature`), or ``changes``: what each slot changed
+        itself, every round counting alike. A product holds what its cluster broadcast, right or wrong; a change does
+        not, and the noise of one round is not that of the next.
     stray_share
         A slot whose agreement with its cluster is below this share of the usual one goes its own way (see `strays`).
     seed
@@ -99,7 +103,7 @@ class FLTAC(SlotAggregator):
     @property
     def compares_ranks(self) -> bool:  # type: ignore[override]
         """Whether the signature is that of the product, which has the same shape at any rank."""
-        return self.signature == "product"
+        return self.signature in ("product", "changes")
 
     def __post_init__(self) -> None:
         if self.signature not in SIGNATURES:
@@ -116,7 +120,8 @@ class FLTAC(SlotAggregator):
         if not updates:
             raise ValueError("nothing to average: no slot sent an update")
         updates = {slot: updates[slot] for slot in sorted(updates)}
-        found, heirs = self._cluster(state, updates)
+        changes = self._changes(state, updates) if self.signature == "changes" else None
+        found, heirs = self._cluster(state, updates, changes)
         members: dict[int, list[Slot]] = {}
         for slot, cluster in found.items():
             if cluster is not None:
@@ -136,16 +141,18 @@ class FLTAC(SlotAggregator):
         alive = set(assigned.values())
         clusters = {c: one for c, one in sorted({**state.clusters, **folded}.items()) if c in alive}
         common = None if state.shared is None else self.method.aggregate(state.shared, shared)
-        return ClusteredState(state.start, clusters, assigned, own, state.version + 1, common)
+        return ClusteredState(state.start, clusters, assigned, own, state.version + 1, common, changes)
 
     def _cluster(
-        self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate]
+        self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate], changes: Tensor | None
     ) -> tuple[dict[Slot, int | None], dict[int, int]]:
         """Give each slot the id of its group, None if it is a stray there; and each cluster that of its own point."""
         old = list(state.clusters)
-        gram = self._gram(
-            [*(update.adapters for update in updates.values()), *(state.clusters[cluster].adapters for cluster in old)]
-        )
+        if changes is None:
+            adapters = [update.adapters for update in updates.values()]
+            gram = self._gram([*adapters, *(state.clusters[cluster].adapters for cluster in old)])
+        else:
+            gram = cosines(_with_clusters(cosines(changes.numpy()), state, updates))
         points = self._points(gram)
         seed = int(np.random.default_rng([self.seed, state.version]).integers(2**32))
         if self.num_clusters:
@@ -177,6 +184,18 @@ class FLTAC(SlotAggregator):
         mixed = replace(before, residual=weighted_residual(bases, example_weights(replies)))
         return replace(self.method.aggregate(mixed, replies), step={})  # no step leads there from the old residual
 
+    def _changes(self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate]) -> Tensor:
+        """Add the cosines of this round's changes to those of earlier rounds: (n, n), all slots heard of."""
+        slots = sorted({*state.slots(), *updates})
+        total = torch.zeros(len(slots), len(slots), dtype=torch.float64)
+        if state.changes is not None:
+            before = torch.tensor([slots.index(slot) for slot in state.slots()])
+            total[before[:, None], before] = state.changes
+        there = torch.tensor([slots.index(slot) for slot in updates])
+        changed = [change(state.of(slot).adapters, update.adapters) for slot, update in updates.items()]
+        total[there[:, None], there] += torch.from_numpy(self._gram(changed))
+        return total
+
     def picture(self, updates: Mapping[Slot, ClientUpdate]) -> dict[Slot, tuple[float, float]]:
         """Lay the slots out on a plane by their signatures."""
         slots = sorted(updates)
@@ -192,6 +211,19 @@ class FLTAC(SlotAggregator):
     def _points(self, gram: Matrix) -> Matrix:
         """Give the points (n, m) that are clustered; the paper's own signature as it is."""
         return embed(gram) if self.signature == "raw" else directions(gram, num_dims=self.num_clusters or _DIMENSIONS)
+
+
+def _with_clusters(gram: Matrix, state: ClusteredState, updates: Mapping[Slot, ClientUpdate]) -> Matrix:
+    """Give the inner products of the slots that are there, then of the clusters, each the mean of its slots' points."""
+    slots = sorted({*state.slots(), *updates})
+    points = np.zeros((len(updates) + len(state.clusters), len(slots)))
+    for row, slot in enumerate(updates):
+        points[row, slots.index(slot)] = 1
+    for row, cluster in enumerate(state.clusters, len(updates)):
+        members = [slots.index(slot) for slot, one in state.assigned.items() if one == cluster]
+        points[row, members] = 1 / len(members)
+    joined: Matrix = points @ gram @ points.T
+    return joined
 
 
 def create(
