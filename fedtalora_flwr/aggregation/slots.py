@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fedtalora_flwr.aggregation.class_rows import moved_rows
 from fedtalora_flwr.aggregation.types import ClientUpdate, GlobalState, Method, example_weights
 from fedtalora_flwr.aggregation.verify import exactness_error
 
@@ -60,7 +61,8 @@ class ClusteredState:
     version
         Number of aggregations behind this state.
     shared
-        What stands beside the adapter of every slot: a pair and a residual, no class rows. None: nothing does, and a
+        What stands beside the adapter of every slot, a pair and a residual, and the class rows of all; those of a
+        cluster then say no more than which classes its slots have trained. None: there is nothing of the kind, and a
         state is all that its slots train from.
     changes
         Cosines between what the slots changed in a round, summed over the rounds that both were there: (n, n) float64,
@@ -83,12 +85,18 @@ class ClusteredState:
         parted = {name: pair.parted(shared_rank) for name, pair in initial.adapters.items()}
         return cls(
             replace(initial, adapters={name: own for name, (_, own) in parted.items()}),
-            shared=GlobalState({name: first for name, (first, _) in parted.items()}, version=initial.version),
+            shared=GlobalState(
+                {name: first for name, (first, _) in parted.items()}, head=initial.head, version=initial.version
+            ),
         )
 
     def whole(self, own: GlobalState) -> GlobalState:
-        """Give a state with the shared part beside it: what a model is loaded with."""
-        return own if self.shared is None else with_shared(own, self.shared)
+        """Give a state with the shared part beside it, what a model is loaded with; rows of its own classes alone."""
+        if self.shared is None:
+            return own
+        blank = ~moved_rows(own.head)
+        head = {name: rows.index_fill(0, blank.nonzero().flatten(), 0) for name, rows in self.shared.head.items()}
+        return replace(with_shared(own, self.shared), head=head)
 
     def place(self, slot: Slot) -> Place:
         """Give the cluster id of a slot, the slot itself where it goes its own way, None if it was never heard of."""
@@ -97,6 +105,10 @@ class ClusteredState:
     def of(self, slot: Slot) -> GlobalState:
         """Give the state from which a slot trains next."""
         return self.states().get(self.place(slot), self.start)
+
+    def sent_to(self, slot: Slot) -> GlobalState:
+        """Give what a slot trains from of its own: its state, with the class rows that all share."""
+        return self.of(slot) if self.shared is None else replace(self.of(slot), head=self.shared.head)
 
     def states(self) -> dict[Place, GlobalState]:
         """Give every state but the start's, by its place."""

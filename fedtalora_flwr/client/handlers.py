@@ -100,11 +100,14 @@ def slots(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
     model, shared, replies = model_of(config), None, dict[wire.Part, RecordDict]()
     if config.shared_rank:
         begun, _ = _read(parts[wire.SHARED], config, data, reached, rank=config.shared_rank)
+        rows, begun = begun.head, replace(begun, head={})
         shared = begun
     for number, task_id in enumerate(tasks):
         part, slot = parts[number], (number, task_id)
         own, order = _read(part, config, data, reached, rank=config.rank)
-        state = ClusteredState(own, shared=shared).whole(own)
+        if shared is not None:
+            own = replace(own, head=rows)
+        state = own if shared is None else with_shared(own, shared)
         model.load(state.adapters, state.residual)
         result, counts = _trained(
             part, model, own, order, config=config, partition_id=partition_id, data=data, slot=slot

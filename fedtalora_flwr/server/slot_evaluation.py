@@ -58,9 +58,8 @@ class SlotEvaluation:
             for task_id, weight in by_task.items():
                 examples = test_examples(self.config, task_id=task_id)
                 classes = self.classes.tasks[task_id]
-                (hits,) = count_correct(
-                    self.model, [Classifier(state.head)], examples, classes=classes, config=self.config
-                )
+                rows = Classifier((clustered.shared or state).head)
+                (hits,) = count_correct(self.model, [rows], examples, classes=classes, config=self.config)
                 correct[task_id] += weight * hits
                 total[task_id] += weight * len(examples)
         return correct, total
@@ -83,8 +82,9 @@ class SlotEvaluation:
             for task_id, examples in tests.items()
         }
         at_home = correct = 0
-        for index, (cluster, state) in enumerate(clusters):
-            self._load(state)
+        for index, (cluster, own) in enumerate(clusters):
+            self._load(own)
+            state = self.clustered.whole(own)
             for task_id, examples in tests.items():
                 here = chosen[task_id] == index
                 if not here.any():

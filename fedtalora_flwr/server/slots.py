@@ -98,14 +98,15 @@ class Slots:
             self._messages(clustered, order), most_bytes=self._most_bytes(point)
         ):
             for slot, update, mean_loss in self._read(clustered, partition, reply, shared):
-                heard[slot] = update, mean_loss, update_norm(clustered.of(slot), update)
+                heard[slot] = update, mean_loss, update_norm(clustered.sent_to(slot), update)
         limit, tally = self._config.outlier_limit, self._federation.tally
         for slot, times in far_off({slot: norm for slot, (_, _, norm) in heard.items()}, limit=limit).items():
             reason = f"changes the weights by {times:.3g} times as much as is usual, outlier-limit is {limit:g}"
             tally.fail(slot.partition_id, f"slot {slot.number} refused: {reason}")
             del heard[slot]
         if clustered.shared is not None:
-            norms = {partition: update_norm(clustered.shared, update) for partition, update in shared.items()}
+            pairs = replace(clustered.shared, head={})
+            norms = {partition: update_norm(pairs, update) for partition, update in shared.items()}
             for partition, times in far_off(norms, limit=limit).items():
                 reason = f"changes the weights by {times:.3g} times as much as is usual, outlier-limit is {limit:g}"
                 tally.fail(partition, f"shared part refused, and all slots: {reason}")
@@ -136,13 +137,15 @@ class Slots:
         messages: list[Message] = []
         common: dict[wire.Part, RecordDict] = {}
         if clustered.shared is not None:
-            common[wire.SHARED] = self._content(clustered.shared, wire.pack_state(clustered.shared), order)
+            arrays = wire.pack_state(clustered.shared, classes=trained_classes(clustered.shared.head))
+            common[wire.SHARED] = self._content(clustered.shared, arrays, order)
         for partition in self._federation.roster.sample(order.server_round, order.task_id):
             parts = {**common}
             for slot in self._tasks.slots_of(partition):
                 state = clustered.of(slot)
                 if id(state) not in packed:
-                    packed[id(state)] = wire.pack_state(state, classes=trained_classes(state.head))
+                    rows = () if clustered.shared else trained_classes(state.head)  # or they come with what is shared
+                    packed[id(state)] = wire.pack_state(state, classes=rows)
                 parts[slot.number] = self._content(state, packed[id(state)], order)
             messages += self._federation.exchange.messages(
                 wire.bundle(parts), partitions=[partition], message_type=TRAIN, server_round=order.server_round
@@ -180,13 +183,14 @@ class Slots:
         good: dict[Slot, tuple[ClientUpdate, float]] = {}
         for slot in slots:
             try:
-                good[slot] = self._checked(clustered.of(slot), slot, parts)
+                good[slot] = self._checked(clustered.sent_to(slot), slot, parts)
             except BadUpdate as refusal:
                 tally.fail(partition, f"slot {slot.number} refused: {refusal}")
         if clustered.shared is not None and good:
             try:
                 updates = {slot: update for slot, (update, _) in good.items()}
-                shared[partition] = self._checked_shared(clustered.shared, partition, parts, updates)
+                pairs = replace(clustered.shared, head={})
+                shared[partition] = self._checked_shared(pairs, partition, parts, updates)
             except BadUpdate as refusal:
                 tally.fail(partition, f"shared part refused, and all slots: {refusal}")
                 return

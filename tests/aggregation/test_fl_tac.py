@@ -345,7 +345,7 @@ def test_slots_are_clustered_and_drawn_with_any_seed_that_a_run_may_have(seed):
     assert fl_tac.picture(updates).keys() == TWO_TASKS.keys()
 
 
-SHARED_RANK = 3
+SHARED_RANK, HEAD = 3, {"weight": torch.zeros(3, 4), "bias": torch.zeros(3)}
 
 
 def begin_shared(seed):
@@ -463,7 +463,7 @@ def test_initial_pairs_are_cut_into_shared_and_own_rows_and_put_together_again()
         assert torch.equal(state.start.adapters[name].lora_B, pair.lora_B[:, SHARED_RANK:])
         assert torch.equal(again.adapters[name].lora_A, pair.lora_A)
         assert torch.equal(again.adapters[name].lora_B, pair.lora_B)
-    assert state.shared.version == again.version == 2 and not state.shared.head
+    assert state.shared.version == again.version == 2 and state.shared.head is initial.head
 
 
 def test_changes_are_summed_over_the_rounds_in_which_a_slot_was_there_and_leave_out_what_was_broadcast():
@@ -503,3 +503,23 @@ def test_slot_never_seen_before_is_found_by_its_changes_once_it_is_there_with_sl
     newcomer = Slot(9, 0)
     new = fl_tac.aggregate(state, train_all(state, tasks, TWO_TASKS | {newcomer: 1}, generator=generator))
     assert new.assigned == state.assigned | {newcomer: state.assigned[Slot(0, 1)]}
+
+
+def test_class_rows_of_a_shared_part_are_averaged_over_all_slots_that_hold_the_class_whatever_their_cluster():
+    generator, state = begin_shared(4)
+    tasks = [make_task(generator) for _ in range(2)]
+    updates = train_all(state, tasks, TWO_TASKS, generator=generator)
+    values = {Slot(0, 0): (0, 1.0, 6), Slot(3, 0): (0, 5.0, 2), Slot(0, 1): (1, 7.0, 4)}  # class, its rows, examples
+    for slot, (held, value, num_examples) in values.items():
+        rows = {name: torch.zeros_like(rows).index_fill_(0, torch.tensor(held), value) for name, rows in HEAD.items()}
+        counts = torch.zeros(3, dtype=torch.int64).index_fill_(0, torch.tensor(held), num_examples)
+        updates[slot] = replace(updates[slot], head=rows, class_counts=counts, num_examples=num_examples)
+    updates = {slot: updates[slot] for slot in values}
+    shared = train_shared(state, updates, generator=generator)
+    new = FLTAC(EXACT, num_clusters=2, shared_rank=SHARED_RANK).aggregate(state, updates, shared)
+    assert new.assigned[Slot(0, 0)] != new.assigned[Slot(3, 0)]  # of different tasks, and yet
+    assert new.shared.head["bias"].tolist() == [2.0, 7.0, 0.0]
+    assert torch.equal(new.sent_to(Slot(3, 0)).head["weight"], new.shared.head["weight"])
+    bias = {slot: new.whole(new.of(slot)).head["bias"].tolist() for slot in values}
+    assert bias[Slot(3, 0)] == (bias[Slot(0, 1)] if new.of(Slot(3, 0)) is new.of(Slot(0, 1)) else [2.0, 0.0, 0.0])
+    assert bias[Slot(0, 0)] == [2.0, 0.0, 0.0]

@@ -11,7 +11,7 @@ With ``shared_rank``, which the paper does not have, one more pair stands beside
 
 so that what the tasks have in common is learned from the examples of all. Each client trains it through its slots and
 sends it once. Both sums are the means of what was trained, each with a residual of its own; clusters are found by what
-is not shared.
+is not shared. Class rows are then averaged over all slots too, each over those that hold the class.
 
 Where the paper leaves a gap, and what is done here:
 
@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedtalora_flwr.aggregation.class_rows import average_class_rows
 from fedtalora_flwr.aggregation.clustering import (
     Matrix,
     cosines,
@@ -140,7 +141,10 @@ class FLTAC(SlotAggregator):
         folded = {cluster: self._fold(state, cluster, slots, updates) for cluster, slots in members.items()}
         alive = set(assigned.values())
         clusters = {c: one for c, one in sorted({**state.clusters, **folded}.items()) if c in alive}
-        common = None if state.shared is None else self.method.aggregate(state.shared, shared)
+        common = None
+        if state.shared is not None:
+            pairs = self.method.aggregate(replace(state.shared, head={}), shared)
+            common = replace(pairs, head=average_class_rows(state.shared.head, list(updates.values())))
         return ClusteredState(state.start, clusters, assigned, own, state.version + 1, common, changes)
 
     def _cluster(
