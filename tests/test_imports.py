@@ -27,7 +27,7 @@ ALLOWED = {
     "aggregation": TORCH | {"scipy", "sklearn", "threadpoolctl"} | ours("config.registry"),
     "residual": {"torch", "safetensors"} | ours("aggregation", "config.whole"),
     "data": TORCH | {"PIL", "datasets", "sklearn", "huggingface_hub"} | ours("config"),
-    "model/heads": TORCH | {"scipy"} | ours("config.registry"),
+    "model/heads": TORCH | {"scipy"} | ours("aggregation.class_rows", "config.registry"),
     "model/penalties": {"torch"} | ours("config.registry", "model.heads"),
     "model/backbones": TORCH | {"timm", "transformers", "peft", "safetensors"} | ours("config.registry", "data"),
     "model": TORCH | {"peft", "cachetools"} | ours("aggregation", "config", "data"),

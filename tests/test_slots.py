@@ -20,14 +20,16 @@ from client_app.app import app
 from fedtalora_flwr import wire
 from fedtalora_flwr.aggregation import ClusteredState, GlobalState, Slot
 from fedtalora_flwr.aggregation.methods.fl_tac import FLTAC
+from fedtalora_flwr.client import handlers
 from fedtalora_flwr.config import ConfigError, RunConfig
 from fedtalora_flwr.inference.export import ExportError, export
 from fedtalora_flwr.inference.model import TrainedModelError, open_trained
 from fedtalora_flwr.model.backbones import vit_mini
 from fedtalora_flwr.model.heads import Classifier, FeatureSums
+from fedtalora_flwr.model.lora import PlacementError
 from fedtalora_flwr.model.router import by_cluster
 from fedtalora_flwr.model.session import model_of, slots_of, test_examples, training_examples
-from fedtalora_flwr.model.train import count_correct
+from fedtalora_flwr.model.train import count_correct, fit
 from fedtalora_flwr.report import write_report
 from fedtalora_flwr.run_folder import checkpoint
 from fedtalora_flwr.server.failures import RunFailed
@@ -113,6 +115,14 @@ def meddle(change: Callable[[Message], None], *, kind: str = "train.slots", part
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     return run(tmp_path_factory.mktemp("slots") / "run")
+
+
+SHARED_RANK = 3
+
+
+@pytest.fixture(scope="module")
+def sharing(tmp_path_factory) -> Path:
+    return run(tmp_path_factory.mktemp("sharing") / "run", shared_rank=SHARED_RANK)
 
 
 @pytest.fixture(scope="module")
@@ -494,6 +504,12 @@ def test_report_shows_the_clusters_of_every_round(undisturbed, tmp_path):
             {"dataset": "nodes", "data_path": "/tmp"},
             "method fl-tac needs a data set that all nodes read, not",
         ),
+        ({"method": "fedtalora", "shared_rank": 2}, "method fedtalora has no part that slots share; set shared-rank=0"),
+        (
+            {"method": "local-only", "shared_rank": 2},
+            "method local-only has no part that slots share; set shared-rank=",
+        ),
+        ({"shared_rank": -1}, "shared-rank must be at least 0, got -1"),
     ],
 )
 def test_settings_that_mean_nothing_for_tasks_at_once_are_refused(tmp_path, changes, text):
@@ -501,10 +517,157 @@ def test_settings_that_mean_nothing_for_tasks_at_once_are_refused(tmp_path, chan
         run(tmp_path, **changes)
 
 
+def test_shared_part_that_leaves_no_room_for_a_rank_of_ones_own_is_refused(tmp_path):
+    with pytest.raises(PlacementError, match=r"rank and shared-rank together must be in \[1, 192\] .*, got 193"):
+        run(tmp_path, shared_rank=192)
+
+
 def test_manifest_counts_an_adapter_for_every_task(undisturbed):
     counts = read(undisturbed, "manifest.json")["parameters"]
     assert counts["lora"] == 2 * (192 + 192)  # q and v of one block, rank 1
     assert counts["transmitted"] == counts["trainable"] == 2 * counts["lora"] + counts["head"]
+
+
+def test_shared_part_is_sent_once_by_every_client_and_counted_once(sharing, tmp_path):
+    sent: list[dict[wire.Part, int]] = []
+
+    def told(message: Message, context: Context) -> Message:
+        reply = app(message, context)
+        if message.metadata.message_type == "train.slots":
+            numbers = {}
+            for part, one in wire.unbundle(reply).items():
+                with opened(one.content, "arrays") as tensors:
+                    numbers[part] = sum(value.size for key, value in tensors.items() if key.startswith("lora_"))
+                    assert part != wire.SHARED or all(key.startswith(("lora_", "counts/")) for key in tensors)
+            sent.append(numbers)
+        return reply
+
+    run(tmp_path, told, shared_rank=SHARED_RANK, rounds_per_task=1)
+    counts = read(sharing, "manifest.json")["parameters"]
+    assert counts["lora"] == 2 * (192 + 192) and counts["shared"] == SHARED_RANK * counts["lora"]
+    assert counts["transmitted"] == counts["trainable"] == 2 * counts["lora"] + counts["shared"] + counts["head"]
+    assert sent == CLIENTS * [{0: counts["lora"], 1: counts["lora"], wire.SHARED: counts["shared"]}]
+
+
+def test_shared_part_is_handed_on_from_slot_to_slot_and_all_train_it(sharing, monkeypatch, tmp_path):
+    loaded: list[dict[str, torch.Tensor]] = []
+    trained: list[dict[str, torch.Tensor]] = []
+
+    def watched(model, *arguments, **options):
+        loaded.append({name: pair.lora_B[:, :SHARED_RANK] for name, pair in model.factors().items()})
+        result = fit(model, *arguments, **options)
+        trained.append({name: pair.lora_B[:, :SHARED_RANK] for name, pair in result.adapters.items()})
+        return result
+
+    monkeypatch.setattr(handlers, "fit", watched)
+    run(tmp_path, shared_rank=SHARED_RANK, rounds_per_task=1)
+    assert len(loaded) == CLIENTS * TASKS
+    for first in range(0, len(loaded), TASKS):  # in one client after the other
+        for name, value in loaded[first].items():
+            assert not value.any()  # as it starts
+            assert torch.equal(loaded[first + 1][name], trained[first][name])
+            assert not torch.equal(trained[first + 1][name], trained[first][name])
+
+
+def test_shared_part_is_the_mean_over_all_clients_and_clusters_have_their_own(sharing):
+    state, lines = clustered(sharing), rounds(sharing)
+    assert state.shared is not None and state.shared.version == 2
+    assert state.shared.head["weight"].any(1).all()  # the rows of all classes
+    assert {pair.rank for pair in state.shared.adapters.values()} == {SHARED_RANK}
+    assert {pair.rank for one in state.states().values() for pair in one.adapters.values()} == {1}
+    assert all(value.any() for value in state.shared.residual.values())
+    assert max(line["exactness_error"] for line in lines) < 1e-6 and not any(line["failures"] for line in lines)
+
+
+def test_run_with_a_shared_part_that_is_killed_goes_on_to_the_same_bits(tmp_path):
+    settings = {"shared_rank": SHARED_RANK, "signature": "changes", "stray_share": 0.0}
+    whole, killed = run(tmp_path / "whole", **settings), tmp_path / "killed"
+
+    def client(message: Message, context: Context) -> Message:
+        if (message.metadata.group_id, partition_of(context)) == ("2", 1):
+            raise Killed
+        return app(message, context)
+
+    with pytest.raises(Killed):
+        run(killed, client, **settings)
+    run(killed, resume=True, **settings)
+    assert result(killed) == result(whole)
+    assert clustered(killed).changes is not None
+
+
+def test_client_of_a_run_with_a_shared_part_may_come_late_sit_out_and_lose_its_bases(tmp_path, monkeypatch):
+    def unsteady(message: Message, context: Context) -> Message:
+        who, when = partition_of(context), message.metadata.group_id
+        if (who, when) in ((0, "1"), (1, "2")):
+            raise RuntimeError("not there")
+        if (who, when) == (2, "4"):  # the last that is asked, as all share one cache here
+            monkeypatch.setenv("FEDTALORA_CACHE", str(tmp_path / "new"))
+        return app(message, context)
+
+    run(tmp_path / "run", unsteady, rounds_per_task=4, shared_rank=SHARED_RANK)
+    lines = rounds(tmp_path / "run")
+    assert [[failure["partition_id"] for failure in line["failures"]] for line in lines] == [[0], [1], [], []]
+    assert [line.get("resent", []) for line in lines][3] == [2]
+    assert max(line["exactness_error"] for line in lines) < 1e-6
+    assert len(clustered(tmp_path / "run").slots()) == CLIENTS * TASKS
+
+
+BAD_SHARED = (
+    (lambda reply: fill(reply, "arrays.shared", "lora_B/", np.nan), "lora_B holds a number that is not finite"),
+    (lambda reply: reply.content.pop("arrays.shared") and reply.content.pop("metrics.shared"), "it did not come back"),
+    (lambda reply: claim(reply, "metrics.shared", "base-version", 7), "trained on version 7"),
+    (lambda reply: claim(reply, "metrics.shared", "partition-id", 0), "speaks for partition 0, holds 1"),
+    (lambda reply: fill(reply, "arrays.shared", "lora_B/", 3.0), "changes the weights by "),
+)
+
+
+def test_bad_shared_part_is_refused_with_all_that_was_trained_beside_it(tmp_path):
+    def client(message: Message, context: Context) -> Message:
+        reply = app(message, context)
+        if message.metadata.message_type == "train.slots" and partition_of(context) == 1:
+            BAD_SHARED[int(message.metadata.group_id) - 1][0](reply)
+        return reply
+
+    run(tmp_path, client, rounds_per_task=len(BAD_SHARED), shared_rank=SHARED_RANK)
+    for line, (_, reason) in zip(rounds(tmp_path), BAD_SHARED, strict=True):
+        (failure,) = line["failures"]
+        assert failure["partition_id"] == 1
+        assert failure["reason"].startswith("shared part refused, and all slots: ") and reason in failure["reason"]
+        assert {slot["partition_id"] for slot in line["slots"]} == {0, 2}
+        assert line["exactness_error"] < 1e-6
+
+
+def test_slot_that_is_refused_alone_does_not_weigh_in_the_shared_part(tmp_path, monkeypatch):
+    seen: list[tuple[dict[Slot, int], dict[int, int]]] = []
+    aggregate = FLTAC.aggregate
+
+    def watched(self, state, updates, shared=()):
+        examples = {slot: update.num_examples for slot, update in updates.items()}
+        seen.append((examples, {update.partition_id: update.num_examples for update in shared}))
+        return aggregate(self, state, updates, shared)
+
+    monkeypatch.setattr(FLTAC, "aggregate", watched)
+    run(tmp_path, meddle(BAD_SLOTS[0][0]), rounds_per_task=1, shared_rank=SHARED_RANK)
+    ((examples, weights),) = seen
+    assert Slot(1, 1) not in examples and weights[1] == examples[Slot(1, 0)]
+    assert weights[0] == examples[Slot(0, 0)] + examples[Slot(0, 1)]
+
+
+def test_run_with_a_shared_part_predicts_as_it_was_scored_and_each_cluster_can_be_exported(sharing, tmp_path):
+    trained, config, state = open_trained(sharing, device="cpu"), configured(sharing), clustered(sharing)
+    hits = num = 0
+    for task_id in range(TASKS):
+        examples = test_examples(config, task_id=task_id)
+        scores = trained.logits(examples.inputs)
+        hits += int((torch.tensor(trained.classes)[scores.argmax(1)] == examples.labels).sum())
+        num += len(examples)
+    assert rounds(sharing)[-1]["accuracy_routed"] == pytest.approx(hits / num)
+    cluster, own = min(state.clusters.items())
+    assert export(sharing, to="merged", target=tmp_path / "out", place=cluster).logit_difference < 1e-5
+    shared, model = state.shared, open_trained(sharing, device="cpu", place=cluster).state
+    for name, pair in model.adapters.items():
+        wanted = shared.adapters[name].delta() + own.adapters[name].delta() + shared.residual[name] + own.residual[name]
+        assert torch.allclose(pair.delta() + model.residual[name], wanted, atol=1e-6)
 
 
 def test_sums_of_slots_go_to_the_rows_of_their_clusters():
@@ -531,8 +694,8 @@ def test_clusters_are_the_same_when_the_method_is_not_told_the_classes_of_any_sl
     seen: list[tuple[Any, Any]] = []
     aggregate = FLTAC.aggregate
 
-    def watched(self, state, updates):
-        new = aggregate(self, state, updates)
+    def watched(self, state, updates, shared=()):
+        new = aggregate(self, state, updates, shared)
         nothing = {
             slot: replace(update, class_counts=update.class_counts.roll(3), head=state.of(slot).head)
             for slot, update in updates.items()

@@ -74,6 +74,13 @@ WOUNDS = {
         "torch.add(weight, residual",
         "tests/aggregation/test_loaded_weights.py::test_loading_a_state_sets_the_weights_and_never_adds_to_them",
     ),
+    "shared part without its residual": Wound(
+        "fedtalora_flwr/aggregation/slots.py",
+        "residual=weighted_residual([shared, own], [1.0, 1.0])",
+        "residual=dict(own.residual)",
+        "tests/aggregation/test_fl_tac.py"
+        "::test_shared_part_and_each_cluster_are_the_means_of_what_was_trained_for_any_slots_and_weights",
+    ),
     "flwr in the pure core": Wound(
         FACTORS,
         "from torch import Tensor, nn\n",

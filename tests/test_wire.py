@@ -507,6 +507,13 @@ def test_bundle_gives_each_slots_message_back_under_its_number():
     }
 
 
+def test_what_slots_share_comes_last_in_a_bundle_under_its_own_name():
+    first, shared = state_message(make_state(), classes=[1]), state_message(make_state(), classes=None)
+    parts = wire.unbundle(message(wire.bundle({wire.SHARED: shared.content, 4: first.content})))
+    assert list(parts) == [4, wire.SHARED]
+    assert parts[4].content == first.content and parts[wire.SHARED].content == shared.content
+
+
 def test_state_without_any_trained_row_still_says_which_rows_a_head_has():
     got, _, _ = wire.read_state(state_message(make_state(), classes=()))
     assert {name: value.shape for name, value in got.head.items()} == {

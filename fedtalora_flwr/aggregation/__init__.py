@@ -12,6 +12,7 @@ from fedtalora_flwr.aggregation.slots import (
     SlotAggregator,
     place_name,
     slots_exactness_error,
+    with_shared,
 )
 from fedtalora_flwr.aggregation.types import Aggregator, ClientUpdate, GlobalState, Method
 from fedtalora_flwr.aggregation.verify import exactness_error
@@ -44,6 +45,7 @@ __all__ = [
     "resolve",
     "slots_exactness_error",
     "update_norm",
+    "with_shared",
 ]
 
 

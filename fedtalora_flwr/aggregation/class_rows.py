@@ -12,6 +12,12 @@ from torch import Tensor
 from fedtalora_flwr.aggregation.types import ClientUpdate
 
 
+def moved_rows(head: Mapping[str, Tensor]) -> Tensor:
+    """Tell which rows, (C, ...) each, are no longer zero, as they start: (C,) bool."""
+    moved = [rows.flatten(1).any(1) if rows.dim() > 1 else rows != 0 for rows in head.values()]
+    return torch.stack(moved).any(0)
+
+
 def average_class_rows(head: Mapping[str, Tensor], updates: Sequence[ClientUpdate]) -> dict[str, Tensor]:
     """Average each class row over the clients that trained it.
 

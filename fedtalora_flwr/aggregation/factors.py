@@ -57,6 +57,20 @@ class LoraFactors:
         rank, d_in = self.lora_A.shape
         return rank == d_in and torch.equal(self.lora_A, torch.eye(d_in, dtype=self.lora_A.dtype))
 
+    def parted(self, rank: int) -> tuple["LoraFactors", "LoraFactors"]:
+        """Take the pair apart into its first `rank` rows and the rest; the sum of their products is this pair's."""
+        sizes = [rank, self.rank - rank]
+        first_A, rest_A = self.lora_A.split(sizes)  # type: ignore[no-untyped-call]
+        first_B, rest_B = self.lora_B.split(sizes, dim=1)  # type: ignore[no-untyped-call]
+        return LoraFactors(first_A, first_B, self.scaling), LoraFactors(rest_A, rest_B, self.scaling)
+
+    def beside(self, first: "LoraFactors") -> "LoraFactors":
+        """Put the rows of a pair of the same scaling before these: what `parted` took apart."""
+        assert first.scaling == self.scaling
+        return LoraFactors(
+            torch.cat([first.lora_A, self.lora_A]), torch.cat([first.lora_B, self.lora_B], 1), self.scaling
+        )
+
     def delta(self) -> Tensor:
         """Form the dense product ``scaling * lora_B @ lora_A``, shape (d_out, d_in): the one place that does."""
         if self.is_dense:

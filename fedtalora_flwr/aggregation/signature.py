@@ -6,6 +6,8 @@ as about what was learned. The product B A does not know the gauge, and its inne
     <B_i A_i, B_j A_j>  =  tr((B_j^T B_i) (A_i A_j^T))
 
 which for n adapters of rank r are two (n r, n r) Gram matrices a layer, times each other, summed over blocks.
+
+What a slot *changes* in a round is a pair too, of twice the rank (`change`):  B' A' - B A = [B', -B] [A'; A].
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +18,16 @@ from torch import Tensor
 from fedtalora_flwr.aggregation.factors import LoraFactors
 
 Adapters = Mapping[str, LoraFactors]
+
+
+def change(before: Adapters, after: Adapters) -> Adapters:
+    """Give what has come to adapters, ``delta after - delta before`` of each layer, in factors."""
+    changed = {}
+    for name, old in before.items():
+        new = after[name]
+        left = torch.cat([new.scaling * new.lora_B, -old.scaling * old.lora_B], 1)
+        changed[name] = LoraFactors(torch.cat([new.lora_A, old.lora_A]), left, 1.0)
+    return changed
 
 
 def product_gram(adapters: Sequence[Adapters]) -> Tensor:
@@ -56,6 +68,7 @@ def _flat_gram(adapters: Sequence[Adapters], factors: tuple[str, ...]) -> Tensor
 
 SIGNATURES: Mapping[str, Callable[[Sequence[Adapters]], Tensor]] = {
     "product": product_gram,
+    "changes": product_gram,  # of the rounds' changes
     "lora_B": lora_B_gram,
     "raw": raw_gram,
 }

@@ -89,7 +89,7 @@ def in_proportion(
     max_change
         As of `Weighing`.
     """
-    if not max_change:
+    if not max_change or not changes:
         return {key: update for key, (_, update) in changes.items()}
     most = max_change * further(torch.tensor([float(update.num_examples) for _, update in changes.values()]).double())
     lengths = torch.stack(

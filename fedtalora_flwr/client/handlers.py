@@ -5,14 +5,16 @@ A handler keeps nothing in Flower's context, so the process that does the work n
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
 import torch
 from flwr.app import Message, RecordDict
+from torch import Tensor
 
 from fedtalora_flwr import aggregation, wire
-from fedtalora_flwr.aggregation import ClientUpdate, GlobalState
+from fedtalora_flwr.aggregation import ClientUpdate, ClusteredState, GlobalState, LoraFactors, with_shared
 from fedtalora_flwr.client.node_data import LocalFolder, SharedPartition, node_data_of
 from fedtalora_flwr.client.reach import require_within_reach
 from fedtalora_flwr.client.redact import redacted
@@ -25,6 +27,7 @@ from fedtalora_flwr.model.router import sum_slots
 from fedtalora_flwr.model.session import device_of, model_of, slots_of
 from fedtalora_flwr.model.train import (
     Examples,
+    FitResult,
     compared_classes,
     count_correct,
     fit,
@@ -72,35 +75,66 @@ def train(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
     """Set the model to the server's state, train on this node's data of the task, send the pairs and rows back."""
     config, partition_id, data = _settings(message, run_config, node_config)
     model, state, order = _loaded(message, config, data)
-    return _trained(message, model, state, order, config=config, partition_id=partition_id, data=data)
+    result, counts = _trained(message, model, state, order, config=config, partition_id=partition_id, data=data)
+    update = _update(state, result.adapters, result.head, counts, partition_id=partition_id)
+    return _reply(update, state, mean_loss=result.mean_loss, config=config)
 
 
 @redacted
 @_asks_for_the_version
 def slots(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
-    """Train all of this node's slots, each from its own state and on its own task."""
+    """Train all of this node's slots, each from its own state and on its own task.
+
+    A part that they share is handed on from slot to slot, and sent back once.
+    """
     config, partition_id, data = _settings(message, run_config, node_config)
     tasks, parts = slots_of(config, partition_id=partition_id), wire.unbundle(message)
-    if parts.keys() != set(range(len(tasks))):
-        raise wire.WireError(f"the server speaks of slots {sorted(parts)}, this node has {len(tasks)}")
+    known: set[wire.Part] = set(range(len(tasks)))
+    if config.shared_rank:
+        known.add(wire.SHARED)
+    if parts.keys() != known:
+        shares = ", and a part that they share" if config.shared_rank else ""
+        raise wire.WireError(f"the server speaks of slots {[*parts]}, this node has {len(tasks)}{shares}")
     # A base that is missing is found before anything is trained.
     reached = version_store(config).reach_all(_patches(parts.values(), config, data))
-    replies = {}
-    for number, part in parts.items():
-        model, state, order = _loaded(part, config, data, reached)
-        slot = (number, tasks[number])
-        replies[number] = _trained(
-            part, model, state, order, config=config, partition_id=partition_id, data=data, slot=slot
+    model, shared, replies = model_of(config), None, dict[wire.Part, RecordDict]()
+    if config.shared_rank:
+        begun, _ = _read(parts[wire.SHARED], config, data, reached, rank=config.shared_rank)
+        rows, begun = begun.head, replace(begun, head={})
+        shared = begun
+    for number, task_id in enumerate(tasks):
+        part, slot = parts[number], (number, task_id)
+        own, order = _read(part, config, data, reached, rank=config.rank)
+        if shared is not None:
+            own = replace(own, head=rows)
+        state = own if shared is None else with_shared(own, shared)
+        model.load(state.adapters, state.residual)
+        result, counts = _trained(
+            part, model, own, order, config=config, partition_id=partition_id, data=data, slot=slot
         )
+        adapters = result.adapters
+        if shared is not None:
+            parted = {name: pair.parted(config.shared_rank) for name, pair in adapters.items()}
+            shared = replace(shared, adapters={name: first for name, (first, _) in parted.items()})
+            adapters = {name: rest for name, (_, rest) in parted.items()}
+        update = _update(own, adapters, result.head, counts, partition_id=partition_id)
+        replies[number] = _reply(update, own, mean_loss=result.mean_loss, config=config)
+    if shared is not None:  # its slots tell the examples and the loss
+        update = _update(begun, shared.adapters, {}, torch.zeros(0, dtype=torch.int64), partition_id=partition_id)
+        replies[wire.SHARED] = _reply(update, begun, mean_loss=0.0, config=config)
     return wire.bundle(replies)
 
 
 @redacted
 @_asks_for_the_version
 def slot_sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
-    """Sum this node's features over its slots under the untouched backbone, which the start of a run is."""
+    """Sum this node's features over its slots under what no slot has of its own: the backbone, a shared part."""
     config, partition_id, data = _settings(message, run_config, node_config)
-    model, _, _ = _loaded(message, config, data)
+    model, (state, _) = model_of(config), _read(message, config, data, rank=config.shared_rank or config.rank)
+    if config.shared_rank:  # beside it what a slot starts from, which adds nothing
+        initial = GlobalState(model.initial_factors(seed=config.seed))
+        state = with_shared(ClusteredState.begin(initial, shared_rank=config.shared_rank).start, state)
+    model.load(state.adapters, state.residual)
     examples = [data.training(task_id) for task_id in slots_of(config, partition_id=partition_id)]
     return wire.sums_reply(sum_slots(model, examples, config=config))
 
@@ -115,8 +149,13 @@ def _trained(
     partition_id: int,
     data: SharedPartition | LocalFolder,
     slot: tuple[int, int] | None = None,
-) -> RecordDict:
-    """Train a loaded model on the task of the order, or on that of a slot (its number and task id); build the reply."""
+) -> tuple[FitResult, Tensor]:
+    """Train a loaded model on the task of the order, or on that of a slot (its number and task id).
+
+    Returns
+    -------
+    What came of it, and the examples of each class, (C,).
+    """
     method = aggregation.resolve(config.method, config.settings)
     number, task_id = slot or (None, order.task_id)
     tasks = data.tasks
@@ -141,19 +180,34 @@ def _trained(
         seed=[config.seed, order.server_round, partition_id, *([] if number is None else [number])],
         memory=wire.read_memory(message, room=_room(model, config, data)),
     )
-    update = ClientUpdate(
+    return result, class_counts
+
+
+def _update(
+    state: GlobalState,
+    adapters: Mapping[str, LoraFactors],
+    head: Mapping[str, Tensor],
+    class_counts: Tensor,
+    *,
+    partition_id: int,
+) -> ClientUpdate:
+    return ClientUpdate(
         partition_id=partition_id,
-        num_examples=len(examples),
-        adapters=result.adapters,
-        head=result.head,
+        num_examples=int(class_counts.sum()),
+        adapters=adapters,
+        head=head,
         class_counts=class_counts,
         base_version=state.version,
     )
+
+
+def _reply(update: ClientUpdate, state: GlobalState, *, mean_loss: float, config: RunConfig) -> RecordDict:
+    """Build the reply about what was trained from a state."""
     return wire.update_reply(
         update,
         like=state,
-        trainable=method.trainable,
-        mean_loss=result.mean_loss,
+        trainable=aggregation.resolve(config.method, config.settings).trainable,
+        mean_loss=mean_loss,
         scaling=next((pair.scaling for pair in state.adapters.values()), 1.0),
         wire_dtype=config.wire_dtype,
     )
@@ -250,13 +304,26 @@ def _loaded(
     reached: Mapping[str, ResidualVersion] | None = None,
 ) -> tuple[AdaptedModel, GlobalState, wire.RoundOrder]:
     """Set the model to the server's state, whose residual may have been reached already."""
+    model, (state, order) = model_of(config), _read(message, config, data, reached)
+    model.load(state.adapters, state.residual)
+    return model, state, order
+
+
+def _read(
+    message: Message,
+    config: RunConfig,
+    data: SharedPartition | LocalFolder,
+    reached: Mapping[str, ResidualVersion] | None = None,
+    *,
+    rank: int | None = None,
+) -> tuple[GlobalState, wire.RoundOrder]:
+    """Read a state with its residual; its pairs are of the model's rank, or of this one, a part of it."""
     model = model_of(config)
     state, patch, order = wire.read_state(
-        message, initial=lambda: model.initial_factors(seed=config.seed), room=_room(model, config, data)
+        message, initial=lambda: model.initial_factors(seed=config.seed), room=_room(model, config, data, rank=rank)
     )
     base = version_store(config).reach(patch) if reached is None else reached[patch.target]
-    model.load(state.adapters, base.residual)
-    return model, state, order
+    return replace(state, residual=base.residual), order
 
 
 def _patches(messages: Iterable[Message], config: RunConfig, data: SharedPartition | LocalFolder) -> list[Patch]:
@@ -265,12 +332,17 @@ def _patches(messages: Iterable[Message], config: RunConfig, data: SharedPartiti
     return [wire.read_patch(each, room=room) for each in messages]
 
 
-def _room(model: AdaptedModel, config: RunConfig, data: SharedPartition | LocalFolder) -> wire.Room:
-    """Say what an order to this node may speak of."""
-    features, head = model.backbone.feature_dim, heads.resolve(config.head, config.settings)
+def _room(
+    model: AdaptedModel, config: RunConfig, data: SharedPartition | LocalFolder, *, rank: int | None = None
+) -> wire.Room:
+    """Say what an order to this node may speak of: pairs of the model's rank, or of this one, a part of it."""
+    features, head, shapes = model.backbone.feature_dim, heads.resolve(config.head, config.settings), {}
+    for key, factor in model.named_factors().items():
+        rows = 0 if key.startswith("lora_A/") else 1
+        shapes[key] = tuple((factor if rank is None else factor.narrow(rows, 0, rank)).shape)
     return wire.Room(
         num_classes=data.num_classes,
         num_tasks=config.num_tasks,
         widths=frozenset({head.row_dim(features), head.lifted_dim(features)}),
-        factors={key: tuple(factor.shape) for key, factor in model.named_factors().items()},
+        factors=shapes,
     )

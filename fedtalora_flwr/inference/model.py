@@ -11,7 +11,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from fedtalora_flwr.aggregation import GlobalState, Place, place_name
+from fedtalora_flwr.aggregation import ClusteredState, GlobalState, Place, place_name
 from fedtalora_flwr.config import ConfigError, RunConfig, kebab
 from fedtalora_flwr.data import Source, Split
 from fedtalora_flwr.data.images import square
@@ -37,7 +37,7 @@ class Routes:
     Parameters
     ----------
     classifier
-        From the features of the untouched backbone to a place in `states`.
+        From the features under what no cluster has of its own (`TrainedModel.state`) to a place in `states`.
     states
         Of the clusters, in the order of their ids.
     """
@@ -229,8 +229,8 @@ def open_trained(run: Path, *, device: str = "auto", place: Place = None) -> Tra
 
 
 def _open_clustered(record: RunRecord, config: RunConfig, point: Checkpoint, *, place: Place) -> TrainedModel:
-    there = point.clustered.states() if point.clustered is not None else {}
-    clusters = point.clustered.clusters if point.clustered is not None else {}
+    clustered = point.clustered or ClusteredState(point.state)
+    there, clusters = {at: clustered.whole(one) for at, one in clustered.states().items()}, clustered.clusters
     if place is not None and place not in there:
         raise TrainedModelError(f"{record.path} has no {place_name(place)}; it has {_listed(there) or 'one model'}")
     if place is None and not clusters:
@@ -244,7 +244,9 @@ def _open_clustered(record: RunRecord, config: RunConfig, point: Checkpoint, *, 
             f"the clusters {sorted(clusters)} apart; name one by --cluster N, or go on with: "
             f"fedtalora run --resume {record.path}"
         )
-    asked: dict[Place, GlobalState] = {place: there[place]} if place is not None else dict(sorted(clusters.items()))
+    asked: dict[Place, GlobalState] = (
+        {place: there[place]} if place is not None else {one: there[one] for one in sorted(clusters)}
+    )
     blank = {one: state for one, state in asked.items() if not trained_classes(state.head)}
     if blank and config.head != "lm":
         raise TrainedModelError(
@@ -252,7 +254,7 @@ def _open_clustered(record: RunRecord, config: RunConfig, point: Checkpoint, *, 
             "train on tasks of at least two classes, with head-learning-rate above 0"
         )
     classes = sorted({class_id for state in asked.values() for class_id in trained_classes(state.head)})
-    head, state, routes = heads.resolve(config.head, config.settings), point.state, None
+    head, state, routes = heads.resolve(config.head, config.settings), clustered.whole(clustered.start), None
     if place is not None:
         state = there[place]
     elif point.routes is not None:

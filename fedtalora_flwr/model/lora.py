@@ -155,7 +155,9 @@ class AdaptedModel(nn.Module):
     backbone
         Changed in place: its chosen layers are wrapped by PEFT.
     rank, alpha
-        Of LoRA; scaling = alpha / rank.
+        Of LoRA; scaling = alpha / (rank + shared_rank).
+    shared_rank
+        Rows of each pair before these, which slots share (see `aggregation.slots`).
     blocks, targets
         The settings ``lora-blocks`` and ``lora-targets`` (see `chosen_blocks`, `chosen_roles`).
     dense
@@ -168,24 +170,36 @@ class AdaptedModel(nn.Module):
     """
 
     def __init__(
-        self, backbone: Backbone, *, rank: int, alpha: float, blocks: str, targets: str, dense: bool = False
+        self,
+        backbone: Backbone,
+        *,
+        rank: int,
+        alpha: float,
+        blocks: str,
+        targets: str,
+        shared_rank: int = 0,
+        dense: bool = False,
     ) -> None:
         super().__init__()
         names = _prepare_layers(backbone, blocks=blocks, targets=targets)
         ranks = {name: _width(backbone.model.get_submodule(name)) for name in names} if dense else {}
         for name in () if dense else names:
-            _check_rank(name, backbone.model.get_submodule(name), rank)
+            _check_rank(name, backbone.model.get_submodule(name), rank, shared_rank)
         if dense and any(backbone.model.get_submodule(name).weight.dtype != torch.float32 for name in names):
             raise PlacementError("a method that trains whole weights needs them in float32: set base-dtype=fp32")
         backbone.requires_grad_(False)
         if names:
             config = LoraConfig(
-                r=rank, lora_alpha=alpha, target_modules=names, rank_pattern=ranks, alpha_pattern=dict(ranks)
+                r=rank + shared_rank,
+                lora_alpha=alpha,
+                target_modules=names,
+                rank_pattern=ranks,
+                alpha_pattern=dict(ranks),
             )
             config._register_custom_module({nn.Linear: DenseLinear if dense else FusedLinear})
             inject_adapter_in_model(config, backbone.model, adapter_name=_ADAPTER)
         self.backbone = backbone
-        self.rank = rank
+        self.rank = rank + shared_rank
         self.dense = dense
         self.layers: dict[str, LoraLayer] = {
             name: module for name, module in backbone.model.named_modules() if isinstance(module, LoraLayer)
@@ -354,12 +368,14 @@ def _prepare_layers(backbone: Backbone, *, blocks: str, targets: str) -> list[st
     return names
 
 
-def _check_rank(name: str, layer: nn.Module, rank: int) -> None:
+def _check_rank(name: str, layer: nn.Module, rank: int, shared_rank: int) -> None:
     assert isinstance(layer, nn.Linear)
     highest = min(layer.in_features, layer.out_features)
-    if rank > highest:
+    if rank + shared_rank > highest:
+        what = "rank and shared-rank together" if shared_rank else "rank"
         raise PlacementError(
-            f"rank must be in [1, {highest}] for the {layer.in_features}->{layer.out_features} layer {name}, got {rank}"
+            f"{what} must be in [1, {highest}] for the {layer.in_features}->{layer.out_features} layer {name}, got "
+            f"{rank + shared_rank}"
         )
 
 

@@ -107,6 +107,7 @@ def build_model(config: RunConfig, *, in_float32: bool = False) -> AdaptedModel:
     return AdaptedModel(
         placed(backbone.float() if in_float32 else backbone, config),
         rank=config.rank,
+        shared_rank=config.shared_rank,
         alpha=config.alpha,
         blocks=config.lora_blocks,
         targets=config.lora_targets,

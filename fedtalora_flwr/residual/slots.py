@@ -8,7 +8,7 @@ from fedtalora_flwr.residual.version import Patch
 
 
 class SlotLedger(Ledger):
-    """A ledger for each cluster and each slot of its own; as a `Ledger` itself, that of the start.
+    """A ledger for the start, each cluster and each slot of its own; as a `Ledger` itself, that of the shared part.
 
     Parameters
     ----------
@@ -17,13 +17,20 @@ class SlotLedger(Ledger):
     """
 
     def __init__(self, state: ClusteredState) -> None:
-        super().__init__(state.start.residual)
-        self._state = state
+        super().__init__(state.shared.residual if state.shared else {})
+        self._state, self._start = state, Ledger(state.start.residual)
         self._of = {place: Ledger(one.residual) for place, one in state.states().items()}
+
+    @property
+    def shares(self) -> bool:
+        """Whether there is a shared part."""
+        return self._state.shared is not None
 
     def follow(self, state: ClusteredState) -> None:
         """Take in what an aggregation made of the states; a place that is new starts from the untouched weights."""
         self._state = state
+        if state.shared is not None:
+            self.advance(state.shared.residual, state.shared.step)
         self._of = {place: self._of.get(place) or Ledger({}) for place in state.states()}
         for place, one in state.states().items():
             self._of[place].advance(one.residual, one.step)
@@ -45,4 +52,4 @@ class SlotLedger(Ledger):
     def slot_patch(self, slot: Slot) -> Patch:
         """Give what a slot's client needs to reach the base of the slot."""
         place = self._state.place(slot)
-        return self.patch(slot.partition_id) if place is None else self._of[place].patch(slot.partition_id)
+        return (self._start if place is None else self._of[place]).patch(slot.partition_id)

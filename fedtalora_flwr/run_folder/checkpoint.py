@@ -26,7 +26,7 @@ from fedtalora_flwr.model.heads import FeatureSums
 from fedtalora_flwr.model.penalties import Memory
 from fedtalora_flwr.run_folder import names
 
-_POINTER, _BEFORE = names.LATEST, "before "
+_POINTER, _BEFORE, _SHARED = names.LATEST, "before ", "shared/"
 _CHECKSUM = "crc32"  # of the facts, as they are written, without it
 _OURS = re.compile(r"round-(\d{6,})\.(json|safetensors)")
 _INSTEAD = "go on from an earlier round that was kept (resume-from), or start the run anew"
@@ -57,7 +57,7 @@ class Checkpoint:
     memory
         What a penalty that remembers has gathered of finished tasks.
     clustered
-        The states of a method over slots, whose start is `state`; None for any other method.
+        The states of a method over slots, which begin with `state`; None for any other method.
     routes
         What tells the cluster of an input (see `routing`), once it has been summed.
     before
@@ -92,6 +92,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> None:
     tensors = _tensors(state)
     for prefix, one in _places(clustered):
         tensors |= _tensors(one, prefix=prefix)
+    if clustered is not None and clustered.changes is not None:
+        tensors["slots/changes"] = clustered.changes
     tensors |= {f"anchor/{name}": value for name, value in checkpoint.memory.anchor.items()}
     tensors |= {f"fisher/{name}": value for name, value in checkpoint.memory.fisher.items()}
     tensors |= {"sums/gram": checkpoint.sums.gram, "sums/moment": checkpoint.sums.moment}
@@ -122,6 +124,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> None:
     if clustered is not None:
         facts["clustered"] = {
             "version": clustered.version,
+            "shared": clustered.shared is not None,
             "versions": {prefix: one.version for prefix, one in _places(clustered)},
             "clusters": sorted(clustered.clusters),
             "own": sorted(clustered.own),
@@ -249,7 +252,8 @@ def _places(clustered: ClusteredState | None) -> list[tuple[str, GlobalState]]:
     if clustered is None:
         return []
     clusters = [(_prefix(cluster), one) for cluster, one in sorted(clustered.clusters.items())]
-    return clusters + [(_prefix(*slot), one) for slot, one in sorted(clustered.own.items())]
+    shared = [] if clustered.shared is None else [(_SHARED, clustered.shared)]
+    return shared + clusters + [(_prefix(*slot), one) for slot, one in sorted(clustered.own.items())]
 
 
 def _prefix(*place: int) -> str:
@@ -260,16 +264,19 @@ def _prefix(*place: int) -> str:
 def _clustered(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, start: GlobalState) -> ClusteredState:
     told = facts["clustered"]
 
-    def read(*place: int) -> GlobalState:
-        prefix = _prefix(*place)
+    def read(prefix: str) -> GlobalState:
         return _state(tensors, facts["scaling"], version=told["versions"][prefix], prefix=prefix)
 
+    shared = read(_SHARED) if told["shared"] else None
+    shared_rank = next(pair.rank for pair in shared.adapters.values()) if shared else 0
     return ClusteredState(
-        start=start,
-        clusters={cluster: read(cluster) for cluster in told["clusters"]},
+        start=ClusteredState.begin(start, shared_rank=shared_rank).start,
+        clusters={cluster: read(_prefix(cluster)) for cluster in told["clusters"]},
         assigned={Slot(partition, number): cluster for partition, number, cluster in told["assigned"]},
-        own={Slot(*slot): read(*slot) for slot in told["own"]},
+        own={Slot(*slot): read(_prefix(*slot)) for slot in told["own"]},
         version=told["version"],
+        shared=shared,
+        changes=tensors.get("slots/changes"),
     )
 
 

@@ -99,10 +99,13 @@ class SlotResiduals:
         self._packed.clear()
 
     def add_to(self, content: RecordDict, partition: int) -> RecordDict:
-        """Give a message's content with what its client needs for each of its slots, or for the start of the run."""
+        """Give a message's content with what its client needs for each of its slots, and for what they share."""
         if wire.ORDER in content:
             return self._packed.add(content, self._ledger.patch(partition))
+        patches: dict[wire.Part, Patch]
         patches = {slot.number: self._ledger.slot_patch(slot) for slot in self._slots_of(partition)}
+        if self._ledger.shares:
+            patches[wire.SHARED] = self._ledger.patch(partition)
         parts = {number: self._packed.add(RecordDict(), patch) for number, patch in patches.items()}
         return RecordDict({**content, **wire.bundle(parts)})
 

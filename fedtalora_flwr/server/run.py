@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from fedtalora_flwr import aggregation, wire
 from fedtalora_flwr.aggregation import Aggregator, GlobalState, SlotAggregator
-from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.config import ConfigError, RunConfig
 from fedtalora_flwr.metrics import TaskMatrix
 from fedtalora_flwr.model import heads, penalties
 from fedtalora_flwr.model.heads import FeatureSums
@@ -61,6 +61,8 @@ class ServerRun:
         method = aggregation.resolve(config.method, config.settings)
         if isinstance(method, SlotAggregator):
             check_settings(config, own_data=own_reader(config) is not None)
+        if config.shared_rank != (method.shared_rank if isinstance(method, SlotAggregator) else 0):
+            raise ConfigError(f"method {config.method} has no part that slots share; set shared-rank=0")
         self.model = model_of(config)  # first: a model that cannot be is refused before any data are read
         self.data: RunData = NodeData(config, self.model) if own_reader(config) else SharedData(config, self.model)
         self.head = heads.resolve(config.head, config.settings)
@@ -77,7 +79,8 @@ class ServerRun:
         if isinstance(method, SlotAggregator):
             by_partition = {p: slots_of(config, partition_id=p) for p in range(config.num_clients)}
             residuals = SlotResiduals(
-                clustered_of(point), lambda p: [aggregation.Slot(p, number) for number in range(len(by_partition[p]))]
+                clustered_of(point, config),
+                lambda p: [aggregation.Slot(p, number) for number in range(len(by_partition[p]))],
             )
             federation = Federation(grid, config, residuals=residuals, show=self._show, shares=self.data.shares)
             tasks = TrueTasks(by_partition, federation.roster)

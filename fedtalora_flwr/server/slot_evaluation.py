@@ -61,7 +61,7 @@ class SlotEvaluation:
             for task_id, weight in by_task.items():
                 found = score(
                     self.model,
-                    [Classifier(state.head)],
+                    [Classifier((clustered.shared or state).head)],
                     test_examples(self.config, task_id=task_id),
                     classes=self.classes.tasks[task_id],
                     config=self.config,
@@ -90,8 +90,9 @@ class SlotEvaluation:
             for task_id, examples in tests.items()
         }
         at_home = correct = judged = 0
-        for index, (cluster, state) in enumerate(clusters):
-            self._load(state)
+        for index, (cluster, own) in enumerate(clusters):
+            self._load(own)
+            state = self.clustered.whole(own)
             for task_id, examples in tests.items():
                 here = chosen[task_id] == index
                 if not here.any():
@@ -114,4 +115,5 @@ class SlotEvaluation:
         return {task_id: int(row.argmax()) for task_id, row in enumerate(counts) if row.any()}
 
     def _load(self, state: GlobalState) -> None:
-        self.model.load(state.adapters, state.residual)
+        whole = self.clustered.whole(state)
+        self.model.load(whole.adapters, whole.residual)

@@ -5,7 +5,7 @@ The tensors of a record travel as one array. A tensor's key is its part and its 
 for the i-th step, ``dense/<module>``. Scalars travel in config and metric records under kebab-case keys.
 """
 
-from fedtalora_flwr.wire.bundle import bundle, unbundle
+from fedtalora_flwr.wire.bundle import SHARED, Part, bundle, unbundle
 from fedtalora_flwr.wire.down import (
     RoundOrder,
     add_before,
@@ -52,7 +52,9 @@ __all__ = [
     "HELLO",
     "METRICS",
     "ORDER",
+    "SHARED",
     "Hello",
+    "Part",
     "Room",
     "RoundOrder",
     "WireError",

@@ -321,7 +321,7 @@ def test_no_update_is_an_error_and_not_an_empty_state():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"signature": "BA"}, "signature must be one of product, lora_B, raw, got 'BA'"),
+        ({"signature": "BA"}, "signature must be one of product, changes, lora_B, raw, got 'BA'"),
         ({"num_clusters": -1}, "num_clusters must be at least 0, got -1"),
         ({"stray_share": 1.0}, r"stray_share must be in \[0, 1\), got 1.0"),
     ],
@@ -343,3 +343,183 @@ def test_slots_are_clustered_and_drawn_with_any_seed_that_a_run_may_have(seed):
     updates = train_all(state, tasks, TWO_TASKS, generator=generator)
     assert same_groups(fl_tac.aggregate(state, updates).assigned, TWO_TASKS)
     assert fl_tac.picture(updates).keys() == TWO_TASKS.keys()
+
+
+SHARED_RANK, HEAD = 3, {"weight": torch.zeros(3, 4), "bias": torch.zeros(3)}
+
+
+def begin_shared(seed):
+    generator = draw(seed)
+    initial = start_state(generator)
+    pairs = {
+        name: LoraFactors.initial(rank=SHARED_RANK + RANK, d_in=d_in, d_out=d_out, scaling=SCALING, generator=generator)
+        for name, (d_out, d_in) in SHAPES.items()
+    }
+    return generator, ClusteredState.begin(replace(initial, adapters=pairs), shared_rank=SHARED_RANK)
+
+
+def train_shared(state: ClusteredState, updates, *, generator, spread=0.3):
+    """What each client made of the shared part: its own move of both factors, with the examples of all its slots."""
+    moved = []
+    for client in sorted({slot.partition_id for slot in updates}):
+        mine = [update for slot, update in updates.items() if slot.partition_id == client]
+        factors = {
+            name: LoraFactors(
+                pair.lora_A + spread * torch.randn(pair.lora_A.shape, generator=generator),
+                pair.lora_B + spread * torch.randn(pair.lora_B.shape, generator=generator),
+                pair.scaling,
+            )
+            for name, pair in state.shared.adapters.items()
+        }
+        counts = sum(update.class_counts for update in mine)
+        moved.append(ClientUpdate(client, int(counts.sum()), factors, {}, counts, state.shared.version))
+    return moved
+
+
+@settings(max_examples=5)
+@given(seed=st.integers(0, 2**31))
+def test_shared_part_and_each_cluster_are_the_means_of_what_was_trained_for_any_slots_and_weights(seed):
+    rng = np.random.default_rng(seed)
+    generator, state = begin_shared(seed)
+    tasks = [make_task(generator) for _ in range(2)]
+    fl_tac = FLTAC(EXACT, num_clusters=2, shared_rank=SHARED_RANK)
+    pristine = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    nothing = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    for _ in range(3):
+        some = [slot for slot in TWO_TASKS if rng.random() < 0.7] or [Slot(0, 0)]
+        updates = {
+            slot: train(state.of(slot), tasks[TWO_TASKS[slot]], slot, generator=generator, num_examples=weight)
+            for slot, weight in zip(some, rng.integers(1, 40, len(some)).tolist(), strict=True)
+        }
+        shared = train_shared(state, updates, generator=generator)
+        new = fl_tac.aggregate(state, updates, shared)
+        assert slots_exactness_error(state, updates, new, shared) < 1e-6
+
+        def mean(updates, bases):
+            total, summed = sum(u.num_examples for u in updates), {n: v.double() for n, v in nothing.items()}
+            for update, base in zip(updates, bases, strict=True):
+                for name, weight in effective(nothing, base.residual, update.adapters).items():
+                    summed[name] += update.num_examples / total * weight
+            return summed
+
+        common = mean(shared, [state.shared] * len(shared))
+        for place in {new.place(slot) for slot in some}:
+            members = [slot for slot in some if new.place(slot) == place]
+            own = mean([updates[slot] for slot in members], [state.of(slot) for slot in members])
+            wanted = {name: pristine[name].double() + common[name] + own[name] for name in SHAPES}
+            got = new.whole(new.of(members[0]))
+            assert relative_error(effective(pristine, got.residual, got.adapters), wanted) < 1e-6
+        state = new
+
+
+def test_exactness_error_sees_a_shared_part_that_lost_its_residual():
+    generator, state = begin_shared(5)
+    tasks = [make_task(generator) for _ in range(2)]
+    updates = train_all(state, tasks, TWO_TASKS, generator=generator)
+    shared = train_shared(state, updates, generator=generator)
+    new = FLTAC(EXACT, num_clusters=2, shared_rank=SHARED_RANK).aggregate(state, updates, shared)
+    assert all(value.any() for value in new.shared.residual.values())
+    broken = replace(new, shared=replace(new.shared, residual={}))
+    assert slots_exactness_error(state, updates, new, shared) < 1e-6
+    assert slots_exactness_error(state, updates, broken, shared) > 1e-2
+
+
+def test_clusters_are_found_and_averaged_by_what_is_not_shared_alone():
+    generator, state = begin_shared(6)
+    tasks = [make_task(generator) for _ in range(2)]
+    fl_tac = FLTAC(EXACT, num_clusters=2, shared_rank=SHARED_RANK)
+    updates = train_all(state, tasks, TWO_TASKS, generator=generator)
+    news = [
+        fl_tac.aggregate(state, updates, train_shared(state, updates, generator=generator, spread=spread))
+        for spread in (0.0, 30.0)
+    ]
+    alone = FLTAC(EXACT, num_clusters=2).aggregate(replace(state, shared=None), updates)
+    assert same_groups(alone.assigned, TWO_TASKS)
+    for new in news:
+        assert new.assigned == alone.assigned
+        for cluster, wanted in alone.clusters.items():
+            got = tensors_of(new.clusters[cluster])
+            assert all(torch.equal(value, got[key]) for key, value in tensors_of(wanted).items())
+
+
+def test_state_without_a_shared_part_is_all_that_its_slots_train_from():
+    initial = start_state(draw(0))
+    state = ClusteredState.begin(initial, shared_rank=0)
+    assert state.start is initial and state.shared is None and state.whole(initial) is initial
+
+
+def test_initial_pairs_are_cut_into_shared_and_own_rows_and_put_together_again():
+    initial, generator = start_state(draw(8)), draw(9)
+    pairs = {
+        name: LoraFactors(
+            torch.randn(5, d_in, generator=generator), torch.randn(d_out, 5, generator=generator), SCALING
+        )
+        for name, (d_out, d_in) in SHAPES.items()
+    }
+    state = ClusteredState.begin(replace(initial, adapters=pairs, version=2), shared_rank=SHARED_RANK)
+    again = state.whole(state.start)
+    for name, pair in pairs.items():
+        assert torch.equal(state.shared.adapters[name].lora_A, pair.lora_A[:SHARED_RANK])
+        assert torch.equal(state.start.adapters[name].lora_B, pair.lora_B[:, SHARED_RANK:])
+        assert torch.equal(again.adapters[name].lora_A, pair.lora_A)
+        assert torch.equal(again.adapters[name].lora_B, pair.lora_B)
+    assert state.shared.version == again.version == 2 and state.shared.head is initial.head
+
+
+def test_changes_are_summed_over_the_rounds_in_which_a_slot_was_there_and_leave_out_what_was_broadcast():
+    generator, state, tasks = begin(9, 2)
+    fl_tac, slots = FLTAC(EXACT, num_clusters=2, signature="changes"), sorted(TWO_TASKS)
+    wanted = torch.zeros(len(slots), len(slots), dtype=torch.float64)
+    for some in (TWO_TASKS, {slot: task for slot, task in TWO_TASKS.items() if slot.partition_id}, TWO_TASKS):
+        updates = train_all(state, tasks, some, generator=generator)
+        changes = torch.zeros(len(slots), sum(d_out * d_in for d_out, d_in in SHAPES.values()), dtype=torch.float64)
+        for row, slot in enumerate(slots):
+            if slot in updates:
+                before, after = state.of(slot).adapters, updates[slot].adapters
+                changes[row] = torch.cat([(after[n].delta() - before[n].delta()).flatten() for n in SHAPES])
+        unit = changes / changes.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        wanted += unit @ unit.T
+        state = fl_tac.aggregate(state, updates)
+        assert torch.allclose(state.changes, wanted, atol=1e-5)
+    assert same_groups(state.assigned, TWO_TASKS)
+
+
+@pytest.mark.parametrize(("signature", "finds"), [("changes", True), ("product", False)])
+def test_slot_that_began_in_a_wrong_cluster_is_found_by_its_changes_and_not_by_what_it_was_sent(signature, finds):
+    generator, state, tasks = begin(7, 2)
+    fl_tac = FLTAC(EXACT, num_clusters=2, signature=signature, stray_share=0)
+    mover, slots = Slot(4, 0), TWO_TASKS | {Slot(5, 0): 0, Slot(5, 1): 1}
+    first = train_all(state, tasks, slots | {mover: 0}, generator=generator, num_steps=20)
+    state = fl_tac.aggregate(state, first)
+    assert state.assigned[mover] == state.assigned[Slot(0, 0)]
+    for _ in range(3):  # on its own task from now on, of which a round shows little
+        updates = train_all(state, tasks, slots | {mover: 1}, generator=generator, num_steps=2)
+        state = fl_tac.aggregate(state, updates)
+    assert (state.assigned[mover] == state.assigned[Slot(0, 1)]) == finds
+
+
+def test_slot_never_seen_before_is_found_by_its_changes_once_it_is_there_with_slots_of_its_task():
+    generator, fl_tac, tasks, state = two_clusters(signature="changes")
+    newcomer = Slot(9, 0)
+    new = fl_tac.aggregate(state, train_all(state, tasks, TWO_TASKS | {newcomer: 1}, generator=generator))
+    assert new.assigned == state.assigned | {newcomer: state.assigned[Slot(0, 1)]}
+
+
+def test_class_rows_of_a_shared_part_are_averaged_over_all_slots_that_hold_the_class_whatever_their_cluster():
+    generator, state = begin_shared(4)
+    tasks = [make_task(generator) for _ in range(2)]
+    updates = train_all(state, tasks, TWO_TASKS, generator=generator)
+    values = {Slot(0, 0): (0, 1.0, 6), Slot(3, 0): (0, 5.0, 2), Slot(0, 1): (1, 7.0, 4)}  # class, its rows, examples
+    for slot, (held, value, num_examples) in values.items():
+        rows = {name: torch.zeros_like(rows).index_fill_(0, torch.tensor(held), value) for name, rows in HEAD.items()}
+        counts = torch.zeros(3, dtype=torch.int64).index_fill_(0, torch.tensor(held), num_examples)
+        updates[slot] = replace(updates[slot], head=rows, class_counts=counts, num_examples=num_examples)
+    updates = {slot: updates[slot] for slot in values}
+    shared = train_shared(state, updates, generator=generator)
+    new = FLTAC(EXACT, num_clusters=2, shared_rank=SHARED_RANK).aggregate(state, updates, shared)
+    assert new.assigned[Slot(0, 0)] != new.assigned[Slot(3, 0)]  # of different tasks, and yet
+    assert new.shared.head["bias"].tolist() == [2.0, 7.0, 0.0]
+    assert torch.equal(new.sent_to(Slot(3, 0)).head["weight"], new.shared.head["weight"])
+    bias = {slot: new.whole(new.of(slot)).head["bias"].tolist() for slot in values}
+    assert bias[Slot(3, 0)] == (bias[Slot(0, 1)] if new.of(Slot(3, 0)) is new.of(Slot(0, 1)) else [2.0, 0.0, 0.0])
+    assert bias[Slot(0, 0)] == [2.0, 0.0, 0.0]

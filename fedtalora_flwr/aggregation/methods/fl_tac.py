@@ -5,6 +5,14 @@ are about the same thing: it clusters the adapters, and a slot goes on from the 
 
     W_c  =  W_0 + R_c + s B_c A_c,    (B_c, A_c, R_c) = a method's aggregate of the slots in cluster c.
 
+With ``shared_rank``, which the paper does not have, one more pair stands beside that of every slot,
+
+    W_c  =  W_0 + R + R_c + s (B A + B_c A_c),    (B, A, R) = the method's aggregate of all clients,
+
+so that what the tasks have in common is learned from the examples of all. Each client trains it through its slots and
+sends it once. Both sums are the means of what was trained, each with a residual of its own; clusters are found by what
+is not shared. Class rows are then averaged over all slots too, each over those that hold the class.
+
 Where the paper leaves a gap, and what is done here:
 
 - The paper clusters the flattened (A, B), which depends on the gauge of the pair; here it is the product B A (see
@@ -28,7 +36,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from fedtalora_flwr.aggregation.class_rows import average_class_rows
 from fedtalora_flwr.aggregation.clustering import (
     Matrix,
     cosines,
@@ -41,11 +52,11 @@ from fedtalora_flwr.aggregation.clustering import (
     strays,
 )
 from fedtalora_flwr.aggregation.methods.fedtalora import FedTaLoRA, Residual
-from fedtalora_flwr.aggregation.signature import SIGNATURES, Adapters
-from fedtalora_flwr.aggregation.slots import ClusteredState, Slot, SlotAggregator, followed, mean_residual
+from fedtalora_flwr.aggregation.signature import SIGNATURES, Adapters, change
+from fedtalora_flwr.aggregation.slots import ClusteredState, Slot, SlotAggregator, followed, weighted_residual
 from fedtalora_flwr.aggregation.types import Aggregator, ClientUpdate, GlobalState, example_weights
 
-Signature = Literal["product", "lora_B", "raw"]
+Signature = Literal["product", "changes", "lora_B", "raw"]
 _DIMENSIONS = 16  # that the silhouette sees: unit points of 50 tasks stand well apart in them, and noise is left out
 
 
@@ -62,11 +73,15 @@ class FLTAC(SlotAggregator):
         N, the number of tasks; 0 lets the silhouette choose it in every round, up to one for each cluster there is
         and one more for every two slots that are there.
     signature
-        What is clustered: ``product``, ``lora_B`` or ``raw`` (see `signature`).
+        What is clustered: ``product``, ``lora_B`` or ``raw`` (see `signature`), or ``changes``: what each slot changed
+        itself, every round counting alike. A product holds what its cluster broadcast, right or wrong; a change does
+        not, and the noise of one round is not that of the next.
     stray_share
         A slot whose agreement with its cluster is below this share of the usual one goes its own way (see `strays`).
     seed
         Of K-means.
+    shared_rank
+        Rank of the pair that all slots share; 0: none, as in the paper.
     """
 
     method: Aggregator
@@ -74,6 +89,7 @@ class FLTAC(SlotAggregator):
     signature: str = "product"
     stray_share: float = 0.5
     seed: int = 0
+    shared_rank: int = 0
 
     @property
     def trainable(self) -> frozenset[str]:  # type: ignore[override]
@@ -88,7 +104,7 @@ class FLTAC(SlotAggregator):
     @property
     def compares_ranks(self) -> bool:  # type: ignore[override]
         """Whether the signature is that of the product, which has the same shape at any rank."""
-        return self.signature == "product"
+        return self.signature in ("product", "changes")
 
     def __post_init__(self) -> None:
         if self.signature not in SIGNATURES:
@@ -98,12 +114,15 @@ class FLTAC(SlotAggregator):
         if not 0 <= self.stray_share < 1:
             raise ValueError(f"stray_share must be in [0, 1), got {self.stray_share}")
 
-    def aggregate(self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate]) -> ClusteredState:
-        """Cluster the slots and fold each cluster (see `SlotAggregator.aggregate`)."""
+    def aggregate(
+        self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate], shared: Sequence[ClientUpdate] = ()
+    ) -> ClusteredState:
+        """Cluster the slots and fold each cluster, and the shared part (see `SlotAggregator.aggregate`)."""
         if not updates:
             raise ValueError("nothing to average: no slot sent an update")
         updates = {slot: updates[slot] for slot in sorted(updates)}
-        found, heirs = self._cluster(state, updates)
+        changes = self._changes(state, updates) if self.signature == "changes" else None
+        found, heirs = self._cluster(state, updates, changes)
         members: dict[int, list[Slot]] = {}
         for slot, cluster in found.items():
             if cluster is not None:
@@ -122,16 +141,22 @@ class FLTAC(SlotAggregator):
         folded = {cluster: self._fold(state, cluster, slots, updates) for cluster, slots in members.items()}
         alive = set(assigned.values())
         clusters = {c: one for c, one in sorted({**state.clusters, **folded}.items()) if c in alive}
-        return ClusteredState(state.start, clusters, assigned, own, state.version + 1)
+        common = None
+        if state.shared is not None:
+            pairs = self.method.aggregate(replace(state.shared, head={}), shared)
+            common = replace(pairs, head=average_class_rows(state.shared.head, list(updates.values())))
+        return ClusteredState(state.start, clusters, assigned, own, state.version + 1, common, changes)
 
     def _cluster(
-        self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate]
+        self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate], changes: Tensor | None
     ) -> tuple[dict[Slot, int | None], dict[int, int]]:
         """Give each slot the id of its group, None if it is a stray there; and each cluster that of its own point."""
         old = list(state.clusters)
-        gram = self._gram(
-            [*(update.adapters for update in updates.values()), *(state.clusters[cluster].adapters for cluster in old)]
-        )
+        if changes is None:
+            adapters = [update.adapters for update in updates.values()]
+            gram = self._gram([*adapters, *(state.clusters[cluster].adapters for cluster in old)])
+        else:
+            gram = cosines(_with_clusters(cosines(changes.numpy()), state, updates))
         points = self._points(gram)
         seed = int(np.random.default_rng([self.seed, state.version]).integers(2**32))
         if self.num_clusters:
@@ -160,8 +185,20 @@ class FLTAC(SlotAggregator):
         if all(base is before for base in bases):
             folded = self.method.aggregate(before, replies)
             return followed(folded, before=before, same_place=cluster in state.clusters)
-        mixed = replace(before, residual=mean_residual(bases, example_weights(replies)))
+        mixed = replace(before, residual=weighted_residual(bases, example_weights(replies)))
         return replace(self.method.aggregate(mixed, replies), step={})  # no step leads there from the old residual
+
+    def _changes(self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate]) -> Tensor:
+        """Add the cosines of this round's changes to those of earlier rounds: (n, n), all slots heard of."""
+        slots = sorted({*state.slots(), *updates})
+        total = torch.zeros(len(slots), len(slots), dtype=torch.float64)
+        if state.changes is not None:
+            before = torch.tensor([slots.index(slot) for slot in state.slots()])
+            total[before[:, None], before] = state.changes
+        there = torch.tensor([slots.index(slot) for slot in updates])
+        changed = [change(state.of(slot).adapters, update.adapters) for slot, update in updates.items()]
+        total[there[:, None], there] += torch.from_numpy(self._gram(changed))
+        return total
 
     def picture(self, updates: Mapping[Slot, ClientUpdate]) -> dict[Slot, tuple[float, float]]:
         """Lay the slots out on a plane by their signatures."""
@@ -180,6 +217,19 @@ class FLTAC(SlotAggregator):
         return embed(gram) if self.signature == "raw" else directions(gram, num_dims=self.num_clusters or _DIMENSIONS)
 
 
+def _with_clusters(gram: Matrix, state: ClusteredState, updates: Mapping[Slot, ClientUpdate]) -> Matrix:
+    """Give the inner products of the slots that are there, then of the clusters, each the mean of its slots' points."""
+    slots = sorted({*state.slots(), *updates})
+    points = np.zeros((len(updates) + len(state.clusters), len(slots)))
+    for row, slot in enumerate(updates):
+        points[row, slots.index(slot)] = 1
+    for row, cluster in enumerate(state.clusters, len(updates)):
+        members = [slots.index(slot) for slot, one in state.assigned.items() if one == cluster]
+        points[row, members] = 1 / len(members)
+    joined: Matrix = points @ gram @ points.T
+    return joined
+
+
 def create(
     *,
     residual: Residual = "accumulate",
@@ -188,6 +238,7 @@ def create(
     signature: Signature = "product",
     stray_share: float = 0.5,
     seed: int = 0,
+    shared_rank: int = 0,
 ) -> FLTAC:
     """Build the method; ``residual`` is that of Fed-TaLoRA within a cluster, ``off`` the mean of factors by examples.
 
@@ -199,5 +250,10 @@ def create(
     if residual_energy < 1:
         raise ValueError(f"residual-energy is {residual_energy}; with method fl-tac it must be 1")
     return FLTAC(
-        FedTaLoRA(residual=residual), num_clusters=clusters, signature=signature, stray_share=stray_share, seed=seed
+        FedTaLoRA(residual=residual),
+        num_clusters=clusters,
+        signature=signature,
+        stray_share=stray_share,
+        seed=seed,
+        shared_rank=shared_rank,
     )

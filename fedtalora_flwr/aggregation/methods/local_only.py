@@ -3,7 +3,7 @@
 The baseline that says what a client gains by taking part at all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedtalora_flwr.aggregation.factors import FACTORS
@@ -21,7 +21,9 @@ class LocalOnly(SlotAggregator):
     trainable: frozenset[str] = FACTORS
     exact: bool = True
 
-    def aggregate(self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate]) -> ClusteredState:
+    def aggregate(
+        self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate], shared: Sequence[ClientUpdate] = ()
+    ) -> ClusteredState:
         """Take each slot's update for its own state (see `SlotAggregator.aggregate`)."""
         if not updates:
             raise ValueError("nothing to take in: no slot sent an update")

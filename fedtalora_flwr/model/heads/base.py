@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 
+from fedtalora_flwr.aggregation.class_rows import moved_rows
+
 _DENSE = 2048  # up to which all eigenvalues are found
 _MARGIN = 6.0  # see `rows_at_means`
 _DRIFT_LAMBDA = 0.1  # relative to the mean square of a feature; see docs/BENCHMARK.md
@@ -287,8 +289,8 @@ def rows_at_means(means: Tensor) -> dict[str, Tensor]:
 
 def trained_classes(rows: Mapping[str, Tensor]) -> list[int]:
     """List the classes whose row is no longer as `init_rows` made it."""
-    moved = [value.flatten(1).any(1) if value.dim() > 1 else value != 0 for value in rows.values()]
-    return torch.stack(moved).any(0).nonzero().flatten().tolist()
+    moved: list[int] = moved_rows(rows).nonzero().flatten().tolist()
+    return moved
 
 
 def _with_zero_rows(value: Tensor, num_rows: int) -> Tensor:
