@@ -211,8 +211,9 @@ def test_tiny_imagenet_presets_load_and_train_on_an_image_folder(checkpoint, tmp
 def test_fl_tac_presets_have_a_cluster_and_a_task_for_each_part_or_domain(name):
     config = configured(name)
     assert (config.method, config.residual, config.head, config.task_order) == ("fl-tac", "off", "linear", "domain")
-    assert (config.num_clients, config.partition, config.dirichlet_beta, config.rank) == (10, "dirichlet", 0.5, 1)
+    assert (config.num_clients, config.dirichlet_beta, config.rank) == (10, 0.5, 1)
     parts = parts_of(config.dataset)
+    assert config.partition == ("dirichlet" if len(parts) == 1 else "dirichlet-sizes")
     assert config.clusters == config.num_tasks == (10 if len(parts) == 1 else len(parts))
 
 
