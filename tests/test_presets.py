@@ -210,11 +210,12 @@ def test_tiny_imagenet_presets_load_and_train_on_an_image_folder(checkpoint, tmp
 @pytest.mark.parametrize("name", FL_TAC)
 def test_fl_tac_presets_have_a_cluster_and_a_task_for_each_part_or_domain(name):
     config = configured(name)
-    assert (config.method, config.residual, config.partition, config.rank) == ("fl-tac", "off", "dirichlet", 1)
+    assert (config.method, config.residual, config.rank) == ("fl-tac", "off", 1)
     assert (config.dirichlet_beta, config.num_clients) == (0.5, 5 if name == "fl-tac-dolly" else 10)
     asks = config.dataset == "dolly"  # whose classes are its tasks
     assert (config.head, config.task_order) == (("lm", "seeded") if asks else ("linear", "domain"))
     parts = parts_of(config.dataset)
+    assert config.partition == ("dirichlet" if len(parts) == 1 else "dirichlet-sizes")
     assert config.clusters == config.num_tasks == (8 if asks else 10 if len(parts) == 1 else len(parts))
 
 

@@ -133,6 +133,17 @@ def test_dirichlet_shares_follow_the_draw_for_each_class():
     np.testing.assert_allclose(counts, expected, atol=1.0)
 
 
+def test_dirichlet_sizes_draws_one_share_for_all_classes_of_a_task():
+    labels = np.tile([0, 1, 1], 2000)
+    parts = split("dirichlet-sizes", labels, num_partitions=6, dirichlet_beta=0.5, seed=4)
+    rng = np.random.default_rng(4)
+    rng.permutation(6000)
+    np.testing.assert_allclose([len(part) for part in parts], rng.dirichlet([0.5] * 6) * 6000, atol=1.0)
+    large = [part for part in parts if len(part) > 300]
+    assert len(large) >= 3
+    assert all(abs(labels[part].mean() - 2 / 3) < 0.1 for part in large)  # each has both classes, as the task has them
+
+
 @pytest.mark.parametrize("beta", [0.0, -1.0, float("nan"), float("inf")])
 def test_dirichlet_refuses_a_beta_that_is_not_positive(beta):
     with pytest.raises(ValueError, match="dirichlet-beta must be positive"):

@@ -86,7 +86,7 @@ def test_more_tasks_than_groups_is_an_error_that_names_both(stream_of):
 def test_unknown_names_are_errors_that_list_the_choices(stream_of):
     with pytest.raises(ValueError, match="seeded, given, domain"):
         stream_of(task_order="random")
-    with pytest.raises(ValueError, match="dirichlet, iid, quantity"):
+    with pytest.raises(ValueError, match="dirichlet, dirichlet-sizes, iid, quantity"):
         stream_of(partition="pathological")
 
 
