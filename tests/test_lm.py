@@ -21,8 +21,9 @@ from fedtalora_flwr.cli.app import cli
 from fedtalora_flwr.config import ConfigError
 from fedtalora_flwr.data import DataError, Split
 from fedtalora_flwr.data.instructions import Instruction
-from fedtalora_flwr.inference.answer import Answered, AnswerError, scored_by
+from fedtalora_flwr.inference.answer import AnswerError
 from fedtalora_flwr.inference.export import export
+from fedtalora_flwr.inference.held_out import Answered, scored_by
 from fedtalora_flwr.launch.api import Run
 from fedtalora_flwr.model.backbones import BackboneError, lm, smollm2
 from fedtalora_flwr.model.lora import AdaptedModel, PlacementError
@@ -280,6 +281,9 @@ def test_answers_are_written_scored_and_shown(played):
         ([name], 2, 0.5) for name in trained_names(played)
     ]
     assert all(0 <= one["rouge_after"] <= 1 and one["expected"] for one in content["answers"])
+    told = [losses for losses in played.rounds["answer_losses"] if isinstance(losses, list)][-1]
+    assert [task["loss"] for task in content["tasks"]] == pytest.approx(told)
+    assert all(task["loss_before"] == pytest.approx(math.log(258), abs=0.15) for task in content["tasks"])
     page = played.report().read_text()
     assert "What it answers" in page and "Loss on each task" in page
     assert "Per cent of the tokens of a task" in page

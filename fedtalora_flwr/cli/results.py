@@ -197,26 +197,30 @@ def answers(
     """Let a run's language model answer prompts that nobody was trained on, before and after, and score the answers.
 
     RUN/answers.json gets every answer and, by task, the mean of ROUGE-L (an F-measure in [0, 1]) against the expected
-    one. The report of the run shows them.
+    one, and the mean loss of a token (nats) over all test answers. The report of the run shows them.
 
     A command of yours may score the answers too: it reads lines like {"task", "prompt", "expected", "answer"}.
     """
     from rich.table import Table
 
-    from fedtalora_flwr.inference import answer
+    from fedtalora_flwr.inference import held_out
+    from fedtalora_flwr.inference.answer import Wish
     from fedtalora_flwr.inference.model import open_trained
 
-    wish = answer.Wish(max_new_tokens, temperature, seed)
+    wish = Wish(max_new_tokens, temperature, seed)
     trained = open_trained(run_folder, device=device, place=_place(cluster, slot))
-    found = answer.held_out_answers(trained, wish, each=each, on_task=lambda name: errors.print(f"answers {name}"))
+    found = held_out.held_out_answers(trained, wish, each=each, on_task=lambda name: errors.print(f"answers {name}"))
+    losses = held_out.held_out_losses(trained)
     if score_with:
-        found = answer.scored_by(score_with, found)
-    table = Table("task", "answers", "ROUGE-L before", "ROUGE-L", *(["score"] if score_with else []))
-    for task in answer.by_task(found):
-        numbers = [task["rouge_l_before"], task["rouge_l"], *([task["score"]] if score_with else [])]
-        table.add_row(", ".join(task["classes"]), str(task["num_answers"]), *(f"{number:.3f}" for number in numbers))
+        found = held_out.scored_by(score_with, found)
+    columns = ["loss_before", "loss", "rouge_l_before", "rouge_l", *(["score"] if score_with else [])]
+    headings = {"loss_before": "loss before", "rouge_l_before": "ROUGE-L before", "rouge_l": "ROUGE-L"}
+    table = Table("task", "answers", *(headings.get(column, column) for column in columns))
+    for task in held_out.by_task(found, losses):
+        numbers = [f"{task[column]:.3f}" for column in columns]
+        table.add_row(", ".join(task["classes"]), str(task["num_answers"]), *numbers)
     console.print(table)
-    path = answer.write_answers(trained.record.path, found, wish)
+    path = held_out.write_answers(trained.record.path, found, losses, wish)
     console.print(f"answers {path}", highlight=False, markup=False, soft_wrap=True)
 
 
