@@ -343,9 +343,9 @@ def test_slot_that_changes_its_rows_more_than_the_others_counts_less_in_them(tmp
     shares: dict[Slot, float] = {}
     aggregate = FLTAC.aggregate
 
-    def watched(self, state, updates):
+    def watched(self, state, updates, shared):
         shares.update({slot: float(u.class_counts.sum()) / u.num_examples for slot, u in updates.items()})
-        return aggregate(self, state, updates)
+        return aggregate(self, state, updates, shared)
 
     monkeypatch.setattr(FLTAC, "aggregate", watched)
     run(tmp_path, meddle(scaled("head/", -9.0)), rounds_per_task=1)
