@@ -27,7 +27,7 @@ from fedtalora_flwr.inference.model import TrainedModelError, open_trained
 from fedtalora_flwr.model.backbones import vit_mini
 from fedtalora_flwr.model.heads import Classifier, FeatureSums
 from fedtalora_flwr.model.lora import PlacementError
-from fedtalora_flwr.model.router import by_cluster
+from fedtalora_flwr.model.router import by_cluster, sum_slots
 from fedtalora_flwr.model.session import model_of, slots_of, test_examples, training_examples
 from fedtalora_flwr.model.train import count_correct, fit
 from fedtalora_flwr.report import write_report
@@ -668,6 +668,26 @@ def test_run_with_a_shared_part_predicts_as_it_was_scored_and_each_cluster_can_b
     for name, pair in model.adapters.items():
         wanted = shared.adapters[name].delta() + own.adapters[name].delta() + shared.residual[name] + own.residual[name]
         assert torch.allclose(pair.delta() + model.residual[name], wanted, atol=1e-6)
+
+
+def test_router_of_a_run_with_a_shared_part_sums_features_under_that_part_alone(sharing):
+    point, config, state = checkpoint.load(sharing / "checkpoint"), configured(sharing), clustered(sharing)
+    model, told = model_of(config), []
+    for adapters, residual in (
+        (state.whole(state.start).adapters, state.shared.residual),
+        (model.initial_factors(seed=config.seed), {}),
+    ):
+        model.load(adapters, residual)
+        sums = [
+            sum_slots(
+                model, [training_examples(config, partition_id=k, task_id=t) for t in range(TASKS)], config=config
+            )
+            for k in range(CLIENTS)
+        ]
+        told.append(sum(one.root.T @ one.root for one in sums))
+    under_shared, untouched = told
+    assert torch.allclose(point.routes.gram, under_shared, rtol=1e-5, atol=1e-3)
+    assert not torch.allclose(point.routes.gram, untouched, rtol=1e-5, atol=1e-3)
 
 
 def test_sums_of_slots_go_to_the_rows_of_their_clusters():
