@@ -331,7 +331,8 @@ def test_words_are_told_as_they_come(played):
         ({"input_column": "instruction,hint"}, "input-column 'hint': .* has no such column"),
         ({"rows_start": "means"}, "set rows-start=zero"),
         ({"penalty": "lwf"}, "penalty=none"),
-        ({"max_length": 500}, "max-length must be at most 128"),
+        ({"max_length": 500}, "max-length must be at least 16 and at most 128"),
+        ({"max_length": 3}, "max-length must be at least 16 and at most 128"),
         ({"method": "local-only", "head": "ridge"}, "set head"),
     ],
 )

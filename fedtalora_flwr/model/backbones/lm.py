@@ -32,6 +32,7 @@ log = getLogger("fedtalora.data")
 _NOT_LEARNT = -100  # transformers' mark of a token without a loss
 _PADDING = -1  # in place of a token: no model has it, where the end of a text may be what pads
 _ANSWERS_SHARE = 4  # a prompt is cut to leave the answer this part of max-length
+_SHORTEST = 16  # tokens, so that a few are an answer's
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -63,8 +64,11 @@ class LanguageBackbone(Backbone):
         self.feature_dim = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
         self.placement = decoder_placement(model)
         longest = getattr(model.config, "max_position_embeddings", None)
-        if longest is not None and max_length > longest:
-            raise BackboneError(f"max-length must be at most {longest} for {type(model).__name__}, got {max_length}")
+        if max_length < _SHORTEST or (longest is not None and max_length > longest):
+            most = f" and at most {longest}" if longest else ""
+            raise BackboneError(
+                f"max-length must be at least {_SHORTEST}{most} for {type(model).__name__}, got {max_length}"
+            )
         if tokenizer.eos_token_id is None:
             raise BackboneError("the tokenizer has no end token (eos_token), so that no answer would ever end")
         self._tokenizer = tokenizer
