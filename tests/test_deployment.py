@@ -34,6 +34,7 @@ def naming(lab: Deployment) -> list[str]:
     return [command for command in commands if any(name in command for name in names)]
 
 
+@pytest.mark.full
 def test_parts_restart_refusals_are_errors_a_failed_run_says_why_and_no_process_stays(tmp_path: Path) -> None:
     with Deployment(tmp_path / "lab", num_nodes=2) as lab:
         with pytest.raises(DeploymentError, match="Invalid run configuration"):

@@ -275,7 +275,7 @@ def test_a_run_listens_on_loopback_alone(neighbour: Launcher) -> None:
     ("crashed", "signals", "code"),
     [
         pytest.param([], [signal.SIGTERM], 143, id="SIGTERM"),
-        pytest.param([], [signal.SIGINT, signal.SIGINT], -signal.SIGINT, id="SIGINT-twice"),
+        pytest.param([], [signal.SIGINT, signal.SIGINT], -signal.SIGINT, id="SIGINT-twice", marks=pytest.mark.full),
         pytest.param([], [signal.SIGKILL], -signal.SIGKILL, id="SIGKILL"),
         # Ray's processes are orphans now: nothing above them is left to take them along.
         pytest.param(
@@ -283,6 +283,7 @@ def test_a_run_listens_on_loopback_alone(neighbour: Launcher) -> None:
             [signal.SIGKILL],
             -signal.SIGKILL,
             id="SIGKILL-after-a-crash",
+            marks=pytest.mark.full,
         ),
     ],
 )

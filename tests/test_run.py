@@ -144,6 +144,7 @@ def test_a_run_killed_in_the_middle_of_a_round_resumes_to_the_same_metrics(
     assert [line["server_round"] for line in rounds(folder)] == [1, 2, 3, 4]
 
 
+@pytest.mark.full  # the same in one process is quicker, and above
 def test_a_run_that_cannot_start_training_fails_with_what_to_change(tmp_path: Path) -> None:
     process = start("--out", tmp_path / "run", *settings("lora-blocks=4-9"))
     output = finish(process)

@@ -426,6 +426,7 @@ def test_client_that_lost_its_bases_is_sent_those_of_all_its_slots_again(tmp_pat
     assert [line["failures"] for line in rounds(tmp_path / "run")] == [[], [], []]
 
 
+@pytest.mark.full  # one that has lost its bases: below
 def test_client_that_can_keep_no_base_but_the_last_ends_where_any_other_does(tmp_path, monkeypatch):
     outs = []
     for keeps in (1.0, 0.0):

@@ -287,7 +287,7 @@ def rounds(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in {"seconds", "crc32"}} for line in lines]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.full), signal.SIGKILL])
 def test_flowers_messages_share_a_process_which_ends_with_flowers_supernode(
     tmp_path: Path, number: signal.Signals
 ) -> None:
