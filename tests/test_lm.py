@@ -6,6 +6,7 @@ import math
 import runpy
 from pathlib import Path
 
+import datasets
 import numpy as np
 import peft
 import pytest
@@ -21,6 +22,7 @@ from fedtalora_flwr.cli.app import cli
 from fedtalora_flwr.config import ConfigError
 from fedtalora_flwr.data import DataError, Split
 from fedtalora_flwr.data.instructions import Instruction
+from fedtalora_flwr.data.sources import dolly
 from fedtalora_flwr.inference.answer import AnswerError
 from fedtalora_flwr.inference.export import export
 from fedtalora_flwr.inference.held_out import Answered, scored_by
@@ -170,16 +172,14 @@ def test_a_residual_is_kept_beside_a_base_of_16_bits_and_set_not_added(tmp_path)
     }
     before = layer.get_base_layer().weight.clone()
     residual = {name: torch.full((d_out, d_in), 1e-5)}  # below half a unit in the last place of most weights
-    x = torch.randn(3, d_in, generator=torch.Generator().manual_seed(0)).bfloat16()
-    model.load(nothing, {})
-    plain = layer(x)
     for _ in range(2):
         model.load(nothing, residual)
     assert torch.equal(layer.get_base_layer().weight, before)
     assert torch.equal(layer.beside, residual[name])
-    x = 1000 * x
-    moved = (layer(x).float() - 1000 * plain.float()).mean(1)
-    assert torch.allclose(moved, x.float().sum(1) * 1e-5, atol=0.05 * float(x.float().abs().max()) * 1e-3)
+    x = torch.randn(3, d_in, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        layer.get_base_layer().weight.zero_()  # whose rounding would hide what stands beside it
+    torch.testing.assert_close(layer(x).float(), F.linear(x.float(), residual[name]), rtol=0.01, atol=1e-7)
     model.load(nothing, {})
     assert layer.beside is None
 
@@ -350,6 +350,17 @@ def test_an_empty_prompt_or_answer_is_named_with_its_row(column, name, tmp_path,
         csv.writer(file).writerows([("instruction", "response", "category"), *rows])
     with pytest.raises(DataError, match=rf"column '{name}' of .* is empty in row 1 \(1 such rows\)"):
         tiny_run(tmp_path / "run", **(run_settings | {"data_path": str(path), "num_tasks": 1}))
+
+
+def test_dolly_keeps_one_of_rows_that_stand_in_it_twice(tmp_path):
+    rows = [("say 1", "", "1", "echo"), ("say 1", "loudly", "1", "echo"), ("say 1", "", "1", "add")]
+    columns = ("instruction", "context", "response", "category")
+    (tmp_path / "dolly").mkdir()
+    table = {name: [row[at] for row in rows] for at, name in enumerate(columns)}
+    datasets.Dataset.from_dict(table).to_parquet(tmp_path / "dolly" / "dolly.parquet")
+    source = dolly.create(data_root=str(tmp_path))
+    assert [source.class_names[label] for label in source.train.labels] == ["echo", "echo"]
+    assert source.train.read(np.arange(2)) == [Instruction("say 1", "1"), Instruction("say 1\n\nloudly", "1")]
 
 
 def test_what_is_no_language_model_is_refused_by_name(tmp_path, small_bert, monkeypatch):

@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 
-import torch
-
 from fedtalora_flwr.aggregation import GlobalState
 from fedtalora_flwr.data.instructions import Instruction
 from fedtalora_flwr.inference.model import TrainedModel
@@ -69,16 +67,22 @@ def answers(
     on_text
         Is told of each piece of an answer as it comes.
     """
-    backbone = language_backbone(trained)
     found: dict[int, str] = {}
     for state, rows in _by_state(trained, prompts):
         if state is not None:
             trained.become(state)
-        for batch in torch.tensor(rows).split(trained.config.batch_size):  # type: ignore[no-untyped-call]
-            chosen = batch.tolist()
-            written = backbone.generate([prompts[row] for row in chosen], **asdict(wish), on_text=on_text)
-            found |= dict(zip(chosen, written, strict=True))
+        written = answers_as_loaded(trained, [prompts[row] for row in rows], wish, on_text=on_text)
+        found |= dict(zip(rows, written, strict=True))
     return [found[row] for row in range(len(prompts))]
+
+
+def answers_as_loaded(
+    trained: TrainedModel, prompts: Sequence[str], wish: Wish, *, on_text: Callable[[str], None] | None = None
+) -> list[str]:
+    """Answer prompts by the state that the model is set to, a batch at a time; see `answers`."""
+    backbone, size = language_backbone(trained), trained.config.batch_size
+    batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    return [text for batch in batches for text in backbone.generate(batch, **asdict(wish), on_text=on_text)]
 
 
 def answer_items(

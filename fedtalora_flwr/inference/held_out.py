@@ -8,7 +8,7 @@ import json
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from fedtalora_flwr.aggregation import GlobalState
 from fedtalora_flwr.config.whole import write_text
 from fedtalora_flwr.data.instructions import Instruction
-from fedtalora_flwr.inference.answer import AnswerError, Wish, answers, language_backbone
+from fedtalora_flwr.inference.answer import AnswerError, Wish, answers, answers_as_loaded, language_backbone
 from fedtalora_flwr.inference.model import TrainedModel
 from fedtalora_flwr.model.session import data_of, test_examples
 from fedtalora_flwr.model.train import Examples, score
@@ -86,7 +86,8 @@ def held_out_answers(
         on_task(", ".join(dict.fromkeys(classes)))
         examples: Sequence[Instruction] = data.source.test.read(rows)
         after = answers(trained, [example.prompt for example in examples], wish)
-        before = _untouched_answers(trained, [example.prompt for example in examples], wish)
+        with _untouched(trained):
+            before = answers_as_loaded(trained, [example.prompt for example in examples], wish)
         for name, example, was, now in zip(classes, examples, before, after, strict=True):
             scores = [rouge(example.answer, text) for text in (was, now)]
             found.append(Answered(task_id, name, example.prompt, example.answer, was, now, *scores))
@@ -137,15 +138,6 @@ def _tasks_begun(trained: TrainedModel) -> int:
         return trained.config.last_task
     per_task = max(1, trained.config.rounds_per_task)
     return min(trained.config.last_task, -(-trained.server_round // per_task))
-
-
-def _untouched_answers(trained: TrainedModel, prompts: Sequence[str], wish: Wish) -> list[str]:
-    with _untouched(trained):
-        return [
-            text
-            for batch in torch.arange(len(prompts)).split(trained.config.batch_size)  # type: ignore[no-untyped-call]
-            for text in language_backbone(trained).generate([prompts[row] for row in batch.tolist()], **asdict(wish))
-        ]
 
 
 @contextmanager
@@ -199,7 +191,7 @@ def scored_by(command: str, found: Sequence[Answered]) -> list[Answered]:
         raise AnswerError(
             f"{command!r} printed {len(scores)} numbers for {len(found)} answers; it must print one a line"
         )
-    return [Answered(**{**asdict(one), "score": score}) for one, score in zip(found, scores, strict=True)]
+    return [replace(one, score=score) for one, score in zip(found, scores, strict=True)]
 
 
 def by_task(found: Sequence[Answered], losses: Mapping[int, Loss]) -> list[dict[str, Any]]:
