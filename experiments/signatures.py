@@ -6,7 +6,7 @@ the group of their task after Hungarian matching:
 
 - as it is: K-means on the signature, as in the paper;
 - unit length: each signature scaled to it first;
-- directions: what `method = fl-tac` clusters for `product` and `lora_B` (see `clustering.kernel.directions`).
+- directions: what `method = fl-tac` clusters but for `raw` (see `clustering.kernel.directions`).
 
 The last column is the mean cosine between adapters of one task, and between those of different tasks.
 
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtalora_flwr.aggregation.clustering import Matrix, cosines, directions, embed, in_matched_group, kmeans
-from fedtalora_flwr.aggregation.signature import SIGNATURES
+from fedtalora_flwr.aggregation.signature import OF_A_ROUND, SIGNATURES
 from fedtalora_flwr.report import read_run
 from fedtalora_flwr.run_folder import checkpoint
 
@@ -60,9 +60,13 @@ def grams_and_tasks(run: Path) -> tuple[dict[str, Matrix], list[int]]:
     if clustered is None or not clustered.own or clustered.assigned:
         raise ValueError(f"{run} is no run with method=local-only, but with method={record.config.get('method')}")
     slots = sorted(clustered.own)
-    adapters = [clustered.own[slot].adapters for slot in slots]
+    start, adapters = clustered.start.adapters, [clustered.own[slot].adapters for slot in slots]
     tasks = [record.manifest["slots"][slot.partition_id][slot.number] for slot in slots]
-    return {name: gram_of(adapters).numpy() for name, gram_of in SIGNATURES.items()}, tasks
+    grams = {}
+    for name, gram_of in SIGNATURES.items():
+        of_a_round = OF_A_ROUND.get(name)
+        grams[name] = gram_of([of_a_round(start, one) for one in adapters] if of_a_round else adapters).numpy()
+    return grams, tasks
 
 
 def found(points: Matrix, tasks: list[int]) -> float:

@@ -156,8 +156,16 @@ class SlotAggregator(Method):
             If there is no update, or a group's updates hold no example.
         """
 
-    def picture(self, updates: Mapping[Slot, ClientUpdate]) -> dict[Slot, tuple[float, float]]:
-        """Lay the slots out on a plane, like beside like; none where the method compares no slots."""
+    def picture(self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate]) -> dict[Slot, tuple[float, float]]:
+        """Lay slots out on a plane, like beside like, after a round; none where the method compares no slots.
+
+        Parameters
+        ----------
+        state
+            What `aggregate` returned.
+        updates
+            What it was given.
+        """
         return {}
 
 

@@ -72,7 +72,7 @@ class RunConfig:
     residual_energy: Annotated[float, Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")]
     server_learning_rate: Annotated[float, POSITIVE]
     clusters: Annotated[int, at_least(0)]
-    signature: Annotated[str, one_of("product", "changes", "lora_B", "raw")]
+    signature: Annotated[str, one_of("product", "changes", "moments", "lora_B", "raw")]
     stray_share: Annotated[float, Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")]
     shared_rank: Annotated[int, at_least(0)]
     min_slot_share: Annotated[float, Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")]

@@ -129,7 +129,7 @@ class Slots:
             cluster_accuracy=sum(right.values()) / len(right) if right else None,
             slots=[
                 SlotLog(*slot, cluster=new.assigned.get(slot), right=right.get(slot, False), x=x, y=y)
-                for slot, (x, y) in self._method.picture(updates).items()
+                for slot, (x, y) in self._method.picture(new, updates).items()
             ],
         )
 

@@ -11,6 +11,7 @@ from made_updates import draw, effective, relative_error, tensors_of
 
 from fedtalora_flwr.aggregation import ClientUpdate, GlobalState, LoraFactors, resolve, slots_exactness_error
 from fedtalora_flwr.aggregation.methods.fl_tac import FLTAC, ClusteredState, Slot
+from fedtalora_flwr.aggregation.signature import changes_of_factors, moments_gram
 
 SHAPES = {"attn.qkv": (24, 16), "mlp.fc2": (10, 30)}  # (d_out, d_in)
 RANK, SCALING = 2, 2.0
@@ -321,7 +322,7 @@ def test_no_update_is_an_error_and_not_an_empty_state():
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"signature": "BA"}, "signature must be one of product, changes, lora_B, raw, got 'BA'"),
+        ({"signature": "BA"}, "signature must be one of product, changes, moments, lora_B, raw, got 'BA'"),
         ({"num_clusters": -1}, "num_clusters must be at least 0, got -1"),
         ({"stray_share": 1.0}, r"stray_share must be in \[0, 1\), got 1.0"),
     ],
@@ -341,8 +342,9 @@ def test_slots_are_clustered_and_drawn_with_any_seed_that_a_run_may_have(seed):
     generator, state, tasks = begin(7, 3)
     fl_tac = FLTAC(EXACT, num_clusters=2, seed=seed)
     updates = train_all(state, tasks, TWO_TASKS, generator=generator)
-    assert same_groups(fl_tac.aggregate(state, updates).assigned, TWO_TASKS)
-    assert fl_tac.picture(updates).keys() == TWO_TASKS.keys()
+    new = fl_tac.aggregate(state, updates)
+    assert same_groups(new.assigned, TWO_TASKS)
+    assert fl_tac.picture(new, updates).keys() == TWO_TASKS.keys()
 
 
 SHARED_RANK, HEAD = 3, {"weight": torch.zeros(3, 4), "bias": torch.zeros(3)}
@@ -482,6 +484,18 @@ def test_changes_are_summed_over_the_rounds_in_which_a_slot_was_there_and_leave_
         state = fl_tac.aggregate(state, updates)
         assert torch.allclose(state.changes, wanted, atol=1e-5)
     assert same_groups(state.assigned, TWO_TASKS)
+
+
+def test_moments_are_those_of_each_rounds_changes():
+    generator, state, tasks = begin(9, 2)
+    fl_tac, slots = FLTAC(EXACT, num_clusters=2, signature="moments"), sorted(TWO_TASKS)
+    wanted = torch.zeros(len(slots), len(slots), dtype=torch.float64)
+    for _ in range(2):
+        updates = train_all(state, tasks, TWO_TASKS, generator=generator)
+        wanted += moments_gram([changes_of_factors(state.of(s).adapters, updates[s].adapters) for s in slots])
+        state = fl_tac.aggregate(state, updates)
+        assert torch.allclose(state.changes, wanted)
+    assert fl_tac.picture(state, {slot: updates[slot] for slot in slots[:3]}).keys() == set(slots[:3])
 
 
 @pytest.mark.parametrize(("signature", "finds"), [("changes", True), ("product", False)])

@@ -52,11 +52,11 @@ from fedtalora_flwr.aggregation.clustering import (
     strays,
 )
 from fedtalora_flwr.aggregation.methods.fedtalora import FedTaLoRA, Residual
-from fedtalora_flwr.aggregation.signature import SIGNATURES, Adapters, change
+from fedtalora_flwr.aggregation.signature import OF_A_ROUND, SIGNATURES, Adapters
 from fedtalora_flwr.aggregation.slots import ClusteredState, Slot, SlotAggregator, followed, weighted_residual
 from fedtalora_flwr.aggregation.types import Aggregator, ClientUpdate, GlobalState, example_weights
 
-Signature = Literal["product", "changes", "lora_B", "raw"]
+Signature = Literal["product", "changes", "moments", "lora_B", "raw"]
 _DIMENSIONS = 16  # that the silhouette sees: unit points of 50 tasks stand well apart in them, and noise is left out
 
 
@@ -73,9 +73,10 @@ class FLTAC(SlotAggregator):
         N, the number of tasks; 0 lets the silhouette choose it in every round, up to one for each cluster there is
         and one more for every two slots that are there.
     signature
-        What is clustered: ``product``, ``lora_B`` or ``raw`` (see `signature`), or ``changes``: what each slot changed
-        itself, every round counting alike. A product holds what its cluster broadcast, right or wrong; a change does
-        not, and the noise of one round is not that of the next.
+        What is clustered: ``product``, ``lora_B`` or ``raw`` (see `signature`), or what each slot changed itself, every
+        round counting alike: the product (``changes``) or the second moments of each factor (``moments``). A product
+        holds what its cluster broadcast, right or wrong; a change does not, and the noise of one round is not that of
+        the next. Changes are alike where slots learn the same, moments where they learn from data of the same kind.
     stray_share
         A slot whose agreement with its cluster is below this share of the usual one goes its own way (see `strays`).
     seed
@@ -121,7 +122,7 @@ class FLTAC(SlotAggregator):
         if not updates:
             raise ValueError("nothing to average: no slot sent an update")
         updates = {slot: updates[slot] for slot in sorted(updates)}
-        changes = self._changes(state, updates) if self.signature == "changes" else None
+        changes = self._changes(state, updates) if self.signature in OF_A_ROUND else None
         found, heirs = self._cluster(state, updates, changes)
         members: dict[int, list[Slot]] = {}
         for slot, cluster in found.items():
@@ -196,14 +197,20 @@ class FLTAC(SlotAggregator):
             before = torch.tensor([slots.index(slot) for slot in state.slots()])
             total[before[:, None], before] = state.changes
         there = torch.tensor([slots.index(slot) for slot in updates])
-        changed = [change(state.of(slot).adapters, update.adapters) for slot, update in updates.items()]
+        changed_by = OF_A_ROUND[self.signature]
+        changed = [changed_by(state.of(slot).adapters, update.adapters) for slot, update in updates.items()]
         total[there[:, None], there] += torch.from_numpy(self._gram(changed))
         return total
 
-    def picture(self, updates: Mapping[Slot, ClientUpdate]) -> dict[Slot, tuple[float, float]]:
+    def picture(self, state: ClusteredState, updates: Mapping[Slot, ClientUpdate]) -> dict[Slot, tuple[float, float]]:
         """Lay the slots out on a plane by their signatures."""
         slots = sorted(updates)
-        points = self._points(self._gram([updates[slot].adapters for slot in slots]))
+        if state.changes is None:
+            gram = self._gram([updates[slot].adapters for slot in slots])
+        else:
+            there = [state.slots().index(slot) for slot in slots]
+            gram = state.changes.numpy()[np.ix_(there, there)]
+        points = self._points(gram)
         places = on_a_plane(points, seed=self.seed % 2**32)  # scikit-learn's seeds are below 2^32
         return {slot: (float(x), float(y)) for slot, (x, y) in zip(slots, places, strict=True)}
 
