@@ -92,13 +92,21 @@ def test_originals_are_in_memory_one_at_a_time_and_score_as_they_do_together(dig
     assert [prediction.ranking[0][1] for prediction in found] == together.max(1).values.tolist()
 
 
-def test_a_run_of_a_version_with_other_settings_is_refused_with_its_version(digits_run, tmp_path):
+def test_a_run_made_before_a_setting_came_is_opened_with_its_default(digits_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(digits_run, run)
     settings = json.loads((run / "config.json").read_text())
-    del settings["node-timeout"]
+    del settings["node-timeout"], settings["signature"]
     (run / "config.json").write_text(json.dumps(settings))
-    message = r"run was made by another version of fedtalora \(0.*commit .*settings are missing: node-timeout; open it"
+    assert open_trained(run, device="cpu").config == open_trained(digits_run, device="cpu").config
+
+
+def test_a_run_of_a_version_with_settings_that_are_gone_is_refused_with_its_version(digits_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(digits_run, run)
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(settings | {"node-patience": 3}))
+    message = r"run was made by another version of fedtalora \(0.*commit .*unknown setting 'node-patience'.*; open it"
     with pytest.raises(TrainedModelError, match=message):
         open_trained(run, device="cpu")
     (run / "config.json").write_text(json.dumps(settings | {"node-timeout": -1.0}))

@@ -281,6 +281,17 @@ def test_resume_with_other_settings_is_refused_naming_them(tmp_path):
         run(tmp_path, **SHORT, rounds_per_task=1, resume=True, learning_rate=0.5)
 
 
+def test_run_from_before_a_setting_came_goes_on_unless_the_setting_says_something_new(tmp_path):
+    folder = run(tmp_path, **SHORT, rounds_per_task=1)
+    settings = read(folder, "config.json")
+    del settings["outlier-limit"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"other settings \(outlier-limit .* -> 3.5\)"):
+        run(tmp_path, **SHORT, rounds_per_task=1, resume=True, outlier_limit=3.5)
+    run(tmp_path, **SHORT, rounds_per_task=1, resume=True)
+    assert rounds(folder)[-1]["server_round"] == len(rounds(folder))
+
+
 def test_a_model_that_cannot_be_is_refused_before_any_data_are_read(tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr("fedtalora_flwr.model.session.open_data", lambda *_: read.append("data"))

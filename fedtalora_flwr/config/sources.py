@@ -45,6 +45,11 @@ def defaults(app: Path) -> dict[str, Scalar]:
     return settings
 
 
+def with_later(settings: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Give a run's settings and, of those that came after it, the defaults: these say what was done before."""
+    return {**defaults(app_folder()), **settings}
+
+
 def presets(app: Path) -> dict[str, Path]:
     """List the presets by name."""
     return {path.stem: path for path in sorted((app / "experiments").glob("*.toml"))}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedtalora_flwr.aggregation import ClusteredState, GlobalState, Place, place_name
 from fedtalora_flwr.config import ConfigError, RunConfig, kebab
+from fedtalora_flwr.config.sources import with_later
 from fedtalora_flwr.data import Source, Split
 from fedtalora_flwr.data.images import square
 from fedtalora_flwr.data.source import NO_ROWS, Ints
@@ -195,9 +196,9 @@ def open_trained(run: Path, *, device: str = "auto", place: Place = None) -> Tra
     if not record.manifest:
         raise TrainedModelError(f"{run} has no manifest.json, the run stopped before its first round; resume it")
     try:
-        config = replace(RunConfig.parse(record.config), device=device)
+        config = replace(RunConfig.parse(with_later(record.config)), device=device)
     except ConfigError as error:
-        if record.config.keys() == {kebab(setting.name) for setting in fields(RunConfig)}:
+        if record.config.keys() <= {kebab(setting.name) for setting in fields(RunConfig)}:
             raise TrainedModelError(f"{run}: {error}") from None
         made_by = f"{record.manifest.get('fedtalora_version')}, commit {record.manifest.get('git_commit')}"
         raise TrainedModelError(

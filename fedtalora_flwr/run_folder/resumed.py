@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fedtalora_flwr.config import MAY_CHANGE_ON_RESUME, ConfigError, Scalar, parse_assignment
-from fedtalora_flwr.config.sources import defaults, read_file, with_absolute_paths
+from fedtalora_flwr.config.sources import defaults, read_file, with_absolute_paths, with_later
 from fedtalora_flwr.run_folder import names
 
 
@@ -27,4 +27,4 @@ def resumed(app: Path, folder: Path, *, assignments: Iterable[str]) -> dict[str,
         raise ConfigError(f"{folder} is finished: it has metrics.json; fedtalora report {folder} shows it")
     # A run that was stopped before its first checkpoint begins anew.
     started = names.holds_checkpoint(folder)
-    return {**read_file(folder / names.CONFIG, known), "resume": started, **with_absolute_paths(changes)}
+    return {**with_later(read_file(folder / names.CONFIG, known)), "resume": started, **with_absolute_paths(changes)}

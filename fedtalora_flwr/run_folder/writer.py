@@ -17,6 +17,7 @@ from typing import Any
 
 import fedtalora_flwr
 from fedtalora_flwr.config import MAY_CHANGE_ON_RESUME
+from fedtalora_flwr.config.sources import with_later
 from fedtalora_flwr.config.whole import write_text
 from fedtalora_flwr.metrics import TaskMatrix, measured
 from fedtalora_flwr.run_folder import names, round_lines
@@ -153,7 +154,7 @@ class RunFolder:
         ValueError
             If a setting differs that may not: only where and how the run is carried out may.
         """
-        before = json.loads((self.path / names.CONFIG).read_text())
+        before = with_later(json.loads((self.path / names.CONFIG).read_text()))
         changed = [key for key in flat if key not in MAY_CHANGE_ON_RESUME and flat[key] != before.get(key)]
         if changed:
             what = ", ".join(f"{key} {before.get(key)!r} -> {flat[key]!r}" for key in changed)
