@@ -16,6 +16,7 @@ from fedtalora_flwr.cli import app, run
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.config.sources import app_folder, defaults, presets
 from fedtalora_flwr.inference.predict import Prediction
+from fedtalora_flwr.run_folder import names
 
 COMMANDS = ("run", "sweep", "report", "compare", "export", "predict", "data", "presets", "doctor")
 SLOW_LIBRARIES = ("torch", "numpy", "flwr", "ray", "timm", "peft", "transformers", "datasets", "matplotlib")
@@ -122,6 +123,34 @@ def test_run_does_not_write_over_another_run(fedtalora, tmp_path):
     folder = make_run(tmp_path / "mine", config={})
     status, _, err = fedtalora("run", "--out", folder)
     assert status == 2 and "holds a run already; choose another --out, or go on with it by --resume" in err
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({}, "nothing"),
+        ({"status.json": '{"phase": "failed"}'}, "nothing"),
+        ({"config.json": "{}", "status.json": '{"phase": "failed"}'}, "nothing"),  # before its data were known
+        ({"config.json": "{}", "status.json": '{"phase": "failed"}', "manifest.json": "{}"}, "stopped"),
+        ({"config.json": "{}", "status.json": '{"phase": "training"}'}, "stopped"),
+        ({"config.json": "{}"}, "stopped"),
+        ({"config.json": "{}", "status.json": "cut"}, "stopped"),
+        ({"config.json": "{}", "metrics.json": "{}"}, "finished"),
+    ],
+)
+def test_a_folder_holds_a_run_unless_it_failed_before_its_data_were_known(tmp_path, files, found):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert names.standing(tmp_path) == found
+
+
+def test_run_that_is_stopped_before_it_has_begun_is_started_again_and_not_resumed(fedtalora, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedtalora_flwr.launch.engine.follow", stop)
+    status, _, err = fedtalora("run", "--engine", "process", "--out", "mine")
+    assert status == 130 and err == "error: stopped before the run had begun; start it again as before\n"
 
 
 def test_resume_refuses_what_is_no_run_what_is_finished_and_other_settings(fedtalora, tmp_path):

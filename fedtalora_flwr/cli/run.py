@@ -82,7 +82,7 @@ def run(
         name = preset or (config.stem if config else str(settings["dataset"]).partition(":")[0].replace("/", "-"))
         by_default = f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = (out or Path(str(settings["out"]) or by_default)).resolve()
-        if (folder / names.CONFIG).exists():
+        if names.standing(folder) != "nothing":
             fail(f"{folder} holds a run already; choose another --out, or go on with it by --resume")
     parsed = RunConfig.parse(settings | {"out": str(folder)})
     run_config = prepare(parsed)
@@ -107,6 +107,8 @@ def run(
         except LaunchError as error:
             fail(str(error), code=1)
         except KeyboardInterrupt:
+            if names.standing(folder) == "nothing":
+                fail("stopped before the run had begun; start it again as before", code=130)
             fail(f"stopped; go on with: fedtalora run --resume {short(folder)}", code=130)
     if not result.ok:
         _explain_failure(folder, result.details)

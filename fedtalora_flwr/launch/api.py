@@ -242,7 +242,7 @@ def run(
         values = gather(app, file=preset_file(app, preset) if preset else None, assignments=[], values=settings)
         name = preset or str(values["dataset"]).partition(":")[0].replace("/", "-")
         folder = Path(out or str(values["out"]) or f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}").resolve()
-        if (folder / names.CONFIG).exists():
+        if names.standing(folder) != "nothing":
             raise ConfigError(f"{folder} holds a run already; choose another out, or go on with it by resume")
     config = RunConfig.parse(values | {"out": str(folder)})
     tick = _Teller(folder, on_round)

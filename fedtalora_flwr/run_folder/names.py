@@ -1,5 +1,7 @@
 """What the files of a run folder are called, a contract that tools rely on; and the rule of how far a run has come."""
 
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -18,10 +20,21 @@ Standing = Literal["nothing", "stopped", "finished"]
 
 
 def standing(folder: Path) -> Standing:
-    """Tell whether a folder holds no run, one that was stopped or is running, or a finished one."""
+    """Tell whether a folder holds no run, one that was stopped or is running, or a finished one.
+
+    A run that failed before its data were known is none: nothing of it is lost when another takes its place.
+    """
     if not (folder / CONFIG).is_file():
         return "nothing"
-    return "finished" if (folder / METRICS).is_file() else "stopped"
+    if (folder / METRICS).is_file():
+        return "finished"
+    return "stopped" if (folder / MANIFEST).is_file() or not _failed(folder) else "nothing"
+
+
+def _failed(folder: Path) -> bool:
+    with suppress(OSError, ValueError):
+        return bool(json.loads((folder / STATUS).read_text()).get("phase") == "failed")
+    return False
 
 
 def holds_checkpoint(folder: Path) -> bool:
