@@ -105,6 +105,16 @@ def test_a_proxy_that_would_get_calls_to_this_machine_is_noted_with_the_fix(envi
     assert (level == "note") == ("export no_proxy=127.0.0.1,localhost" in finding.text)
 
 
+def test_what_earlier_runs_left_is_told_with_the_command_that_clears_it(tmp_path):
+    assert doctor._cache(tmp_path / "cache").text.endswith(
+        " holds 0 B (residuals of earlier runs, at most base-cache-gb)"
+    )
+    (tmp_path / "cache" / "bases").mkdir(parents=True)
+    (tmp_path / "cache" / "bases" / "a.safetensors").write_bytes(bytes(3 * 10**6))
+    found = doctor._cache(tmp_path / "cache")
+    assert "holds 3.0 MB" in found.text and f"rm -r {tmp_path / 'cache'} frees it" in found.text
+
+
 def test_the_data_root_is_looked_into(tmp_path):
     assert "FEDTALORA_DATA is not set" in doctor._data("").text
     assert doctor._data(str(tmp_path)).level == "note"

