@@ -79,7 +79,7 @@ class Method(ABC):
     Attributes
     ----------
     trainable
-        The factors that clients train, of `FACTORS`.
+        The factors that clients train, of `FACTORS`, in one round or another (see `trains`).
     exact
         Whether the aggregate's effective weights equal the weighted mean of the clients' effective weights.
     keeps_pair
@@ -93,6 +93,19 @@ class Method(ABC):
     exact: bool
     keeps_pair: bool = True
     dense: bool = False
+
+    @property
+    def changing(self) -> frozenset[str]:
+        """The factors that go down, for a run changes them; the others every side has as they started."""
+        return self.trainable
+
+    def trains(self, version: int) -> frozenset[str]:
+        """Give the factors that clients train from a state of this version, and send up; the others come back as sent."""
+        return self.trainable
+
+    def start(self, state: GlobalState, layers: Mapping[str, tuple[int, int]]) -> GlobalState:
+        """Give the state that a run begins with, from the usual one; `layers` are the (d_out, d_in) of those adapted."""
+        return state
 
 
 class Aggregator(Method):

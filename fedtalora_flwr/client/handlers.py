@@ -171,7 +171,7 @@ def _trained(
             present=class_counts.nonzero().flatten().tolist(),
             seen=[c for task in tasks[: order.task_id + 1] for c in task],
         ),
-        trainable=method.trainable,
+        trainable=method.trains(state.version),
         penalty=penalties.resolve(config.penalty, config.settings),
         old_classes=[c for task in tasks[: order.task_id] for c in task],
         config=config,
@@ -206,7 +206,7 @@ def _reply(update: ClientUpdate, state: GlobalState, *, mean_loss: float, config
     return wire.update_reply(
         update,
         like=state,
-        trainable=aggregation.resolve(config.method, config.settings).trainable,
+        trainable=aggregation.resolve(config.method, config.settings).trains(state.version),
         mean_loss=mean_loss,
         scaling=next((pair.scaling for pair in state.adapters.values()), 1.0),
         wire_dtype=config.wire_dtype,

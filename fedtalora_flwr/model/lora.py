@@ -224,6 +224,10 @@ class AdaptedModel(nn.Module):
             for factor in ("lora_A", "lora_B")
         }
 
+    def layer_shapes(self) -> dict[str, tuple[int, int]]:
+        """Give (d_out, d_in) of every adapted layer."""
+        return {name: (layer.out_features, layer.in_features) for name, layer in self.layers.items()}
+
     def initial_factors(self, *, seed: int) -> dict[str, LoraFactors]:
         """Draw the start of every pair (see `LoraFactors.initial`), the same for a seed on any machine."""
         if self.dense:

@@ -68,12 +68,12 @@ class OneAdapter:
     ) -> None:
         if penalty.remembers and not method.keeps_pair:
             raise RunFailed(
-                f"penalty {config.penalty} remembers the pair, which method {config.method} draws anew every "
+                f"penalty {config.penalty} remembers the pair, which method {config.method} makes anew every "
                 "round; choose another of the two"
             )
         self._federation, self._config, self._model, self._method = federation, config, model, method
         self._head, self._penalty, self._data, self._residuals = head, penalty, data, residuals
-        self._frozen = wire.frozen_digest(point.state.adapters, method.trainable)
+        self._frozen = wire.frozen_digest(point.state.adapters, method.changing)
         self.num_rounds = config.last_task * max(1, config.rounds_per_task)
         self.at_once: Sequence[int] | None = None
         if point.before is not None:
@@ -266,7 +266,7 @@ class OneAdapter:
     ) -> RecordDict:
         """Build what all clients are sent of a state; factors that the method keeps frozen stay here."""
         return wire.state_message(
-            wire.pack_state(state, classes=classes, memory=memory, trainable=self._method.trainable),
+            wire.pack_state(state, classes=classes, memory=memory, changing=self._method.changing),
             order,
             scaling=next((pair.scaling for pair in state.adapters.values()), 1.0),
             version=state.version,
@@ -294,7 +294,8 @@ class OneAdapter:
 
     def parameters(self, point: Checkpoint) -> dict[str, int]:
         """Count what the model has, trains and sends."""
-        counts = count_trained(self._model, point.state, sorted(self._method.trainable), dense=self._method.dense)
+        trained = sorted(self._method.trains(point.state.version))
+        counts = count_trained(self._model, point.state, trained, dense=self._method.dense)
         return {**counts, "sums": self._num_sums(point)}
 
     def _num_sums(self, point: Checkpoint) -> int:
