@@ -23,7 +23,8 @@ class GlobalState:
         The shared factors of every adapted module.
     residual
         (d_out, d_in) for every adapted module: what is added to the frozen weight, summed over all rounds.
-        Clients *set* ``W = W_0 + residual``; loading a state twice equals loading it once.
+        Clients *set* ``W = W_0 + residual``; loading a state twice equals loading it once. Beside it stands what a
+        method holds fixed of a layer (see `core`).
     head
         The classifier's parameters, classes along the first dimension: (C, ...).
     version
@@ -87,12 +88,15 @@ class Method(ABC):
     dense
         Whether the pair is of full rank, with the identity as lora_A and 1 as scaling, so that lora_B is any change of
         the weight.
+    core
+        Whether the pair is a core between fixed factors of the layer, which `start` puts into the base (see `core`).
     """
 
     trainable: frozenset[str]
     exact: bool
     keeps_pair: bool = True
     dense: bool = False
+    core: bool = False
 
     @property
     def changing(self) -> frozenset[str]:
@@ -100,11 +104,11 @@ class Method(ABC):
         return self.trainable
 
     def trains(self, version: int) -> frozenset[str]:
-        """Give the factors that clients train from a state of this version, and send up; the others come back as sent."""
+        """Give the factors that clients train from a state of this version, and send up."""
         return self.trainable
 
-    def start(self, state: GlobalState, layers: Mapping[str, tuple[int, int]]) -> GlobalState:
-        """Give the state that a run begins with, from the usual one; `layers` are the (d_out, d_in) of those adapted."""
+    def start(self, state: GlobalState, weights: Mapping[str, Tensor]) -> GlobalState:
+        """Give the state that a run begins with, from the usual one; `weights` are W_0 of every adapted layer."""
         return state
 
 

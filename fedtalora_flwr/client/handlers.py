@@ -345,4 +345,5 @@ def _room(
         num_tasks=config.num_tasks,
         widths=frozenset({head.row_dim(features), head.lifted_dim(features)}),
         factors=shapes,
+        fixed=model.fixed_shapes(),
     )

@@ -112,7 +112,7 @@ class OneAdapter:
         self._residuals.advance(new)
         return replace(point, state=new), Trained(
             mean_loss=taken.mean_loss,
-            residual_norm=sum(float(r.norm()) ** 2 for r in new.residual.values()) ** 0.5,
+            residual_norm=_norm(new),
             kept_energy=kept_energy(new.step, new.owed) if self._config.residual_energy < 1 else None,
             exactness_error=exactness_error(state, updates, new) if self._config.verify else None,
         )
@@ -295,7 +295,7 @@ class OneAdapter:
     def parameters(self, point: Checkpoint) -> dict[str, int]:
         """Count what the model has, trains and sends."""
         trained = sorted(self._method.trains(point.state.version))
-        counts = count_trained(self._model, point.state, trained, dense=self._method.dense)
+        counts = count_trained(self._model, point.state, trained, dense=self._method.dense or self._method.core)
         return {**counts, "sums": self._num_sums(point)}
 
     def _num_sums(self, point: Checkpoint) -> int:
@@ -309,6 +309,11 @@ class OneAdapter:
     def facts(self) -> dict[str, Any]:
         """Give nothing beyond what the manifest says of every run."""
         return {}
+
+
+def _norm(state: GlobalState) -> float:
+    """Give the Frobenius norm of the residual over all layers, without what else stands in the base."""
+    return math.sqrt(sum(float(r.norm()) ** 2 for name, r in state.residual.items() if name in state.adapters))
 
 
 def count_trained(model: AdaptedModel, state: GlobalState, trainable: Sequence[str], *, dense: bool) -> dict[str, int]:

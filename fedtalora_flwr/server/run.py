@@ -234,9 +234,7 @@ class ServerRun:
             "class_counts": [found.of_partition(partition) for partition in range(self.config.num_clients)],
             "parameters": self.training.parameters(self.point),
             "precision": precision_of(device_of(self.config), self.config.precision),
-            "adapted_modules": {
-                name: [pair.lora_B.shape[0], pair.lora_A.shape[1]] for name, pair in self.point.state.adapters.items()
-            },
+            "adapted_modules": {name: list(weight.shape) for name, weight in self.model.frozen_weights().items()},
             **remarks,
             **self.training.facts(),
         }
@@ -251,7 +249,7 @@ class ServerRun:
         )
         return Checkpoint(
             server_round=0,
-            state=method.start(start, self.model.layer_shapes()),
+            state=method.start(start, self.model.frozen_weights()),
             sums=FeatureSums.zero(num_classes=num_classes, feature_dim=self.head.lifted_dim(feature_dim)),
             matrix=TaskMatrix.empty(self.config.num_tasks),
             bytes_up=0,

@@ -74,7 +74,9 @@ def test_order_of_replies_does_not_change_a_bit_of_the_aggregate(name):
 def test_aggregate_changes_neither_the_state_nor_the_updates(name):
     generator, method = draw(4), build(name)
     state = make_state(generator, dense=method.dense)
-    state = method.aggregate(state, make_updates(state, [0, 1], generator=generator, trainable=method.trains(state.version)))
+    state = method.aggregate(
+        state, make_updates(state, [0, 1], generator=generator, trainable=method.trains(state.version))
+    )
     updates = make_updates(state, [5, 1, 3], generator=generator, trainable=method.trains(state.version))
     given = [tensors_of(state), *(tensors_of(update) | {"counts": update.class_counts} for update in updates)]
     before = [{key: value.clone() for key, value in tensors.items()} for tensors in given]

@@ -20,6 +20,8 @@ rows of A stay an orthonormal basis of the rest, so that no direction is lost.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from fedtalora_flwr.aggregation.factors import FACTORS, LoraFactors, core_svd
 from fedtalora_flwr.aggregation.methods.fedtalora import FedTaLoRA
 from fedtalora_flwr.aggregation.types import ClientUpdate, GlobalState
@@ -36,7 +38,7 @@ class FedSVD(FedTaLoRA):
         """Both factors: clients train the one, the server rewrites the other."""
         return FACTORS
 
-    def start(self, state: GlobalState, layers: Mapping[str, tuple[int, int]]) -> GlobalState:
+    def start(self, state: GlobalState, weights: Mapping[str, Tensor]) -> GlobalState:
         """Begin with orthonormal rows of lora_A."""
         return _rewritten(state)
 
