@@ -64,6 +64,9 @@ class ClientUpdate:
         (C,) int64, examples of each class trained on; float64 where it is a weight.
     base_version
         `GlobalState.version` that the training started from.
+    grams
+        Of a method that asks for them, the mean over examples of ``sum x x^T`` over each module's inputs x, or over
+        ``lora_A x`` where lora_B was trained: (m, m), m being d_in or the rank.
     """
 
     partition_id: int
@@ -72,6 +75,7 @@ class ClientUpdate:
     head: Mapping[str, Tensor]
     class_counts: Tensor  # (C,)
     base_version: int
+    grams: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Method(ABC):
@@ -90,6 +94,8 @@ class Method(ABC):
         the weight.
     core
         Whether the pair is a core between fixed factors of the layer, which `start` puts into the base (see `core`).
+    sends_grams
+        Whether clients send Gram matrices of the layers' inputs beside what they trained (see `ClientUpdate`).
     """
 
     trainable: frozenset[str]
@@ -97,6 +103,7 @@ class Method(ABC):
     keeps_pair: bool = True
     dense: bool = False
     core: bool = False
+    sends_grams: bool = False
 
     @property
     def changing(self) -> frozenset[str]:

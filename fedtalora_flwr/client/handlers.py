@@ -21,6 +21,7 @@ from fedtalora_flwr.client.redact import redacted
 from fedtalora_flwr.client.versions import version_store
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.model import heads, penalties
+from fedtalora_flwr.model.grams import input_grams
 from fedtalora_flwr.model.heads import Classifier, FeatureRoot
 from fedtalora_flwr.model.lora import AdaptedModel
 from fedtalora_flwr.model.router import sum_slots
@@ -77,6 +78,10 @@ def train(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
     model, state, order = _loaded(message, config, data)
     result, counts = _trained(message, model, state, order, config=config, partition_id=partition_id, data=data)
     update = _update(state, result.adapters, result.head, counts, partition_id=partition_id)
+    method = aggregation.resolve(config.method, config.settings)
+    if method.sends_grams:
+        inner = "lora_A" not in method.trains(state.version)
+        update = replace(update, grams=input_grams(model, data.training(order.task_id), config=config, inner=inner))
     return _reply(update, state, mean_loss=result.mean_loss, config=config)
 
 

@@ -284,6 +284,7 @@ class OneAdapter:
     ) -> Iterator[tuple[int, Message]]:
         trained = [getattr(pair, factor) for pair in point.state.adapters.values() for factor in self._method.trainable]
         num_factors = sum(int(value.numel()) for value in [*trained, *point.state.head.values()])
+        num_factors += self._num_grams(point.state, self._method.trainable)
         return self._federation.ask(
             content,
             order,
@@ -294,9 +295,18 @@ class OneAdapter:
 
     def parameters(self, point: Checkpoint) -> dict[str, int]:
         """Count what the model has, trains and sends."""
-        trained = sorted(self._method.trains(point.state.version))
-        counts = count_trained(self._model, point.state, trained, dense=self._method.dense or self._method.core)
+        trained = self._method.trains(point.state.version)
+        square = self._method.dense or self._method.core
+        counts = count_trained(self._model, point.state, sorted(trained), dense=square)
+        counts["transmitted"] += self._num_grams(point.state, trained)
         return {**counts, "sums": self._num_sums(point)}
+
+    def _num_grams(self, state: GlobalState, trained: frozenset[str]) -> int:
+        """Count the numbers of the Gram matrices that a client sends beside the factors that it trained."""
+        if not self._method.sends_grams:
+            return 0
+        sizes = [wire.gram_size(pair, trained) for pair in state.adapters.values()]
+        return sum(size * (size + 1) // 2 for size in sizes)
 
     def _num_sums(self, point: Checkpoint) -> int:
         """Count the float64 numbers that a client sends at most at a task's end: half of each gram, and the moment."""

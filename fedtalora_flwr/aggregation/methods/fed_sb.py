@@ -64,7 +64,7 @@ class FedSB(FedTaLoRA):
 
 def _orthonormal(size: int, rank: int, *, generator: torch.Generator) -> Tensor:
     """Draw `rank` orthonormal columns, (size, rank) float64."""
-    q, _ = torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64))
+    q: Tensor = torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64)).Q
     return q
 
 

@@ -1,4 +1,4 @@
-"""Whole runs of the rivals: what travels is what each says, to the number; they are exact, and go on to the same bits."""
+"""Whole runs of rivals: what travels is what each says, to the number; they are exact, and go on to the same bits."""
 
 import json
 from collections import defaultdict
@@ -13,7 +13,9 @@ from client_app.app import app as client_app
 from fedtalora_flwr.aggregation.core import outer_keys
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.model import session
+from fedtalora_flwr.model.grams import input_grams
 from fedtalora_flwr.model.lora import CoreLinear
+from fedtalora_flwr.model.train import Examples
 from fedtalora_flwr.run_folder import checkpoint
 from fedtalora_flwr.wire.records import BASE_ARRAYS
 
@@ -28,7 +30,9 @@ TRAVELS = {
     "rolora": [(A + B, B), (A + B, A)] * (NUM_ROUNDS // 2),
     "fedsvd": [(A + B, B)] * NUM_ROUNDS,
     "fed-sb": [(CORE, CORE)] * NUM_ROUNDS,
+    "lorm": [(A + B, B + RANK * (RANK + 1) // 2), (A + B, A + D_IN * (D_IN + 1) // 2)] * (NUM_ROUNDS // 2),
 }
+EXACT = {"rolora", "fedsvd", "fed-sb"}
 
 
 class Killed(BaseException):
@@ -54,7 +58,7 @@ def watched(request, tmp_path_factory):
     return request.param, folder, messages
 
 
-def numbers(tensors, parts=("lora_A", "lora_B")):
+def numbers(tensors, parts=("lora_A", "lora_B", "gram")):
     return sum(value.size for key, value in tensors.items() if key.partition("/")[0] in parts)
 
 
@@ -70,7 +74,7 @@ def test_each_round_sends_the_numbers_that_the_method_says_and_no_others(watched
 def test_runs_are_exact_in_every_round_and_train_what_they_say(watched):
     method, folder, _ = watched
     errors = [line["exactness_error"] for line in lines_of(folder)]
-    assert (max(errors) < 1e-6) == (method != "fedit")
+    assert (max(errors) < 1e-6) == (method in EXACT)
     pair = checkpoint.load(folder / "checkpoint").state.adapters[LAYER]
     assert pair.lora_B.norm() > 0
     counts = json.loads((folder / "manifest.json").read_text())
@@ -86,15 +90,20 @@ def test_fixed_factors_of_a_core_go_down_once_and_never_up(watched):
     for server_round, pairs in messages.items():
         for order, reply in pairs:
             assert tensors_of(order, BASE_ARRAYS).keys() == (fixed if server_round == 1 else set())
-            assert {key.partition("/")[0] for key in tensors_of(reply)} <= {"lora_A", "lora_B", "head", "counts"}
+            assert {key.partition("/")[0] for key in tensors_of(reply)} <= {
+                "lora_A",
+                "lora_B",
+                "gram",
+                "head",
+                "counts",
+            }
 
 
-@pytest.mark.parametrize("server_round", [2, 3])
-def test_a_killed_run_goes_on_to_the_same_bits(watched, tmp_path, server_round):
+def test_a_killed_run_goes_on_to_the_same_bits(watched, tmp_path):
     method, folder, _ = watched
 
     def dies(message, context):
-        if (message.metadata.message_type, message.metadata.group_id) == ("train", str(server_round)):
+        if (message.metadata.message_type, message.metadata.group_id) == ("train", "2"):
             raise Killed
         return client_app(message, context)
 
@@ -136,3 +145,21 @@ def test_a_core_between_its_factors_computes_as_the_plain_layer_of_that_weight_d
     torch.testing.assert_close(trained.grad, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
     model.load(start, {})  # a state without them: W_0
     assert torch.equal(layer(x), nn.functional.linear(x, layer.base_layer.weight, layer.base_layer.bias))
+
+
+def test_grams_are_the_mean_over_examples_of_what_a_layer_is_given():
+    first = {"lora-blocks": "0", "lora-targets": "fc1"}  # of the last block one token alone is computed
+    config = RunConfig.parse(defaults() | TINY | first | {"method": "lorm", "eval-batch-size": 4})
+    model = session.build_model(config)
+    model.load(model.initial_factors(seed=0), {})
+    (layer,) = model.layers
+    images = torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    examples, inputs = Examples(images, torch.zeros(7, dtype=torch.int64)), []
+    grams = {inner: input_grams(model, examples, config=config, inner=inner)[layer] for inner in (False, True)}
+    model.layers[layer].register_forward_hook(lambda module, given, output: inputs.append(given[0].detach()))
+    model.backbone(images)
+    rows = inputs[0].flatten(0, 1).double()  # tokens of all images
+    assert len(inputs) == 1 and len(rows) > 7
+    torch.testing.assert_close(grams[False].double(), rows.T @ rows / 7, rtol=1e-4, atol=1e-4)
+    lora_A = model.factors()[layer].lora_A.double()
+    torch.testing.assert_close(grams[True].double(), lora_A @ (rows.T @ rows / 7) @ lora_A.T, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,6 @@
-"""Methods whose broadcast pair is not what clients sent: turns, a new basis, a core between fixed factors."""
+"""Rivals that need more than an average: turns, a new basis, a core between fixed factors, Gram matrices."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ from made_updates import (
     relative_error,
 )
 
-from fedtalora_flwr.aggregation import GlobalState, LoraFactors, resolve
+from fedtalora_flwr.aggregation import BadUpdate, GlobalState, LoraFactors, check_update, outliers, resolve
 from fedtalora_flwr.aggregation.core import on_layer, outer_keys
+from fedtalora_flwr.server.one_adapter import update_of_server
 
 A, B = frozenset({"lora_A"}), frozenset({"lora_B"})
 
@@ -148,3 +151,94 @@ def test_fed_sbs_factors_of_the_weights_hold_their_strongest_directions():
 def test_fed_sb_says_what_its_start_can_be():
     with pytest.raises(ValueError, match="core-start must be one of random, weights, got 'gradient'"):
         resolve("fed-sb", {"core_start": "gradient"})
+
+
+NUM_ROWS = (30, 14, 21)  # inputs of each client's layers
+
+
+def with_inputs(state, *, trained, seed=5, rows=NUM_ROWS, span=None):
+    """Updates of clients that have inputs, and these by client and module: (n, m), of unequal scale by direction."""
+    generator, inputs = draw(seed), []
+    updates = make_updates(state, range(len(rows)), generator=generator, trainable=trained)
+    for update, num in zip(updates, rows, strict=True):
+        one = {}
+        for name, pair in state.adapters.items():
+            scale = torch.linspace(0.5, 2.0, pair.lora_A.shape[1]) * (update.partition_id + 1)
+            x = torch.randn(num, pair.lora_A.shape[1], generator=generator) * scale
+            if span is not None:
+                x[:, span:] = 0
+            one[name] = x @ pair.lora_A.T if trained == B else x
+        inputs.append(one)
+    grams = [{name: x.T @ x / len(x) for name, x in one.items()} for one in inputs]
+    return [replace(update, grams=gram) for update, gram in zip(updates, grams, strict=True)], inputs
+
+
+@pytest.mark.parametrize(("version", "factor"), [(0, "lora_B"), (1, "lora_A")])
+def test_lorm_answers_the_clients_inputs_as_they_do_in_the_least_squares_sense(version, factor):
+    method, state = build("lorm"), make_state(draw(4), version=version)
+    updates, inputs = with_inputs(state, trained=method.trains(version))
+    new = method.aggregate(state, updates[::-1])
+    plain = build("rolora").aggregate(state, updates)
+    for name in LAYERS:
+        asked, answers = [], []
+        for update, of_client in zip(updates, inputs, strict=True):
+            x, root = of_client[name].double(), (update.num_examples / len(of_client[name])) ** 0.5
+            asked.append(root * x)
+            answers.append(root * x @ getattr(update.adapters[name], factor).double().T)
+        wanted = torch.linalg.lstsq(torch.cat(asked), torch.cat(answers)).solution.T
+        torch.testing.assert_close(getattr(new.adapters[name], factor).double(), wanted, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(getattr(plain.adapters[name], factor).double(), wanted, atol=0.05)
+        rests = "lora_A" if factor == "lora_B" else "lora_B"
+        assert torch.equal(getattr(new.adapters[name], rests), getattr(state.adapters[name], rests))
+    assert torch.equal(new.head["weight"], plain.head["weight"]) and new.version == version + 1
+
+
+def test_lorm_is_the_plain_mean_where_all_have_the_same_gram_or_none():
+    method, state = build("lorm"), make_state(draw(5), version=1)
+    updates, _ = with_inputs(state, trained=A)
+    same = [replace(update, grams=updates[0].grams) for update in updates]
+    none = [replace(update, grams={}) for update in updates]
+    plain = build("rolora").aggregate(state, updates)
+    for given in (same, none):
+        for name, pair in method.aggregate(state, given).adapters.items():
+            torch.testing.assert_close(pair.lora_A, plain.adapters[name].lora_A, rtol=1e-4, atol=1e-4)
+
+
+def test_lorm_leaves_alone_what_no_clients_inputs_touch():
+    method, state = build("lorm"), make_state(draw(6), version=1)
+    updates, _ = with_inputs(state, trained=A, span=3)
+    for name, pair in method.aggregate(state, updates).adapters.items():
+        torch.testing.assert_close(pair.lora_A[:, 3:], state.adapters[name].lora_A[:, 3:])
+        assert not torch.allclose(pair.lora_A[:, :3], state.adapters[name].lora_A[:, :3], atol=0.05)
+
+
+def test_lorm_moves_a_task_by_its_share_where_the_servers_own_model_takes_part():
+    method, state = build("lorm"), make_state(draw(7), version=1)
+    updates, _ = with_inputs(state, trained=A)
+    server = update_of_server(state, updates, num_tasks=3)
+    all_the_way, a_quarter = (method.aggregate(state, given) for given in (updates, [*updates, server]))
+    for name, pair in state.adapters.items():
+        wanted = 0.75 * pair.lora_A + 0.25 * all_the_way.adapters[name].lora_A
+        torch.testing.assert_close(a_quarter.adapters[name].lora_A, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gram_that_no_inputs_have_is_refused_and_so_is_one_that_would_count_for_all_others():
+    state = make_state(draw(8), version=1)
+    updates, _ = with_inputs(state, trained=A, rows=(30, 30, 30, 30))
+    name = next(iter(LAYERS))
+    for update in updates:
+        check_update(state, update, trainable=A)
+    contradicts = updates[0].grams[name].clone()
+    contradicts[0, 1] = contradicts[1, 0] = 1.1 * float(contradicts[0, 0] * contradicts[1, 1]) ** 0.5
+    negative = updates[0].grams[name].clone()
+    negative[0, 0] = -1.0
+    for gram in (contradicts, negative):
+        bad = replace(updates[0], grams={**updates[0].grams, name: gram})
+        with pytest.raises(BadUpdate, match="no inputs have such products"):
+            check_update(state, bad, trainable=A)
+    with pytest.raises(BadUpdate, match="not finite"):
+        check_update(state, replace(updates[0], grams={**updates[0].grams, name: contradicts / 0}), trainable=A)
+    loud = replace(updates[0], grams={key: 1e6 * gram for key, gram in updates[0].grams.items()})
+    given = {update.partition_id: (state, update) for update in [loud, *updates[1:]]}
+    found = outliers(given, limit=10.0)
+    assert found.keys() == {0} and "changes the layers' inputs" in found[0]
