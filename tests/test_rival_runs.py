@@ -10,12 +10,15 @@ from tensors import tensors_of
 from torch import nn
 
 from client_app.app import app as client_app
+from fedtalora_flwr import wire
+from fedtalora_flwr.aggregation import Step
 from fedtalora_flwr.aggregation.core import outer_keys
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.model import session
 from fedtalora_flwr.model.grams import input_grams
 from fedtalora_flwr.model.lora import CoreLinear
 from fedtalora_flwr.model.train import Examples
+from fedtalora_flwr.residual import Patch
 from fedtalora_flwr.run_folder import checkpoint
 from fedtalora_flwr.wire.records import BASE_ARRAYS
 
@@ -145,6 +148,20 @@ def test_a_core_between_its_factors_computes_as_the_plain_layer_of_that_weight_d
     torch.testing.assert_close(trained.grad, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
     model.load(start, {})  # a state without them: W_0
     assert torch.equal(layer(x), nn.functional.linear(x, layer.base_layer.weight, layer.base_layer.bias))
+
+
+def test_a_base_that_is_not_of_the_nodes_cores_is_refused():
+    fixed = {"outer_A/fc": (2, 5), "outer_B/fc": (7, 2)}
+    square = {"lora_A/fc": (2, 2), "lora_B/fc": (2, 2)}
+    room = wire.Room(num_classes=2, num_tasks=1, widths=frozenset({6}), factors=square, fixed=fixed)
+    good = {key: torch.zeros(shape) for key, shape in fixed.items()}
+    room.require_patch(Patch(("0" * 64,), dense=good))
+    for other in ({"outer_A/fc": torch.zeros(1, 5)}, {"fc": torch.zeros(2, 2)}, {"outer_A/x": torch.zeros(2, 5)}):
+        with pytest.raises(wire.WireError, match="has shape"):
+            room.require_patch(Patch(("0" * 64,), dense=good | other))
+    step = {"fc": Step(torch.zeros(2, 0), torch.zeros(0, 2))}
+    with pytest.raises(wire.WireError, match="a step's left factor of fc"):
+        room.require_patch(Patch(("0" * 64, "1" * 64), steps=(step,)))
 
 
 def test_grams_are_the_mean_over_examples_of_what_a_layer_is_given():

@@ -9,8 +9,8 @@ to the weight, and they are the directions in which the clients' mean moves the 
 changed, both factors go down; up goes B.
 
 The rows of V^T are combinations of the rows of A: the space that they span is that of the first A, for good, as in
-FFA-LoRA. What changes is the basis in which B is trained, which matters to an optimiser that scales each number by
-itself, such as Adam.
+FFA-LoRA. What changes is the basis in which B is trained, which SGD does not feel; Adam, which scales each number by
+itself, does.
 
 Decided here. The SVD is taken after every round (the source has a period and a warm-up for it). The first A is made
 orthonormal too: B is zero then, and its SVD says nothing more. Where the product has less than full rank, the other

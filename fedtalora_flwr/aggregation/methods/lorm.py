@@ -73,7 +73,8 @@ def _merged(changes: Sequence[Tensor], grams: Sequence[Tensor | None], weights: 
         weighed = p * (shared if gram is None else gram.double())
         total += weighed
         response += change @ weighed
-    return response @ torch.linalg.pinv(total, rtol=_ROUNDING, hermitian=True)
+    inverse: Tensor = torch.linalg.pinv(total, rtol=_ROUNDING, hermitian=True)
+    return response @ inverse
 
 
 def create() -> LoRM:
