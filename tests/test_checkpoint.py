@@ -57,6 +57,15 @@ def test_checkpoint_comes_back_bit_for_bit(tmp_path, residual):
     assert_same(checkpoint.load(tmp_path / "checkpoint"), saved)
 
 
+def test_a_tensor_that_two_states_share_comes_back_in_both(tmp_path):
+    saved = make_checkpoint()
+    checkpoint.save(tmp_path, replace(saved, before=saved.state))
+    got = checkpoint.load(tmp_path)
+    assert_same(got, saved)
+    assert got.before is not None
+    assert_same(replace(got, state=got.before), saved)
+
+
 def test_checkpoint_without_adapters_comes_back(tmp_path):
     saved = make_checkpoint()
     saved = replace(saved, state=GlobalState({}, head=saved.state.head))

@@ -91,9 +91,20 @@ def test_squared_gradients_that_cannot_be_are_refused_by_name(tmp_path):
     assert "norm-limit is 1000" in reasons[3]
 
 
-def test_ewc_is_refused_with_a_method_that_draws_the_pair_anew(tmp_path):
-    with pytest.raises(RunFailed, match="penalty ewc remembers the pair, which method flora draws anew"):
-        tiny_run(tmp_path / "run", penalty="ewc", method="flora")
+@pytest.mark.parametrize("method", ["flora", "fedsvd"])
+def test_ewc_is_refused_with_a_method_that_makes_the_pair_anew(method, tmp_path):
+    with pytest.raises(RunFailed, match=f"penalty ewc remembers the pair, which method {method} makes anew"):
+        tiny_run(tmp_path / "run", penalty="ewc", method=method)
+
+
+def test_ewc_holds_the_factor_whose_turn_it_is_and_remembers_both(tmp_path):
+    run = tiny_run(tmp_path / "run", **SETTINGS, penalty="ewc", method="rolora", rounds_per_task=1, verify=True)
+    point = checkpoint.load(run / "checkpoint")  # the second task trained lora_A alone
+    assert {key.partition("/")[0] for key in point.memory.fisher} == {"lora_A", "lora_B"}
+    plain = checkpoint.load(tiny_run(tmp_path / "none", **SETTINGS, method="rolora", rounds_per_task=1) / "checkpoint")
+    for name, pair in point.state.adapters.items():
+        assert torch.equal(pair.lora_B, plain.state.adapters[name].lora_B)
+        assert not torch.equal(pair.lora_A, plain.state.adapters[name].lora_A)
 
 
 def test_ewc_remembers_only_what_is_trained(tmp_path):

@@ -469,7 +469,7 @@ def test_error_without_a_text_is_told_by_its_number():
 
 def without_frozen(state: GlobalState, trainable: frozenset[str]) -> Message:
     content = wire.state_message(
-        wire.pack_state(state, trainable=trainable),
+        wire.pack_state(state, changing=trainable),
         RoundOrder(1, 0, 0),
         scaling=SCALING,
         version=0,

@@ -136,17 +136,29 @@ def pays(inner: int, shape: tuple[int, int]) -> bool:
     return inner * sum(shape) < math.prod(shape)
 
 
-def by_strength(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewrite a float64 product by its SVD: orthogonal columns and rows, the strongest first, zeros left out.
+def core_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Decompose a float64 product (d_out, m) @ (m, d_in) by its small core alone, after a QR of each factor.
 
-    Only the small core is decomposed, after a QR of each factor; the singular values are shared out evenly.
+    Returns
+    -------
+    Q_l, U, S, V^T, Q_r with ``left @ right = (Q_l U) diag(S) (V^T Q_r)``, singular values falling; U and V, the columns
+    of Q_l and the rows of Q_r are orthonormal.
     """
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)
     u, singular, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    return q_left, u, singular, vh, q_right.T
+
+
+def by_strength(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Rewrite a float64 product by its SVD: orthogonal columns and rows, the strongest first, zeros left out.
+
+    The singular values are shared out evenly.
+    """
+    q_left, u, singular, vh, q_right = core_svd(left, right)
     there = int((singular > 1e-12 * singular[:1]).sum())
     root = singular[:there].sqrt()
-    return (q_left @ u[:, :there]) * root, root.unsqueeze(1) * (vh[:there] @ q_right.T)
+    return (q_left @ u[:, :there]) * root, root.unsqueeze(1) * (vh[:there] @ q_right)
 
 
 def strongest(lost: Step | Tensor, *, owed: Step | None, energy: float) -> tuple[Step | Tensor, Step]:

@@ -66,6 +66,8 @@ def check_update(
         for factor in sorted(FACTORS - trainable):
             if not torch.equal(getattr(theirs, factor), getattr(ours, factor)):
                 raise BadUpdate(f"{name}.{factor} has changed, but the method keeps it frozen")
+    for name, gram in update.grams.items():
+        _check_gram(name, gram)
     for name, parameter in state.head.items():
         if update.head[name].shape != parameter.shape:
             got, want = tuple(update.head[name].shape), tuple(parameter.shape)
@@ -154,7 +156,10 @@ def _changes(state: GlobalState, update: ClientUpdate) -> dict[str, float]:
             if before.shape == after.shape:  # of another rank the product alone can be compared
                 factors[factor] += float((after - before).double().square().sum())
     weights, rows = math.sqrt(_weights_energy(state, update)), row_change(state, update)
-    return {"the weights": weights, "a class row": rows, **{key: math.sqrt(moved) for key, moved in factors.items()}}
+    sizes = {"the weights": weights, "a class row": rows, **{key: math.sqrt(moved) for key, moved in factors.items()}}
+    if update.grams:  # a large one would count for more than its examples do
+        sizes["the layers' inputs"] = math.sqrt(sum(float(gram.trace()) for gram in update.grams.values()))
+    return sizes
 
 
 def update_norm(state: GlobalState, update: ClientUpdate) -> float:
@@ -198,6 +203,13 @@ def _check_keys(part: str, ours: set[str], theirs: set[str]) -> None:
     if ours != theirs:
         missing, unknown = sorted(ours - theirs)[:3], sorted(theirs - ours)[:3]
         raise BadUpdate(f"{part}: missing {missing}, unknown {unknown}")
+
+
+def _check_gram(name: str, gram: torch.Tensor) -> None:
+    _check_numbers(f"the Gram matrix of {name}", gram)
+    norms = gram.double().diagonal()
+    if (norms < 0).any() or (gram.double().square() > torch.outer(norms, norms) * (1 + 1e-5)).any():
+        raise BadUpdate(f"the Gram matrix of {name} contradicts itself: no inputs have such products")
 
 
 def _check_numbers(name: str, tensor: torch.Tensor) -> None:

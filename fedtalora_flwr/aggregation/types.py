@@ -23,7 +23,8 @@ class GlobalState:
         The shared factors of every adapted module.
     residual
         (d_out, d_in) for every adapted module: what is added to the frozen weight, summed over all rounds.
-        Clients *set* ``W = W_0 + residual``; loading a state twice equals loading it once.
+        Clients *set* ``W = W_0 + residual``; loading a state twice equals loading it once. Beside it stands what a
+        method holds fixed of a layer (see `core`).
     head
         The classifier's parameters, classes along the first dimension: (C, ...).
     version
@@ -63,6 +64,9 @@ class ClientUpdate:
         (C,) int64, examples of each class trained on; float64 where it is a weight.
     base_version
         `GlobalState.version` that the training started from.
+    grams
+        Of a method that asks for them, the mean over examples of ``sum x x^T`` over each module's inputs x, or over
+        ``lora_A x`` where lora_B was trained: (m, m), m being d_in or the rank.
     """
 
     partition_id: int
@@ -71,6 +75,7 @@ class ClientUpdate:
     head: Mapping[str, Tensor]
     class_counts: Tensor  # (C,)
     base_version: int
+    grams: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Method(ABC):
@@ -79,7 +84,7 @@ class Method(ABC):
     Attributes
     ----------
     trainable
-        The factors that clients train, of `FACTORS`.
+        The factors that clients train, of `FACTORS`, in one round or another (see `trains`).
     exact
         Whether the aggregate's effective weights equal the weighted mean of the clients' effective weights.
     keeps_pair
@@ -87,12 +92,31 @@ class Method(ABC):
     dense
         Whether the pair is of full rank, with the identity as lora_A and 1 as scaling, so that lora_B is any change of
         the weight.
+    core
+        Whether the pair is a core between fixed factors of the layer, which `start` puts into the base (see `core`).
+    sends_grams
+        Whether clients send Gram matrices of the layers' inputs beside what they trained (see `ClientUpdate`).
     """
 
     trainable: frozenset[str]
     exact: bool
     keeps_pair: bool = True
     dense: bool = False
+    core: bool = False
+    sends_grams: bool = False
+
+    @property
+    def changing(self) -> frozenset[str]:
+        """The factors that go down, for a run changes them; the others every side has as they started."""
+        return self.trainable
+
+    def trains(self, version: int) -> frozenset[str]:
+        """Give the factors that clients train from a state of this version, and send up."""
+        return self.trainable
+
+    def start(self, state: GlobalState, weights: Mapping[str, Tensor]) -> GlobalState:
+        """Give the state that a run begins with, from the usual one; `weights` are W_0 of every adapted layer."""
+        return state
 
 
 class Aggregator(Method):

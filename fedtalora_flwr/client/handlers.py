@@ -21,6 +21,7 @@ from fedtalora_flwr.client.redact import redacted
 from fedtalora_flwr.client.versions import version_store
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.model import heads, penalties
+from fedtalora_flwr.model.grams import input_grams
 from fedtalora_flwr.model.heads import Classifier, FeatureRoot
 from fedtalora_flwr.model.lora import AdaptedModel
 from fedtalora_flwr.model.router import sum_slots
@@ -77,6 +78,10 @@ def train(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
     model, state, order = _loaded(message, config, data)
     result, counts = _trained(message, model, state, order, config=config, partition_id=partition_id, data=data)
     update = _update(state, result.adapters, result.head, counts, partition_id=partition_id)
+    method = aggregation.resolve(config.method, config.settings)
+    if method.sends_grams:
+        inner = "lora_A" not in method.trains(state.version)
+        update = replace(update, grams=input_grams(model, data.training(order.task_id), config=config, inner=inner))
     return _reply(update, state, mean_loss=result.mean_loss, config=config)
 
 
@@ -171,7 +176,7 @@ def _trained(
             present=class_counts.nonzero().flatten().tolist(),
             seen=[c for task in tasks[: order.task_id + 1] for c in task],
         ),
-        trainable=method.trainable,
+        trainable=method.trains(state.version),
         penalty=penalties.resolve(config.penalty, config.settings),
         old_classes=[c for task in tasks[: order.task_id] for c in task],
         config=config,
@@ -206,7 +211,7 @@ def _reply(update: ClientUpdate, state: GlobalState, *, mean_loss: float, config
     return wire.update_reply(
         update,
         like=state,
-        trainable=aggregation.resolve(config.method, config.settings).trainable,
+        trainable=aggregation.resolve(config.method, config.settings).trains(state.version),
         mean_loss=mean_loss,
         scaling=next((pair.scaling for pair in state.adapters.values()), 1.0),
         wire_dtype=config.wire_dtype,
@@ -345,4 +350,5 @@ def _room(
         num_tasks=config.num_tasks,
         widths=frozenset({head.row_dim(features), head.lifted_dim(features)}),
         factors=shapes,
+        fixed=model.fixed_shapes(),
     )

@@ -71,6 +71,7 @@ class RunConfig:
     residual: Annotated[str, one_of("accumulate", "replace", "off")]
     residual_energy: Annotated[float, Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")]
     server_learning_rate: Annotated[float, POSITIVE]
+    core_start: Annotated[str, one_of("random", "weights")]
     clusters: Annotated[int, at_least(0)]
     signature: Annotated[str, one_of("product", "changes", "moments", "lora_B", "raw")]
     stray_share: Annotated[float, Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")]

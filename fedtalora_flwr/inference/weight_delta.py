@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedtalora_flwr.aggregation import GlobalState, LoraFactors
+from fedtalora_flwr.aggregation.core import on_layer
 from fedtalora_flwr.model.lora import AdaptedModel, SplitQKV
 
 _LEFT_OUT = 1e-6  # share of a residual's norm below which its directions are float32's rounding
@@ -60,7 +61,8 @@ def changes_of(model: AdaptedModel, state: GlobalState) -> dict[str, Change]:
         Its adapters and residual.
     """
     changes: dict[str, Change] = {}
-    for name, factors in state.adapters.items():
+    for name, pair in state.adapters.items():
+        factors = on_layer(name, pair, state.residual)
         d_out, d_in = factors.lora_B.shape[0], factors.lora_A.shape[1]
         change = Change(factors, state.residual.get(name, torch.zeros(d_out, d_in)))
         parent, _, part = name.rpartition(".")

@@ -11,6 +11,7 @@ W, frozen, gives the precision of all products; A and B stay as the optimiser ho
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from fedtalora_flwr.aggregation.core import outer_keys
 from fedtalora_flwr.aggregation.factors import LoraFactors
 from fedtalora_flwr.model.backbones.base import Backbone, Placement
 
@@ -120,9 +122,12 @@ class FusedLinear(peft_lora.Linear):  # type: ignore[misc]  # PEFT is untyped
         weight, bias = base.weight, base.bias
         if torch.is_autocast_enabled(kind):
             weight, bias = self._rounded_to(torch.get_autocast_dtype(kind))
-        lora_A, lora_B = self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight
-        output: Tensor = AdaptedProduct.apply(x, weight, bias, lora_A, lora_B, self.scaling[_ADAPTER])
+        output: Tensor = AdaptedProduct.apply(x, weight, bias, *self.pair(), self.scaling[_ADAPTER])
         return output if self.beside is None else output + F.linear(x.float(), self.beside).to(output.dtype)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Give the factors of the product, (rank, d_in) and (d_out, rank)."""
+        return self.lora_A[_ADAPTER].weight, self.lora_B[_ADAPTER].weight
 
     def forget_rounded(self) -> None:
         """Drop the rounded copy of the frozen weight; to be called when that is set."""
@@ -136,6 +141,32 @@ class FusedLinear(peft_lora.Linear):  # type: ignore[misc]  # PEFT is untyped
                 bias = None if base.bias is None else base.bias.to(dtype)
                 self._rounded = base.weight.to(dtype), bias
         return self._rounded
+
+
+class CoreLinear(FusedLinear):
+    """A core between fixed factors (see `aggregation.core`): ``W + scaling outer_B lora_B outer_A``.
+
+    lora_A is the identity, and is not multiplied.
+    """
+
+    outer_A: Tensor  # (rank, d_in)
+    outer_B: Tensor  # (d_out, rank)
+
+    def shrink(self) -> None:
+        """Make the pair square, and room for the fixed factors, which add nothing yet."""
+        for key, factor in (("outer_A", self.lora_A), ("outer_B", self.lora_B)):
+            weight, rank = factor[_ADAPTER].weight, self.r[_ADAPTER]
+            self.register_buffer(key, torch.zeros_like(weight), persistent=False)
+            factor[_ADAPTER] = nn.Linear(rank, rank, bias=False, device=weight.device, dtype=weight.dtype)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Give the factors of the product, (rank, d_in) and (d_out, rank)."""
+        return self.outer_A, self.outer_B @ self.lora_B[_ADAPTER].weight
+
+    def set_outer(self, outer_A: Tensor | None, outer_B: Tensor | None) -> None:
+        """Set the fixed factors; without them the layer is that of W."""
+        for held, given in ((self.outer_A, outer_A), (self.outer_B, outer_B)):
+            held.zero_() if given is None else held.copy_(given)
 
 
 class DenseLinear(peft_lora.Linear):  # type: ignore[misc]
@@ -162,6 +193,8 @@ class AdaptedModel(nn.Module):
         The settings ``lora-blocks`` and ``lora-targets`` (see `chosen_blocks`, `chosen_roles`).
     dense
         Whether the pairs are of full rank (see `LoraFactors.dense`), whatever `rank` and `alpha`.
+    core
+        Whether the pairs are cores between fixed factors, which a state's base gives (see `aggregation.core`).
 
     Raises
     ------
@@ -179,6 +212,7 @@ class AdaptedModel(nn.Module):
         targets: str,
         shared_rank: int = 0,
         dense: bool = False,
+        core: bool = False,
     ) -> None:
         super().__init__()
         names = _prepare_layers(backbone, blocks=blocks, targets=targets)
@@ -196,14 +230,17 @@ class AdaptedModel(nn.Module):
                 rank_pattern=ranks,
                 alpha_pattern=dict(ranks),
             )
-            config._register_custom_module({nn.Linear: DenseLinear if dense else FusedLinear})
+            config._register_custom_module({nn.Linear: DenseLinear if dense else CoreLinear if core else FusedLinear})
             inject_adapter_in_model(config, backbone.model, adapter_name=_ADAPTER)
         self.backbone = backbone
         self.rank = rank + shared_rank
-        self.dense = dense
+        self.dense, self.core = dense, core
         self.layers: dict[str, LoraLayer] = {
             name: module for name, module in backbone.model.named_modules() if isinstance(module, LoraLayer)
         }
+        for layer in self.layers.values():
+            if isinstance(layer, CoreLinear):
+                layer.shrink()
         self._pristine = {  # W_0, of the layers whose weight is set
             name: weight.detach().clone()
             for name in self.layers
@@ -224,6 +261,19 @@ class AdaptedModel(nn.Module):
             for factor in ("lora_A", "lora_B")
         }
 
+    def frozen_weights(self) -> dict[str, Tensor]:
+        """Give W_0 (d_out, d_in) of every adapted layer."""
+        return {name: self._pristine.get(name, self._weight(name)) for name in self.layers}
+
+    def fixed_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Give the shapes of what a base holds beside residuals: the fixed factors around each core."""
+        return {
+            key: tuple(value.shape)
+            for name, layer in self.layers.items()
+            if isinstance(layer, CoreLinear)
+            for key, value in zip(outer_keys(name), (layer.outer_A, layer.outer_B), strict=True)
+        }
+
     def initial_factors(self, *, seed: int) -> dict[str, LoraFactors]:
         """Draw the start of every pair (see `LoraFactors.initial`), the same for a seed on any machine."""
         if self.dense:
@@ -231,6 +281,9 @@ class AdaptedModel(nn.Module):
                 name: LoraFactors.dense(d_in=layer.in_features, d_out=layer.out_features)
                 for name, layer in self.layers.items()
             }
+        if self.core:
+            square = LoraFactors.dense(d_in=self.rank, d_out=self.rank)
+            return {name: replace(square, scaling=layer.scaling[_ADAPTER]) for name, layer in self.layers.items()}
         generator = torch.Generator().manual_seed(seed)
         return {
             name: LoraFactors.initial(
@@ -252,7 +305,7 @@ class AdaptedModel(nn.Module):
         adapters
             A pair for every adapted module, of the model's rank.
         residual
-            (d_out, d_in) for each module; a module without one gets W_0.
+            (d_out, d_in) for each module; a module without one gets W_0. Beside them the fixed factors around cores.
         """
         for name, layer in self.layers.items():
             weight, pristine = self._weight(name), self._pristine.get(name)
@@ -264,6 +317,8 @@ class AdaptedModel(nn.Module):
                 weight.copy_(pristine)
             if isinstance(layer, FusedLinear):
                 layer.forget_rounded()
+            if isinstance(layer, CoreLinear):
+                layer.set_outer(*(residual.get(key) for key in outer_keys(name)))
             layer.lora_A[_ADAPTER].weight.copy_(adapters[name].lora_A)
             layer.lora_B[_ADAPTER].weight.copy_(adapters[name].lora_B)
 

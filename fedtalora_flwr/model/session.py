@@ -104,6 +104,7 @@ def build_model(config: RunConfig, *, in_float32: bool = False) -> AdaptedModel:
         wanted = "set head=lm" if backbone.modality == "instruction" else "which is for a language model (lm:, smollm2)"
         raise ConfigError(f"backbone {config.backbone} reads {backbone.modality}s, head is {config.head}: {wanted}")
     backbone.feature_norm = config.feature_norm
+    method = aggregation.resolve(config.method, config.settings)
     return AdaptedModel(
         placed(backbone.float() if in_float32 else backbone, config),
         rank=config.rank,
@@ -111,7 +112,8 @@ def build_model(config: RunConfig, *, in_float32: bool = False) -> AdaptedModel:
         alpha=config.alpha,
         blocks=config.lora_blocks,
         targets=config.lora_targets,
-        dense=aggregation.resolve(config.method, config.settings).dense,
+        dense=method.dense,
+        core=method.core,
     )
 
 

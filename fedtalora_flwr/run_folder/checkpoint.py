@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fedtalora_flwr.aggregation import ClusteredState, GlobalState, LoraFactors, Slot, Step
@@ -104,7 +105,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> None:
     name = _tensors_of(checkpoint.server_round)
     with whole_file(folder / name) as part:
         try:
-            save_file({key: value.contiguous() for key, value in tensors.items()}, part)
+            # NumPy's, for it writes a tensor twice that two states share, which PyTorch's refuses.
+            save_file({key: value.contiguous().numpy() for key, value in tensors.items()}, part)
         except SafetensorError as error:  # so it words a full disk
             raise CheckpointError(f"{folder / name} cannot be written: {error}") from error
     facts: dict[str, Any] = {

@@ -125,10 +125,11 @@ class Intake:
         BadUpdate
             If it cannot be right.
         """
-        update, mean_loss = wire.read_update(reply, like=like, trainable=method.trainable)
+        trained = method.trains(like.version)
+        update, mean_loss = wire.read_update(reply, like=like, trainable=trained, grams=method.sends_grams)
         if update.partition_id != partition:
             raise BadUpdate(f"speaks for partition {update.partition_id}, holds {partition}")
-        check_update(like, update, trainable=method.trainable, norm_limit=self._config.norm_limit)
+        check_update(like, update, trainable=trained, norm_limit=self._config.norm_limit)
         self._check_counts(task_id, partition, update.class_counts)
         return update, mean_loss
 

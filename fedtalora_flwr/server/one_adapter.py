@@ -68,12 +68,12 @@ class OneAdapter:
     ) -> None:
         if penalty.remembers and not method.keeps_pair:
             raise RunFailed(
-                f"penalty {config.penalty} remembers the pair, which method {config.method} draws anew every "
+                f"penalty {config.penalty} remembers the pair, which method {config.method} makes anew every "
                 "round; choose another of the two"
             )
         self._federation, self._config, self._model, self._method = federation, config, model, method
         self._head, self._penalty, self._data, self._residuals = head, penalty, data, residuals
-        self._frozen = wire.frozen_digest(point.state.adapters, method.trainable)
+        self._frozen = wire.frozen_digest(point.state.adapters, method.changing)
         self.num_rounds = config.last_task * max(1, config.rounds_per_task)
         self.at_once: Sequence[int] | None = None
         if point.before is not None:
@@ -112,7 +112,7 @@ class OneAdapter:
         self._residuals.advance(new)
         return replace(point, state=new), Trained(
             mean_loss=taken.mean_loss,
-            residual_norm=sum(float(r.norm()) ** 2 for r in new.residual.values()) ** 0.5,
+            residual_norm=_norm(new),
             kept_energy=kept_energy(new.step, new.owed) if self._config.residual_energy < 1 else None,
             exactness_error=exactness_error(state, updates, new) if self._config.verify else None,
         )
@@ -266,7 +266,7 @@ class OneAdapter:
     ) -> RecordDict:
         """Build what all clients are sent of a state; factors that the method keeps frozen stay here."""
         return wire.state_message(
-            wire.pack_state(state, classes=classes, memory=memory, trainable=self._method.trainable),
+            wire.pack_state(state, classes=classes, memory=memory, changing=self._method.changing),
             order,
             scaling=next((pair.scaling for pair in state.adapters.values()), 1.0),
             version=state.version,
@@ -284,6 +284,7 @@ class OneAdapter:
     ) -> Iterator[tuple[int, Message]]:
         trained = [getattr(pair, factor) for pair in point.state.adapters.values() for factor in self._method.trainable]
         num_factors = sum(int(value.numel()) for value in [*trained, *point.state.head.values()])
+        num_factors += self._num_grams(point.state, self._method.trainable)
         return self._federation.ask(
             content,
             order,
@@ -294,8 +295,18 @@ class OneAdapter:
 
     def parameters(self, point: Checkpoint) -> dict[str, int]:
         """Count what the model has, trains and sends."""
-        counts = count_trained(self._model, point.state, sorted(self._method.trainable), dense=self._method.dense)
+        trained = self._method.trains(point.state.version)
+        square = self._method.dense or self._method.core
+        counts = count_trained(self._model, point.state, sorted(trained), dense=square)
+        counts["transmitted"] += self._num_grams(point.state, trained)
         return {**counts, "sums": self._num_sums(point)}
+
+    def _num_grams(self, state: GlobalState, trained: frozenset[str]) -> int:
+        """Count the numbers of the Gram matrices that a client sends beside the factors that it trained."""
+        if not self._method.sends_grams:
+            return 0
+        sizes = [wire.gram_size(pair, trained) for pair in state.adapters.values()]
+        return sum(size * (size + 1) // 2 for size in sizes)
 
     def _num_sums(self, point: Checkpoint) -> int:
         """Count the float64 numbers that a client sends at most at a task's end: half of each gram, and the moment."""
@@ -308,6 +319,11 @@ class OneAdapter:
     def facts(self) -> dict[str, Any]:
         """Give nothing beyond what the manifest says of every run."""
         return {}
+
+
+def _norm(state: GlobalState) -> float:
+    """Give the Frobenius norm of the residual over all layers, without what else stands in the base."""
+    return sum(float(r.norm()) ** 2 for name, r in state.residual.items() if name in state.adapters) ** 0.5
 
 
 def count_trained(model: AdaptedModel, state: GlobalState, trainable: Sequence[str], *, dense: bool) -> dict[str, int]:

@@ -68,7 +68,7 @@ class ServerRun:
         self.head = heads.resolve(config.head, config.settings)
         if config.check_data:  # a bad file is found before training, not at the first evaluation
             self.data.check()
-        self.point = self._resumed() if config.resume else self._fresh()
+        self.point = self._resumed() if config.resume else self._fresh(method)
         self._first_round = self.point.server_round + 1
         self._rounds_per_task = max(1, config.rounds_per_task)  # one without training collects the head's sums
         self.federation, self.training = self._assembled(grid, method)
@@ -234,23 +234,22 @@ class ServerRun:
             "class_counts": [found.of_partition(partition) for partition in range(self.config.num_clients)],
             "parameters": self.training.parameters(self.point),
             "precision": precision_of(device_of(self.config), self.config.precision),
-            "adapted_modules": {
-                name: [pair.lora_B.shape[0], pair.lora_A.shape[1]] for name, pair in self.point.state.adapters.items()
-            },
+            "adapted_modules": {name: list(weight.shape) for name, weight in self.model.frozen_weights().items()},
             **remarks,
             **self.training.facts(),
         }
 
-    def _fresh(self) -> Checkpoint:
+    def _fresh(self, method: aggregation.Method) -> Checkpoint:
         self.folder.write_config(self.config.flat())
         (self.folder.path / names.ROUNDS).write_text("")
         num_classes, feature_dim = len(self.data.classes.names), self.model.backbone.feature_dim
+        start = GlobalState(
+            adapters=self.model.initial_factors(seed=self.config.seed),
+            head=heads.init_rows(num_classes=num_classes, feature_dim=self.head.row_dim(feature_dim)),
+        )
         return Checkpoint(
             server_round=0,
-            state=GlobalState(
-                adapters=self.model.initial_factors(seed=self.config.seed),
-                head=heads.init_rows(num_classes=num_classes, feature_dim=self.head.row_dim(feature_dim)),
-            ),
+            state=method.start(start, self.model.frozen_weights()),
             sums=FeatureSums.zero(num_classes=num_classes, feature_dim=self.head.lifted_dim(feature_dim)),
             matrix=TaskMatrix.empty(self.config.num_tasks),
             bytes_up=0,

@@ -212,11 +212,12 @@ class Slots:
         """
         if wire.SHARED not in parts:
             raise BadUpdate("it did not come back")
-        update, _ = wire.read_update(parts[wire.SHARED], like=state, trainable=self._method.trainable)
+        trained = self._method.trains(state.version)
+        update, _ = wire.read_update(parts[wire.SHARED], like=state, trainable=trained)
         if update.partition_id != partition:
             raise BadUpdate(f"speaks for partition {update.partition_id}, holds {partition}")
         whole = _of_slots(update, list(updates.values()))
-        check_update(state, whole, trainable=self._method.trainable, norm_limit=self._config.norm_limit)
+        check_update(state, whole, trainable=trained, norm_limit=self._config.norm_limit)
         return whole
 
     def _checked(

@@ -45,7 +45,7 @@ from fedtalora_flwr.wire.sums import (
     sums_reply,
 )
 from fedtalora_flwr.wire.traffic import message_bytes, odd_reply
-from fedtalora_flwr.wire.update import read_update, update_reply
+from fedtalora_flwr.wire.update import gram_size, read_update, update_reply
 
 __all__ = [
     "ARRAYS",
@@ -66,6 +66,7 @@ __all__ = [
     "error_text",
     "fisher_reply",
     "frozen_digest",
+    "gram_size",
     "hello_reply",
     "hits_reply",
     "means_reply",

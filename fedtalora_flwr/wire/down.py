@@ -51,7 +51,7 @@ def pack_state(
     *,
     classes: Sequence[int] | None = None,
     memory: Memory | None = None,
-    trainable: frozenset[str] = FACTORS,
+    changing: frozenset[str] = FACTORS,
 ) -> ArrayRecord:
     """Put the shared tensors of a state into one record; share it among messages, it is serialised once.
 
@@ -63,10 +63,10 @@ def pack_state(
         The class rows of the head that the clients need; None where they need no head.
     memory
         What a penalty needs of finished tasks.
-    trainable
-        The factors that change; a client draws the others itself, as they started.
+    changing
+        The factors that a run changes; a client draws the others itself, as they started.
     """
-    tensors = pack_factors(state.adapters, trainable)
+    tensors = pack_factors(state.adapters, changing)
     if memory is not None:
         tensors |= {f"anchor/{key}": value for key, value in memory.anchor.items()}
         tensors |= {f"fisher/{key}": value for key, value in memory.fisher.items()}
@@ -123,13 +123,13 @@ def read_state(
     check_library(str(settings["library"]), whose="server")
     parts = read_arrays(message.content.array_records[ARRAYS])
     if (frozen := str(settings["frozen"])) and initial is not None:
-        started, trainable = initial(), frozenset(FACTORS & parts.keys())
-        if frozen_digest(started, trainable) != frozen:
+        started, changing = initial(), frozenset(FACTORS & parts.keys())
+        if frozen_digest(started, changing) != frozen:
             raise WireError(
                 "the server's pairs started from other numbers than this node draws for the same seed; install the "
                 "server's version of PyTorch"
             )
-        parts |= frozen_factors(started, trainable)
+        parts |= frozen_factors(started, changing)
     head, rows = parts.get("head", {}), parts.get("rows", {}).get("class", torch.zeros(0)).long()
     num_classes = cast(int, settings["num-classes"])
     if room is not None:

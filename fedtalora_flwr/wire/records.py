@@ -84,14 +84,14 @@ def read_factors(parts: Mapping[str, Mapping[str, Tensor]], *, scaling: float) -
     return {name: LoraFactors(lora_A[name], lora_B[name], scaling) for name in lora_A}
 
 
-def frozen_factors(adapters: Mapping[str, LoraFactors], trainable: frozenset[str]) -> dict[str, dict[str, Tensor]]:
-    """Give the factors that no client sends, as parts of a record."""
-    return {factor: {name: getattr(pair, factor) for name, pair in adapters.items()} for factor in FACTORS - trainable}
+def frozen_factors(adapters: Mapping[str, LoraFactors], sent: frozenset[str]) -> dict[str, dict[str, Tensor]]:
+    """Give the factors that are not sent, as parts of a record."""
+    return {factor: {name: getattr(pair, factor) for name, pair in adapters.items()} for factor in FACTORS - sent}
 
 
-def frozen_digest(adapters: Mapping[str, LoraFactors], trainable: frozenset[str]) -> str:
+def frozen_digest(adapters: Mapping[str, LoraFactors], changing: frozenset[str]) -> str:
     """Name the factors that never change by their SHA-256; empty where all change."""
-    frozen = pack_factors(adapters, FACTORS - trainable)
+    frozen = pack_factors(adapters, FACTORS - changing)
     digest = hashlib.sha256()
     for key in sorted(frozen):
         digest.update(key.encode() + frozen[key].contiguous().numpy().tobytes())

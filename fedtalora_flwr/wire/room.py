@@ -5,7 +5,7 @@ huge, a shape that broadcasts. None of it is made here unless the client itself 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from torch import Tensor
@@ -30,12 +30,15 @@ class Room:
         Features that class rows may be on: the backbone's, and those that the head makes of them.
     factors
         Shape of each factor of its model, by ``lora_A/<module>`` and ``lora_B/<module>``.
+    fixed
+        Shapes of what the base of its model holds in place of residuals (see `aggregation.core`).
     """
 
     num_classes: int
     num_tasks: int
     widths: frozenset[int]
     factors: Mapping[str, tuple[int, ...]]
+    fixed: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def require_head(self, head: Mapping[str, Tensor], num_classes: int) -> None:
         """Refuse class rows of another kind, or more classes than there are.
@@ -74,8 +77,8 @@ class Room:
     def require_patch(self, patch: Patch) -> None:
         """Refuse steps and residuals of layers that the model does not adapt, or of another shape than theirs."""
         for name, value in patch.dense.items():
-            if tuple(value.shape) != (layer := self._layer(name)):
-                self._refuse(f"the residual of {name}", value, layer)
+            if tuple(value.shape) != (wanted := self.fixed.get(name, self._layer(name))):
+                self._refuse(f"the residual of {name}", value, wanted)
         for step in patch.steps:
             for name, change in step.items():
                 layer, inner = self._layer(name), change.left.shape[-1]
@@ -85,7 +88,9 @@ class Room:
                     self._refuse(f"a step's right factor of {name}", change.right, (inner, layer[1]))
 
     def _layer(self, name: str) -> tuple[int, int] | None:
-        """Give an adapted layer's (d_out, d_in)."""
+        """Give an adapted layer's (d_out, d_in), where it can have a residual."""
+        if self.fixed:
+            return None
         lora_B, lora_A = self.factors.get(f"lora_B/{name}"), self.factors.get(f"lora_A/{name}")
         return (lora_B[0], lora_A[1]) if lora_B and lora_A else None
 

@@ -66,15 +66,17 @@ def update_reply(
         tensors = {key: half for key, (half, _) in halves.items()}
         metrics["exponents"] = [halves[key][1] for key in sorted(halves)]
     tensors |= pack_counts(update.class_counts)
+    tensors |= {f"gram/{name}": gram[_upper(len(gram))] for name, gram in update.grams.items()}
     return RecordDict({ARRAYS: array_record(tensors), METRICS: MetricRecord(metrics)})
 
 
 def read_update(
-    message: Message, *, like: GlobalState, trainable: frozenset[str] = FACTORS
+    message: Message, *, like: GlobalState, trainable: frozenset[str] = FACTORS, grams: bool = False
 ) -> tuple[ClientUpdate, float]:
     """Read a training reply: the update and its mean loss.
 
-    Head rows that were not sent are those of `like`, and so are factors other than the `trainable` ones.
+    Head rows that were not sent are those of `like`, and so are factors other than the `trainable` ones. With `grams`
+    there is a Gram matrix for each module.
 
     Raises
     ------
@@ -84,9 +86,11 @@ def read_update(
     try:
         metrics = message.content.metric_records[METRICS]
         names = {*pack_factors(like.adapters, trainable), *(f"head/{name}" for name in like.head), *COUNTS}
+        if grams:
+            names |= {f"gram/{name}" for name in like.adapters}
         parts = read_arrays(message.content.array_records[ARRAYS], only=names)
         num_classes = len(next(iter(like.head.values()))) if like.head else 0
-        counted = parts.pop("counts")
+        counted, halved = parts.pop("counts"), parts.pop("gram", {})
         trained = class_numbers(counted["class"], num_classes)
         counts = read_counts(counted, num_classes)
         if "exponents" in metrics:
@@ -100,6 +104,7 @@ def read_update(
             head={name: _with_rows(like.head, name, trained, rows) for name, rows in parts.get("head", {}).items()},
             class_counts=counts,
             base_version=_whole(metrics, "base-version"),
+            grams={name: _from_upper(half, gram_size(like.adapters[name], trainable)) for name, half in halved.items()},
         )
         mean_loss = float(cast(float, metrics["mean-loss"]))
     except BadUpdate:
@@ -109,6 +114,27 @@ def read_update(
     if not math.isfinite(mean_loss):
         raise BadUpdate(f"mean-loss is {mean_loss}")
     return update, mean_loss
+
+
+def gram_size(pair: LoraFactors, trainable: frozenset[str]) -> int:
+    """Give the rows of a module's Gram matrix: d_in where lora_A was trained, else the rank."""
+    return pair.lora_A.shape[1] if "lora_A" in trainable else pair.rank
+
+
+def _upper(size: int) -> tuple[Tensor, Tensor]:
+    """Give the places of a symmetric matrix that travel."""
+    rows, columns = torch.triu_indices(size, size)
+    return rows, columns
+
+
+def _from_upper(half: Tensor, size: int) -> Tensor:
+    rows, columns = _upper(size)
+    if half.shape != rows.shape:
+        raise ValueError(f"half of a Gram matrix holds {tuple(half.shape)} numbers, expected {len(rows)}")
+    whole = half.new_zeros(size, size)
+    whole[rows, columns] = half
+    whole[columns, rows] = half
+    return whole
 
 
 def _trained(

@@ -103,10 +103,10 @@ def test_examples_beyond_max_weight_let_nobody_go_further():
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("method", ["fedtalora", "fedex", "flora", "full"])
+@pytest.mark.parametrize("method", ["fedtalora", "fedex", "flora", "full", "rolora", "fedsvd", "fed-sb"])
 def test_every_method_is_exact_with_the_weights_of_every_rule(rule, method):
     method = build(method)
-    state, updates = made(7, dense=method.dense, trainable=method.trainable)
+    state, updates = made(7, dense=method.dense, trainable=method.trains(0))
     weighed = Weighing(rule, max_weight=1.5, max_change=1.0)(state, updates)
     assert [u.num_examples for u in weighed] != [u.num_examples for u in updates]
     assert exactness_error(state, weighed, method.aggregate(state, weighed)) < 1e-5

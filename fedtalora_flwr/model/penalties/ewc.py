@@ -40,8 +40,10 @@ class ElasticWeightConsolidation(Penalty):
         if not fisher:
             return None
 
+        held = sorted(fisher.keys() & factors.keys())  # a factor that rests this round stays where it is
+
         def term(batch: Tensor, features: Tensor) -> Tensor:
-            parts = [(fisher[key] * (factors[key] - anchor[key]).square()).sum() for key in sorted(fisher)]
+            parts = [(fisher[key] * (factors[key] - anchor[key]).square()).sum() for key in held]
             return self.weight / 2 * torch.stack(parts).sum()
 
         return term
