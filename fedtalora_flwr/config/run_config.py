@@ -59,6 +59,11 @@ def between(low: int, high: int) -> Rule:
     return Rule(lambda value: low <= value <= high, f"from {low} to {high}")
 
 
+def _is_ranks(value: str) -> bool:
+    return not value or all(part.strip().isdecimal() and int(part) > 0 for part in value.split(","))
+
+
+RANKS = Rule(_is_ranks, "whole numbers from 1 on with commas between them, as in 2,4,8, or empty")
 POSITIVE = Rule(lambda value: 0 < value < float("inf"), "above 0")
 NOT_NEGATIVE = Rule(lambda value: 0 <= value < float("inf"), "at least 0")
 
@@ -135,6 +140,7 @@ class RunConfig:
     gradient_checkpointing: bool
     feature_norm: Annotated[str, one_of("rms", "none")]
     rank: Annotated[int, at_least(1)]
+    ranks: Annotated[str, RANKS]
     alpha: Annotated[float, POSITIVE]
     lora_blocks: str
     lora_targets: str
@@ -194,6 +200,18 @@ class RunConfig:
     def flat(self) -> dict[str, Scalar]:
         """Give the settings back under their kebab-case keys."""
         return {kebab(key): value for key, value in self.settings.items()}
+
+    @property
+    def largest_rank(self) -> int:
+        """That of the server's pairs: `rank`, or the largest of `ranks`."""
+        return max(map(int, self.ranks.split(","))) if self.ranks else self.rank
+
+    def rank_of(self, partition_id: int) -> int | None:
+        """Give the rank that a client trains; None where `ranks` are not set, and all have the server's."""
+        if not self.ranks:
+            return None
+        ranks = [int(part) for part in self.ranks.split(",")]
+        return ranks[partition_id % len(ranks)]
 
     @property
     def last_task(self) -> int:
@@ -290,4 +308,6 @@ def _check_together(config: RunConfig) -> None:
             f"{config.rows_start} and {config.penalty}"
         )
     if config.rounds_per_task == 0 and config.head in ("linear", "lm"):
-        raise ConfigError("rounds-per-task 0 trains nothing; head = ridge and head = lda learn without training rounds")
+        raise ConfigError(
+            "rounds-per-task 0 trains nothing; head = ridge, lda and prototype learn without training rounds"
+        )

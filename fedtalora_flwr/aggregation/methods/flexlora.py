@@ -25,6 +25,7 @@ class FlexLoRA(Aggregator):
 
     trainable: frozenset[str] = FACTORS
     exact: bool = False
+    truncates: bool = True
     keeps_pair: bool = False  # an SVD turns the rows of a pair as it likes
 
     def aggregate(self, state: GlobalState, updates: Sequence[ClientUpdate]) -> GlobalState:

@@ -28,6 +28,7 @@ class HetLoRA(Aggregator):
 
     trainable: frozenset[str] = FACTORS
     exact: bool = False
+    truncates: bool = True
 
     def aggregate(self, state: GlobalState, updates: Sequence[ClientUpdate]) -> GlobalState:
         """Fold the updates, of any ranks up to the state's, into a new state (see the module's equation).
