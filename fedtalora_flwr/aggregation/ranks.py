@@ -9,8 +9,8 @@ all share. The other rows are
       W_0 + R + s (B_2 A_2 + B_k A_k);
 
 - left out, where the method truncates (`Method.truncates`), as FlexLoRA and HetLoRA do: its model is
-  ``W_0 + R + s B_k A_k``. It begins without what the other rows have learned, and its weight in the mean takes its share of
-  that away.
+  ``W_0 + R + s B_k A_k``. It begins without what the other rows have learned, and its weight in the mean takes its
+  share of that away.
 
 Either way the effective weights of clients are those of the models that they trained, and an exact method is exact.
 """

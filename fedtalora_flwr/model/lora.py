@@ -245,7 +245,7 @@ class AdaptedModel(nn.Module):
 
     def factor_shapes(self, rank: int | None = None) -> dict[str, tuple[int, int]]:
         """Give the shape of each factor, by the keys of `named_factors`: of the model's rank, or of a part of it."""
-        shapes = {}
+        shapes: dict[str, tuple[int, int]] = {}
         for name, layer in self.layers.items():
             rows = layer.in_features if self.dense else rank or self.rank
             shapes |= {f"lora_A/{name}": (rows, layer.in_features), f"lora_B/{name}": (layer.out_features, rows)}

@@ -73,8 +73,8 @@ class OneAdapter:
             )
         if penalty.remembers and config.ranks:
             raise RunFailed(
-                f"penalty {config.penalty} remembers all rows of a pair, of which clients with ranks {config.ranks} train "
-                "some; choose another penalty, or one rank for all"
+                f"penalty {config.penalty} remembers all rows of a pair, of which clients with ranks {config.ranks} "
+                "train some; choose another penalty, or one rank for all"
             )
         self._federation, self._config, self._model, self._method = federation, config, model, method
         self._head, self._penalty, self._data, self._residuals = head, penalty, data, residuals

@@ -29,7 +29,6 @@ from fedtalora_flwr.aggregation import (
     BadUpdate,
     ClientUpdate,
     GlobalState,
-    LoraFactors,
     Step,
     check_update,
     completed,

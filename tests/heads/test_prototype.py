@@ -29,7 +29,7 @@ def moment(*means: tuple[int, int, list[float]]) -> torch.Tensor:
     """Sums by class of examples: the class, how many there are, and their mean."""
     sums = torch.zeros(NUM_CLASSES, len(means[0][2]) + 1, dtype=torch.float64)
     for c, n, mean in means:
-        sums[c] = n * torch.tensor([*mean, 1.0])
+        sums[c] = n * torch.tensor([*mean, 1.0], dtype=torch.float64)
     return sums
 
 

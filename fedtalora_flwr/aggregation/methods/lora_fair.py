@@ -5,12 +5,11 @@ With the means Bbar, Abar of the factors, and L what their product loses against
     L  =  sum_k p_k (B_k - Bbar)(A_k - Abar),
     D  =  argmin ||L - D Abar||^2 + mu ||D||^2  =  L Abar^T (Abar Abar^T + mu I)^-1,
 
-the server broadcasts ``(Bbar + D, Abar)``: the next round starts from the corrected pair, and nothing else travels. What
-no lora_B can make up for, the part of L beyond the rows of Abar, is dropped.
+the server broadcasts ``(Bbar + D, Abar)``: the next round starts from the corrected pair, and nothing else travels.
+What no lora_B can make up for, the part of L beyond the rows of Abar, is dropped.
 
-The paper leaves the measure of similarity open and descends by gradient steps on the server; here both terms are squared
-norms, which has a closed form, ridge regression. mu is relative to the mean eigenvalue of Abar Abar^T, so that it is the
-same for a pair of any scale.
+The paper finds D by gradient steps on the server; here both terms are squared norms, which has a closed form, ridge
+regression. mu is relative to the mean eigenvalue of Abar Abar^T, so that it is as strong for a pair of any scale.
 """
 
 from collections.abc import Sequence
@@ -52,16 +51,19 @@ class LoraFair(Aggregator):
 
 
 def corrected(mean: LoraFactors, lost: Step | Tensor) -> LoraFactors:
-    """Correct the lora_B of a mean pair for what averaging lost, ``scaling * L``, as far as a penalty on that allows."""
+    """Correct the lora_B of a mean pair by D, where averaging lost ``scaling * L``."""
     lora_A = mean.lora_A.double()  # (rank, d_in)
-    if isinstance(lost, Step):
-        seen = lost.left.double() @ (lost.right.double() @ lora_A.T)  # (d_out, rank)
-    else:
-        seen = lost.double() @ lora_A.T
+    seen = _times(lost, lora_A.T)  # (d_out, rank)
     gram = lora_A @ lora_A.T
     mu = (_PENALTY * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny)
     correction = torch.linalg.solve(gram + mu * torch.eye(len(gram), dtype=gram.dtype), seen.T / mean.scaling).T
     return LoraFactors(mean.lora_A, (mean.lora_B.double() + correction).float(), mean.scaling)
+
+
+def _times(lost: Step | Tensor, columns: Tensor) -> Tensor:
+    if isinstance(lost, Step):
+        return lost.left.double() @ (lost.right.double() @ columns)
+    return lost.double() @ columns
 
 
 def create() -> LoraFair:

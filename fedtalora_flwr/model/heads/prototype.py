@@ -1,18 +1,19 @@
 """PILoRA's prototypes: a class is told by the nearest mean of its features (arXiv 2401.02094).
 
-After a task's last round every holder k of class c sends the sum of its features under the aggregated model, whose mean is
-mu_kc. The server weighs the means of a class by how near each is to those of the others, whoever has how many examples:
+After a task's last round every holder k of class c sends the sum of its features under the aggregated model, whose
+mean is mu_kc. The server weighs the means of a class by how near each is to the others, whoever has how many examples:
 
     v_k = 1 / sum_j |mu_kc - mu_jc|,   u_k = (v_k - min v) / (max v - min v),
     mu_c = sum_k mu_kc exp(u_k / T) / sum_j exp(u_j / T),   T = 0.2,
 
-and an example is of the class whose prototype mu_c is nearest. Where all holders are equally far from the others, as two
-always are, they count the same. Prototypes of finished tasks stay as they are: no second moment travels by which they
-could follow features that move.
+and an example is of the class whose prototype mu_c is nearest. Where all holders are equally far from the others, as
+two always are, they count the same. Prototypes of finished tasks stay as they are: no second moment travels by which
+they could follow features that move.
 
-In the paper a prototype is a parameter, trained by the cross-entropy of a softmax over distances, beside an orthogonality
-penalty on the pairs of successive tasks; it is compared with the class means of the holders' features. Here these means
-are the prototypes, and LoRA is trained with the linear head's loss, so that heads differ in what they classify by alone.
+In the paper a prototype is a parameter, trained by the cross-entropy of a softmax over distances, beside an
+orthogonality penalty on the pairs of successive tasks; its weight is by its distance to the class means of all holders'
+features. Here these means are the prototypes, and LoRA is trained with the linear head's loss, so that heads differ in
+what they classify by alone.
 """
 
 from collections.abc import Mapping, Sequence
