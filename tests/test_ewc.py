@@ -92,7 +92,7 @@ def test_squared_gradients_that_cannot_be_are_refused_by_name(tmp_path):
 
 
 def test_ewc_is_refused_with_a_method_that_draws_the_pair_anew(tmp_path):
-    with pytest.raises(RunFailed, match="penalty ewc remembers the pair, which method flora draws anew"):
+    with pytest.raises(RunFailed, match="penalty ewc remembers the pair, which method flora makes anew"):
         tiny_run(tmp_path / "run", penalty="ewc", method="flora")
 
 

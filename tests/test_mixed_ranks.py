@@ -9,6 +9,7 @@ import pytest
 import torch
 from flwr.app import Context, Message
 from local_grid import defaults, tiny_run
+from safetensors.torch import load_file
 
 from client_app.app import app as run_client
 from fedtalora_flwr.aggregation import Aggregator, ClientUpdate, GlobalState
@@ -16,6 +17,8 @@ from fedtalora_flwr.aggregation.methods.fedtalora import FedTaLoRA
 from fedtalora_flwr.aggregation.methods.flexlora import FlexLoRA
 from fedtalora_flwr.aggregation.methods.hetlora import HetLoRA
 from fedtalora_flwr.config import ConfigError, RunConfig
+from fedtalora_flwr.inference.export import export
+from fedtalora_flwr.inference.model import open_trained
 from fedtalora_flwr.run_folder import checkpoint
 from fedtalora_flwr.server.failures import RunFailed
 from fedtalora_flwr.wire.records import ARRAYS, array_record, read_arrays
@@ -142,6 +145,15 @@ def test_order_of_another_rank_than_was_agreed_is_refused_by_the_client(tmp_path
     out = tiny_run(tmp_path / "run", widened, method="flexlora", rounds_per_task=1, stop_after_task=1, **QUICK)
     (failure,) = lines(out)[0]["failures"]
     assert failure["partition_id"] == 0 and "has shape (2, 192), this node's is (1, 192)" in failure["reason"]
+
+
+def test_model_of_mixed_ranks_is_opened_and_exported_with_the_largest(tmp_path):
+    out = tiny_run(tmp_path / "run", method="flexlora", **QUICK)
+    trained = open_trained(out, device="cpu")
+    images = torch.randint(0, 256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    assert torch.isfinite(trained.logits(images)).all()
+    adapter = load_file(export(out, to="peft").folder / "adapter_model.safetensors")
+    assert {len(value) for key, value in adapter.items() if "lora_A" in key} == {3}
 
 
 @pytest.mark.parametrize(

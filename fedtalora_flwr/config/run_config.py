@@ -202,16 +202,19 @@ class RunConfig:
         return {kebab(key): value for key, value in self.settings.items()}
 
     @property
+    def dealt_ranks(self) -> list[int]:
+        """Those of `ranks`; none where all clients have the server's."""
+        return [int(part) for part in self.ranks.split(",")] if self.ranks else []
+
+    @property
     def largest_rank(self) -> int:
-        """That of the server's pairs: `rank`, or the largest of `ranks`."""
-        return max(map(int, self.ranks.split(","))) if self.ranks else self.rank
+        """That of the server's pairs: the largest of `ranks`, or `rank`."""
+        return max(self.dealt_ranks, default=self.rank)
 
     def rank_of(self, partition_id: int) -> int | None:
-        """Give the rank that a client trains; None where `ranks` are not set, and all have the server's."""
-        if not self.ranks:
-            return None
-        ranks = [int(part) for part in self.ranks.split(",")]
-        return ranks[partition_id % len(ranks)]
+        """Give the rank that was agreed with a client; None: the server's, as all have it."""
+        dealt = self.dealt_ranks
+        return dealt[partition_id % len(dealt)] if dealt else None
 
     @property
     def last_task(self) -> int:

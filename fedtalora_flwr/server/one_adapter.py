@@ -68,7 +68,7 @@ class OneAdapter:
     ) -> None:
         if penalty.remembers and not method.keeps_pair:
             raise RunFailed(
-                f"penalty {config.penalty} remembers the pair, which method {config.method} draws anew every "
+                f"penalty {config.penalty} remembers the pair, which method {config.method} makes anew every "
                 "round; choose another of the two"
             )
         if penalty.remembers and config.ranks:
