@@ -80,7 +80,7 @@ def test_impossible_value_is_refused_with_its_key_and_value(key, value, text):
 
 def test_a_run_without_training_rounds_needs_a_head_that_learns_without_them():
     RunConfig.parse(defaults() | {"rounds-per-task": 0, "head": "ridge"})
-    with pytest.raises(ConfigError, match="rounds-per-task 0 trains nothing; head = ridge and head = lda learn"):
+    with pytest.raises(ConfigError, match="rounds-per-task 0 trains nothing; head = ridge, lda and prototype learn"):
         RunConfig.parse(defaults() | {"rounds-per-task": 0, "head": "linear"})
 
 

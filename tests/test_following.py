@@ -88,7 +88,7 @@ def test_a_run_that_goes_on_in_the_middle_of_a_task_still_knows_how_the_task_beg
     assert torch.equal(sums_of(tmp_path / "whole"), sums_of(tmp_path / "stopped"))
 
 
-@pytest.mark.parametrize("head", ["linear", "ridge", "lda"])
+@pytest.mark.parametrize("head", ["linear", "ridge", "lda", "prototype"])
 def test_rows_that_start_at_class_means_know_the_classes_before_the_first_step(tmp_path, head):
     frozen = {"learning_rate": 0.0, "head_learning_rate": 0.0, "stop_after_task": 1, "max_per_class": 30}
     losses = {}

@@ -1,5 +1,6 @@
 """Every preset parses, and the paper's load whole on stand-ins: local data in the hub's layout, a local checkpoint."""
 
+import json
 import math
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import PIL.Image
 import pytest
 import timm
 import torch
+from local_grid import run_server
 
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.config.joined import parts_of
@@ -202,6 +204,22 @@ def test_tiny_imagenet_presets_load_and_train_on_an_image_folder(checkpoint, tmp
         f"backbone-checkpoint={checkpoint}",
     )
     loads_and_trains(config, num_classes=200, num_test=200)
+
+
+# FedRAN: nothing is trained
+
+
+def test_fedran_preset_trains_nothing_and_learns_from_sums_of_random_features(tmp_path):
+    config = configured("fedran")
+    assert (config.num_tasks, config.num_clients, config.partition) == (10, 5, "dirichlet")
+    assert (config.head, config.ridge_features) == ("ridge", 2048)
+    small = {"dataset": "digits", "backbone": "vit_mini", "image-size": 0, "num-tasks": 5, "device": "cpu"}
+    small |= {"max-per-class": 10, "ridge-features": 200, "out": str(tmp_path)}
+    run_server(config.flat() | small)
+    lines = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    assert [line["mean_loss"] for line in lines] == [None] * 5 and lines[-1]["accuracy_seen"] > 0.6
+    assert json.loads((tmp_path / "manifest.json").read_text())["parameters"]["lora"] == 0
+    assert sum(line["bytes_up"] for line in lines) < 2 * 8 * 100 * 201  # roots: a row of float64 for each example
 
 
 # FL-TAC: every task a cluster

@@ -5,6 +5,7 @@ from typing import Any
 
 from fedtalora_flwr.aggregation.factors import FACTORS, LoraFactors, Step, kept_energy
 from fedtalora_flwr.aggregation.intake import BadUpdate, check_update, far_off, outliers, update_norm
+from fedtalora_flwr.aggregation.ranks import completed, first_rows, held, truncated
 from fedtalora_flwr.aggregation.slots import (
     ClusteredState,
     Place,
@@ -36,14 +37,18 @@ __all__ = [
     "available",
     "capped",
     "check_update",
+    "completed",
     "exactness_error",
     "far_off",
+    "first_rows",
+    "held",
     "in_proportion",
     "kept_energy",
     "outliers",
     "place_name",
     "resolve",
     "slots_exactness_error",
+    "truncated",
     "update_norm",
     "with_shared",
 ]

@@ -37,7 +37,7 @@ def average_factors(
     ``sum_k p_k delta_k - average.delta()``: a `Step` where factors hold fewer numbers, else (d_out, d_in) float32.
     """
     if not _are_alike(factors, like=like):
-        return _best_of_rank(factors, weights, like=like)
+        return _best_and_lost(factors, weights, like=like)
     p = torch.tensor(weights, dtype=torch.float64)
     mean = _mean(factors, p.float(), origin=like)
     if pays((len(factors) - 1) * like.rank, (like.lora_B.shape[0], like.lora_A.shape[1])):
@@ -48,7 +48,7 @@ def average_factors(
 def mean_factors(factors: Sequence[LoraFactors], weights: Sequence[float], *, like: LoraFactors) -> LoraFactors:
     """Give the averaged pair of `average_factors`; where the pairs are alike, without working out what it loses."""
     if not _are_alike(factors, like=like):
-        return _best_of_rank(factors, weights, like=like)[0]
+        return best_of_rank(factors, weights, like=like)[0]
     return _mean(factors, torch.tensor(weights), origin=like)
 
 
@@ -120,14 +120,34 @@ def _parts(num_clients: int, *, rank: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, num_clients, size))
 
 
-def _best_of_rank(
+def best_of_rank(
     factors: Sequence[LoraFactors], weights: Sequence[float], *, like: LoraFactors
-) -> tuple[LoraFactors, Step | Tensor]:
+) -> tuple[LoraFactors, tuple[Tensor, Tensor]]:
+    """Give the best approximation of the mean of the products at the rank of `like` (Eckart and Young), and the rest.
+
+    Its rows are ordered by strength, and each singular value is shared out evenly over the two factors. Rows that the
+    mean does not fill keep the lora_A of `like`, for a pair of zeros never trains.
+
+    Parameters
+    ----------
+    factors, weights, like
+        As in `average_factors`; the pairs may be of any ranks and scalings.
+
+    Returns
+    -------
+    The pair, and float64 factors (d_out, m) and (m, d_in) of what it leaves out, orthogonal to it.
+    """
     left, right = by_strength(*stacked(factors, weights))  # of the exact mean
     kept = min(like.rank, left.shape[1])
-    lora_A = like.lora_A.double()  # (rank, d_in); rows that the mean does not fill stay, for a zero pair never trains
+    lora_A = like.lora_A.double()  # (rank, d_in)
     lora_A = torch.cat([right[:kept] / like.scaling**0.5, lora_A[kept:]])
     lora_B = torch.nn.functional.pad(left[:, :kept] / like.scaling**0.5, (0, like.rank - kept))  # (d_out, rank)
-    rest = on_grid(left[:, kept:], right[kept:])
-    lost = rest if pays(left.shape[1] - kept, rest.shape) else rest.added_to(None)
-    return LoraFactors(lora_A.float(), lora_B.float(), like.scaling), lost
+    return LoraFactors(lora_A.float(), lora_B.float(), like.scaling), (left[:, kept:], right[kept:])
+
+
+def _best_and_lost(
+    factors: Sequence[LoraFactors], weights: Sequence[float], *, like: LoraFactors
+) -> tuple[LoraFactors, Step | Tensor]:
+    pair, (left, right) = best_of_rank(factors, weights, like=like)
+    rest = on_grid(left, right)
+    return pair, rest if pays(left.shape[1], rest.shape) else rest.added_to(None)

@@ -59,7 +59,7 @@ class ClientUpdate:
     num_examples
         Examples trained on: the client's weight n_k, or the weight that it was given in their place (`weights`).
     adapters, head
-        As in `GlobalState`; the rank may differ from the server's.
+        As in `GlobalState`; the rank may be lower than the server's (see `ranks`).
     class_counts
         (C,) int64, examples of each class trained on; float64 where it is a weight.
     base_version
@@ -87,6 +87,8 @@ class Method(ABC):
         The factors that clients train, of `FACTORS`, in one round or another (see `trains`).
     exact
         Whether the aggregate's effective weights equal the weighted mean of the clients' effective weights.
+    truncates
+        Whether a client of a lower rank trains without the rows that it does not train (see `ranks`).
     keeps_pair
         Whether the broadcast pair goes on from round to round; a method that draws it anew has none to remember.
     dense
@@ -100,6 +102,7 @@ class Method(ABC):
 
     trainable: frozenset[str]
     exact: bool
+    truncates: bool = False
     keeps_pair: bool = True
     dense: bool = False
     core: bool = False

@@ -14,7 +14,7 @@ from flwr.app import Message, RecordDict
 from torch import Tensor
 
 from fedtalora_flwr import aggregation, wire
-from fedtalora_flwr.aggregation import ClientUpdate, ClusteredState, GlobalState, LoraFactors, with_shared
+from fedtalora_flwr.aggregation import ClientUpdate, ClusteredState, GlobalState, LoraFactors, held, with_shared
 from fedtalora_flwr.client.node_data import LocalFolder, SharedPartition, node_data_of
 from fedtalora_flwr.client.reach import require_within_reach
 from fedtalora_flwr.client.redact import redacted
@@ -73,9 +73,16 @@ def hello(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
 @redacted
 @_asks_for_the_version
 def train(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
-    """Set the model to the server's state, train on this node's data of the task, send the pairs and rows back."""
+    """Set the model to the server's state, train on this node's data of the task, send the pairs and rows back.
+
+    Of the pairs it trains as many rows as were agreed with it (see `aggregation.ranks`).
+    """
     config, partition_id, data = _settings(message, run_config, node_config)
-    model, state, order = _loaded(message, config, data)
+    model, rank = model_of(config), config.rank_of(partition_id)
+    truncates = aggregation.resolve(config.method, config.settings).truncates
+    state, order = _read(message, config, data, rank=rank if truncates else None)
+    state = held(state, rank)
+    model.load(state.adapters, state.residual)
     result, counts = _trained(message, model, state, order, config=config, partition_id=partition_id, data=data)
     update = _update(state, result.adapters, result.head, counts, partition_id=partition_id)
     method = aggregation.resolve(config.method, config.settings)
@@ -341,14 +348,11 @@ def _room(
     model: AdaptedModel, config: RunConfig, data: SharedPartition | LocalFolder, *, rank: int | None = None
 ) -> wire.Room:
     """Say what an order to this node may speak of: pairs of the model's rank, or of this one, a part of it."""
-    features, head, shapes = model.backbone.feature_dim, heads.resolve(config.head, config.settings), {}
-    for key, factor in model.named_factors().items():
-        rows = 0 if key.startswith("lora_A/") else 1
-        shapes[key] = tuple((factor if rank is None else factor.narrow(rows, 0, rank)).shape)
+    features, head = model.backbone.feature_dim, heads.resolve(config.head, config.settings)
     return wire.Room(
         num_classes=data.num_classes,
         num_tasks=config.num_tasks,
         widths=frozenset({head.row_dim(features), head.lifted_dim(features)}),
-        factors=shapes,
+        factors=model.factor_shapes(rank),
         fixed=model.fixed_shapes(),
     )

@@ -59,6 +59,11 @@ def between(low: int, high: int) -> Rule:
     return Rule(lambda value: low <= value <= high, f"from {low} to {high}")
 
 
+def _is_ranks(value: str) -> bool:
+    return not value or all(part.strip().isdecimal() and int(part) > 0 for part in value.split(","))
+
+
+RANKS = Rule(_is_ranks, "whole numbers from 1 on with commas between them, as in 2,4,8, or empty")
 POSITIVE = Rule(lambda value: 0 < value < float("inf"), "above 0")
 NOT_NEGATIVE = Rule(lambda value: 0 <= value < float("inf"), "at least 0")
 
@@ -136,6 +141,7 @@ class RunConfig:
     gradient_checkpointing: bool
     feature_norm: Annotated[str, one_of("rms", "none")]
     rank: Annotated[int, at_least(1)]
+    ranks: Annotated[str, RANKS]
     alpha: Annotated[float, POSITIVE]
     lora_blocks: str
     lora_targets: str
@@ -195,6 +201,21 @@ class RunConfig:
     def flat(self) -> dict[str, Scalar]:
         """Give the settings back under their kebab-case keys."""
         return {kebab(key): value for key, value in self.settings.items()}
+
+    @property
+    def dealt_ranks(self) -> list[int]:
+        """Those of `ranks`; none where all clients have the server's."""
+        return [int(part) for part in self.ranks.split(",")] if self.ranks else []
+
+    @property
+    def largest_rank(self) -> int:
+        """That of the server's pairs: the largest of `ranks`, or `rank`."""
+        return max(self.dealt_ranks, default=self.rank)
+
+    def rank_of(self, partition_id: int) -> int | None:
+        """Give the rank that was agreed with a client; None: the server's, as all have it."""
+        dealt = self.dealt_ranks
+        return dealt[partition_id % len(dealt)] if dealt else None
 
     @property
     def last_task(self) -> int:
@@ -291,4 +312,6 @@ def _check_together(config: RunConfig) -> None:
             f"{config.rows_start} and {config.penalty}"
         )
     if config.rounds_per_task == 0 and config.head in ("linear", "lm"):
-        raise ConfigError("rounds-per-task 0 trains nothing; head = ridge and head = lda learn without training rounds")
+        raise ConfigError(
+            "rounds-per-task 0 trains nothing; head = ridge, lda and prototype learn without training rounds"
+        )

@@ -296,6 +296,15 @@ class AdaptedModel(nn.Module):
             for name, layer in self.layers.items()
         }
 
+    def factor_shapes(self, rank: int | None = None) -> dict[str, tuple[int, int]]:
+        """Give the shape of each factor, by the keys of `named_factors`: of the model's rank, or of a part of it."""
+        shapes: dict[str, tuple[int, int]] = {}
+        for name, layer in self.layers.items():
+            rows = layer.in_features if self.dense else rank or self.rank
+            d_in, d_out = (rows, rows) if self.core else (layer.in_features, layer.out_features)
+            shapes |= {f"lora_A/{name}": (rows, d_in), f"lora_B/{name}": (d_out, rows)}
+        return shapes
+
     @torch.no_grad()
     def load(self, adapters: Mapping[str, LoraFactors], residual: Mapping[str, Tensor]) -> None:
         """Set the model to a state: ``W = W_0 + residual`` and the LoRA pair; what it was before is gone.
@@ -303,7 +312,7 @@ class AdaptedModel(nn.Module):
         Parameters
         ----------
         adapters
-            A pair for every adapted module, of the model's rank.
+            A pair for every adapted module, of the model's rank or a lower one.
         residual
             (d_out, d_in) for each module; a module without one gets W_0. Beside them the fixed factors around cores.
         """
@@ -319,8 +328,8 @@ class AdaptedModel(nn.Module):
                 layer.forget_rounded()
             if isinstance(layer, CoreLinear):
                 layer.set_outer(*(residual.get(key) for key in outer_keys(name)))
-            layer.lora_A[_ADAPTER].weight.copy_(adapters[name].lora_A)
-            layer.lora_B[_ADAPTER].weight.copy_(adapters[name].lora_B)
+            _set(layer.lora_A[_ADAPTER].weight, adapters[name].lora_A)
+            _set(layer.lora_B[_ADAPTER].weight, adapters[name].lora_B)
 
     def factors(self) -> dict[str, LoraFactors]:
         """Copy the current pairs to the CPU."""
@@ -337,6 +346,13 @@ class AdaptedModel(nn.Module):
         weight = self.layers[name].get_base_layer().weight
         assert isinstance(weight, nn.Parameter)
         return weight
+
+
+def _set(factor: nn.Parameter, value: Tensor) -> None:
+    """Set a factor of a pair, which may get another rank by it."""
+    if factor.shape != value.shape:
+        factor.data, factor.grad = factor.new_empty(value.shape), None
+    factor.copy_(value)
 
 
 def chosen_blocks(setting: str, num_blocks: int) -> list[int]:

@@ -107,7 +107,7 @@ def build_model(config: RunConfig, *, in_float32: bool = False) -> AdaptedModel:
     method = aggregation.resolve(config.method, config.settings)
     return AdaptedModel(
         placed(backbone.float() if in_float32 else backbone, config),
-        rank=config.rank,
+        rank=config.largest_rank,
         shared_rank=config.shared_rank,
         alpha=config.alpha,
         blocks=config.lora_blocks,

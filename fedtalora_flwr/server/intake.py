@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,11 +20,14 @@ from fedtalora_flwr.aggregation import (
     Weighing,
     capped,
     check_update,
+    completed,
     far_off,
+    first_rows,
     outliers,
+    truncated,
 )
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.model.heads import FeatureSums, Head
+from fedtalora_flwr.model.heads import FeatureSums, Head, added_up
 from fedtalora_flwr.server.failures import Tally
 from fedtalora_flwr.server.roster import Roster
 
@@ -96,12 +99,15 @@ class Intake:
         updates: list[ClientUpdate] = []
         losses: dict[int, float] = {}
         for partition, reply in replies:
+            like = truncated(state, self._config.rank_of(partition))
             try:
-                update, losses[partition] = self.update(partition, reply, like=state, method=method, task_id=task_id)
+                update, losses[partition] = self.update(partition, reply, like=like, method=method, task_id=task_id)
+                _check_rank(update, like)
             except BadUpdate as refusal:
                 self._tally.fail(partition, f"refused: {refusal}")
                 continue
-            updates.append(update)
+            whole = {name: completed(pair, state.adapters[name]) for name, pair in update.adapters.items()}
+            updates.append(replace(update, adapters=whole))  # so that all can be compared
         limit, max_weight = self._config.outlier_limit, self._config.max_weight
         changes = {update.partition_id: (state, update) for update in updates}
         refused = outliers(changes, limit=limit, max_weight=max_weight)
@@ -110,10 +116,16 @@ class Intake:
         updates = [update for update in updates if update.partition_id not in refused]
         self.require(len(updates))
         updates = self._weighed(state, updates)
+        if method.truncates:
+            updates = [self._of_its_rank(update) for update in updates]
         weights = [update.num_examples for update in updates]
         return Taken(
             updates, mean_loss=float(np.average([losses[update.partition_id] for update in updates], weights=weights))
         )
+
+    def _of_its_rank(self, update: ClientUpdate) -> ClientUpdate:
+        rank = self._config.rank_of(update.partition_id)
+        return update if rank is None else replace(update, adapters=first_rows(update.adapters, rank))
 
     def update(
         self, partition: int, reply: Message, *, like: GlobalState, method: Method, task_id: int
@@ -232,10 +244,11 @@ class Intake:
         task_id: int,
         feature_dim: int,
         most_norm: float = math.inf,
+        join: Callable[[Sequence[Tensor]], Tensor] = added_up,
     ) -> tuple[Tensor, Tensor]:
         """Give the mean feature of each class over all clients' examples, and which have one; a bad reply is refused.
 
-        No mean is longer than the features, `most_norm` at most.
+        No mean is longer than the features, `most_norm` at most. `join` makes one of the clients' sums.
 
         Returns
         -------
@@ -246,8 +259,7 @@ class Intake:
         TooFewReplies
             If fewer than ``min-replies`` good replies remain.
         """
-        num_classes = len(self._roster.holdings.classes.names)
-        total, num_good = torch.zeros(num_classes, feature_dim + 1, dtype=torch.float64), 0
+        num_classes, moments = len(self._roster.holdings.classes.names), list[Tensor]()
 
         def read(partition: int, reply: Message) -> tuple[Tensor, float]:
             moment = wire.read_means(reply, num_classes=num_classes, feature_dim=feature_dim)
@@ -260,8 +272,9 @@ class Intake:
             return moment, self._check_norm(longest)
 
         for partition, (moment, _) in self._near(self._good(replies, read), "class means"):
-            total, num_good = total + self._counts_for(partition, task_id) * moment, num_good + 1
-        self.require(num_good)
+            moments.append(self._counts_for(partition, task_id) * moment)
+        self.require(len(moments))
+        total = join(moments)
         return total[:, :-1] / total[:, -1:].clamp(min=1), total[:, -1] > 0
 
     def mean_fisher(self, replies: Replies, *, like: GlobalState, method: Method, task_id: int) -> dict[str, Tensor]:
@@ -407,6 +420,12 @@ class Intake:
             If it has fewer.
         """
         self._tally.require(num_good, at_least=self._config.min_replies)
+
+
+def _check_rank(update: ClientUpdate, like: GlobalState) -> None:
+    for name, pair in like.adapters.items():
+        if (rank := update.adapters[name].rank) != pair.rank:
+            raise BadUpdate(f"{name}: rank {rank}, {pair.rank} was agreed with this client (ranks)")
 
 
 def _distance_moved(drift: Tensor, *, num_vectors: float) -> float:

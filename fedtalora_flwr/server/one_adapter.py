@@ -1,7 +1,7 @@
 """A run's training where all clients train one adapter: what each round asks of them, and what becomes of the state."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from flwr.app import Message, MessageType, RecordDict
 from torch import Tensor
 
 from fedtalora_flwr import wire
-from fedtalora_flwr.aggregation import Aggregator, ClientUpdate, GlobalState, exactness_error, kept_energy
+from fedtalora_flwr.aggregation import Aggregator, ClientUpdate, GlobalState, exactness_error, kept_energy, truncated
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.model import heads
 from fedtalora_flwr.model.heads import Classifier, FeatureSums, Head
@@ -50,7 +50,7 @@ class OneAdapter:
     Raises
     ------
     RunFailed
-        If the penalty remembers a pair that the method does not keep.
+        If the penalty remembers a pair that the method does not keep, or of which some clients train a part.
     """
 
     def __init__(
@@ -70,6 +70,11 @@ class OneAdapter:
             raise RunFailed(
                 f"penalty {config.penalty} remembers the pair, which method {config.method} makes anew every "
                 "round; choose another of the two"
+            )
+        if penalty.remembers and config.ranks:
+            raise RunFailed(
+                f"penalty {config.penalty} remembers all rows of a pair, of which clients with ranks {config.ranks} "
+                "train some; choose another penalty, or one rank for all"
             )
         self._federation, self._config, self._model, self._method = federation, config, model, method
         self._head, self._penalty, self._data, self._residuals = head, penalty, data, residuals
@@ -97,13 +102,15 @@ class OneAdapter:
         state, task_id = point.state, order.task_id
         seen = self._config.loss_classes == "seen" or self._penalty.uses_old_rows
         rows = point.classes.seen(task_id) if seen else point.classes.tasks[task_id]
-        replies = self._ask(
-            point,
-            self._content(state, order, classes=rows, memory=point.memory),
-            order,
-            partitions=self._federation.roster.sample(order.server_round, task_id),
-            message_type=MessageType.TRAIN,
-        )
+        messages: list[Message] = []
+        for rank, partitions in self._by_rank(self._federation.roster.sample(order.server_round, task_id)).items():
+            messages += self._federation.exchange.messages(
+                self._content(truncated(state, rank), order, classes=rows, memory=point.memory),
+                partitions=partitions,
+                message_type=MessageType.TRAIN,
+                server_round=order.server_round,
+            )
+        replies = self._federation.exchange.send(messages, most_bytes=self._most_bytes(point))
         taken = self._federation.intake.updates(replies, state=state, method=self._method, task_id=task_id)
         updates = taken.updates
         if self._config.task_average and task_id:
@@ -116,6 +123,14 @@ class OneAdapter:
             kept_energy=kept_energy(new.step, new.owed) if self._config.residual_energy < 1 else None,
             exactness_error=exactness_error(state, updates, new) if self._config.verify else None,
         )
+
+    def _by_rank(self, partitions: Iterable[int]) -> dict[int | None, list[int]]:
+        """Group partitions by the rank of the pairs that they are sent; None: the server's."""
+        groups: dict[int | None, list[int]] = {}
+        for partition in partitions:
+            rank = self._config.rank_of(partition) if self._method.truncates else None
+            groups.setdefault(rank, []).append(partition)
+        return groups
 
     def score(self, point: Checkpoint, order: wire.RoundOrder) -> tuple[Checkpoint, Scored]:
         """Evaluate where it is time to; what a task's end settles is kept, what its middle shows is only told."""
@@ -152,8 +167,12 @@ class OneAdapter:
         )
         return (replace(point, sums=sums, matrix=matrix) if ends else point), scored
 
-    def _class_means(self, point: Checkpoint, order: wire.RoundOrder) -> tuple[Tensor, Tensor]:
+    def _class_means(
+        self, point: Checkpoint, order: wire.RoundOrder, *, join: Callable[[Sequence[Tensor]], Tensor] = heads.added_up
+    ) -> tuple[Tensor, Tensor]:
         """Give the means of the task's classes over all holders, the old ones' where the head's sums tell them.
+
+        `join` makes one of the holders' sums.
 
         Returns
         -------
@@ -169,7 +188,7 @@ class OneAdapter:
         )
         most = 1.001 * dim**0.5 if self._config.feature_norm == "rms" else math.inf  # of float32
         means, known = self._federation.intake.class_means(
-            replies, task_id=order.task_id, feature_dim=dim, most_norm=most
+            replies, task_id=order.task_id, feature_dim=dim, most_norm=most, join=join
         )
         if self._tells_means:
             moment = point.sums.moment
@@ -205,7 +224,8 @@ class OneAdapter:
     @property
     def _follows_drift(self) -> bool:
         """Whether the sums of finished tasks follow the features; without training these do not move."""
-        return self._head.collects_sums and self._config.follow_drift and bool(self._config.rounds_per_task)
+        sums = self._head.collects_sums and self._head.second_moments
+        return sums and self._config.follow_drift and bool(self._config.rounds_per_task)
 
     def _remembered(self, point: Checkpoint, order: wire.RoundOrder) -> Memory:
         """Gather at the end of a task what the penalty is to remember of it."""
@@ -237,6 +257,9 @@ class OneAdapter:
         With ``follow-drift`` they sum beside it their features under the state that the task began with, which shows
         the server how features have moved, and it carries the old sums over.
         """
+        if not self._head.second_moments:
+            means, known = self._class_means(point, order, join=self._head.joined)
+            return replace(point.sums, moment=torch.cat([means, known[:, None]], 1))
         content, views = self._content(point.state, order), 0
         if self._follows_drift and order.task_id and point.before is not None:
             content = wire.add_before(content, self._content(point.before, order))
@@ -282,16 +305,19 @@ class OneAdapter:
         partitions: Iterable[int],
         message_type: str,
     ) -> Iterator[tuple[int, Message]]:
-        trained = [getattr(pair, factor) for pair in point.state.adapters.values() for factor in self._method.trainable]
-        num_factors = sum(int(value.numel()) for value in [*trained, *point.state.head.values()])
-        num_factors += self._num_grams(point.state, self._method.trainable)
         return self._federation.ask(
             content,
             order,
             partitions=partitions,
             message_type=message_type,
-            most_bytes=reply_limit(num_factors=num_factors, num_sums=self._num_sums(point)),
+            most_bytes=self._most_bytes(point),
         )
+
+    def _most_bytes(self, point: Checkpoint) -> int:
+        trained = [getattr(pair, factor) for pair in point.state.adapters.values() for factor in self._method.trainable]
+        num_factors = sum(int(value.numel()) for value in [*trained, *point.state.head.values()])
+        num_factors += self._num_grams(point.state, self._method.trainable)
+        return reply_limit(num_factors=num_factors, num_sums=self._num_sums(point))
 
     def parameters(self, point: Checkpoint) -> dict[str, int]:
         """Count what the model has, trains and sends."""
@@ -312,6 +338,8 @@ class OneAdapter:
         """Count the float64 numbers that a client sends at most at a task's end: half of each gram, and the moment."""
         if not self._head.collects_sums:
             return 0
+        if not self._head.second_moments:
+            return point.sums.moment.numel()
         size = point.sums.gram.shape[0]
         grams = [size, 2 * size - 1] if self._follows_drift else [size]
         return sum(n * (n + 1) // 2 for n in grams) + point.sums.moment.numel()
@@ -323,7 +351,8 @@ class OneAdapter:
 
 def _norm(state: GlobalState) -> float:
     """Give the Frobenius norm of the residual over all layers, without what else stands in the base."""
-    return sum(float(r.norm()) ** 2 for name, r in state.residual.items() if name in state.adapters) ** 0.5
+    squares = [float(r.norm()) ** 2 for name, r in state.residual.items() if name in state.adapters]
+    return float(sum(squares) ** 0.5)
 
 
 def count_trained(model: AdaptedModel, state: GlobalState, trainable: Sequence[str], *, dense: bool) -> dict[str, int]:

@@ -63,6 +63,9 @@ class ServerRun:
             check_settings(config, own_data=own_reader(config) is not None)
         if config.shared_rank != (method.shared_rank if isinstance(method, SlotAggregator) else 0):
             raise ConfigError(f"method {config.method} has no part that slots share; set shared-rank=0")
+        one_rank = method.dense or method.core or method.sends_grams or isinstance(method, SlotAggregator)
+        if config.ranks and one_rank:
+            raise ConfigError(f"method {config.method} has no pairs of several ranks; leave ranks empty")
         self.model = model_of(config)  # first: a model that cannot be is refused before any data are read
         self.data: RunData = NodeData(config, self.model) if own_reader(config) else SharedData(config, self.model)
         self.head = heads.resolve(config.head, config.settings)

@@ -29,9 +29,9 @@ from fedtalora_flwr.aggregation import (
     BadUpdate,
     ClientUpdate,
     GlobalState,
-    LoraFactors,
     Step,
     check_update,
+    completed,
     resolve,
 )
 from fedtalora_flwr.aggregation.factors import added, pays
@@ -160,18 +160,8 @@ def _update(state: GlobalState, arrays: PeftArrays, *, weight: float, node_id: i
         base_version=arrays.version,
     )
     check_update(state, update)
-    adapters = {name: _completed(pair, state.adapters[name]) for name, pair in arrays.adapters.items()}
+    adapters = {name: completed(pair, state.adapters[name]) for name, pair in arrays.adapters.items()}
     return replace(update, num_examples=weight, adapters=adapters)
-
-
-def _completed(pair: LoraFactors, sent: LoraFactors) -> LoraFactors:
-    """Put the directions of the pair that was sent behind those that a client of a lower rank trained."""
-    if pair.rank == sent.rank:
-        return pair
-    lora_B = sent.scaling / pair.scaling * sent.lora_B[:, pair.rank :]
-    return LoraFactors(
-        torch.cat([pair.lora_A, sent.lora_A[pair.rank :]]), torch.cat([pair.lora_B, lora_B], 1), pair.scaling
-    )
 
 
 def _check_others(sent: Mapping[str, Array], theirs: Mapping[str, Array]) -> None:

@@ -28,5 +28,5 @@ def test_logits_are_those_of_the_chosen_classes_in_their_order():
 
 
 def test_unknown_head_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="there is no head 'forest'; choose one of: lda, linear, lm, ridge"):
+    with pytest.raises(ValueError, match="there is no head 'forest'; choose one of: lda, linear, lm, prototype, ridge"):
         heads.resolve("forest", {})

@@ -34,6 +34,7 @@ class FLoRA(Aggregator):
     seed: int = 0
     trainable: frozenset[str] = FACTORS
     exact: bool = True
+    truncates: bool = True  # of a pair that adds nothing yet, nothing is left out
     keeps_pair: bool = False
 
     def aggregate(self, state: GlobalState, updates: Sequence[ClientUpdate]) -> GlobalState:

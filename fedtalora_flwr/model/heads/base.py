@@ -5,7 +5,7 @@ Shape names: C classes, d features, N examples.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -221,13 +221,20 @@ class Head(ABC):
     ----------
     collects_sums
         Whether one more exchange after a task's last round collects every client's `FeatureSums`.
+    second_moments
+        Whether these are asked for whole; otherwise the features' sums by class alone, `FeatureSums.moment`.
     """
 
     collects_sums: bool
+    second_moments: bool = True
 
     @abstractmethod
     def classifier(self, trained: Mapping[str, Tensor], sums: FeatureSums) -> Classifier:
         """Give the classifier for inference, float32."""
+
+    def joined(self, moments: Sequence[Tensor]) -> Tensor:
+        """Make one of the clients' sums by class, where there are no second moments: (C, d + 1) each and together."""
+        return added_up(moments)
 
     def lift(self, features: Tensor) -> Tensor:
         """Turn features (N, d) into those that are summed, (N, m)."""
@@ -256,6 +263,14 @@ class Head(ABC):
     def row_dim(self, feature_dim: int) -> int:
         """Give the size of a trained class row for features of size d."""
         return feature_dim
+
+
+def added_up(moments: Sequence[Tensor]) -> Tensor:
+    """Add up sums by class, (C, d + 1) each, in their order."""
+    total = torch.zeros_like(moments[0])
+    for moment in moments:
+        total = total + moment
+    return total
 
 
 def init_rows(*, num_classes: int, feature_dim: int) -> dict[str, Tensor]:
