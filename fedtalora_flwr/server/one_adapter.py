@@ -323,7 +323,8 @@ class OneAdapter:
 
 def _norm(state: GlobalState) -> float:
     """Give the Frobenius norm of the residual over all layers, without what else stands in the base."""
-    return sum(float(r.norm()) ** 2 for name, r in state.residual.items() if name in state.adapters) ** 0.5
+    norm: float = sum(float(r.norm()) ** 2 for name, r in state.residual.items() if name in state.adapters) ** 0.5
+    return norm
 
 
 def count_trained(model: AdaptedModel, state: GlobalState, trainable: Sequence[str], *, dense: bool) -> dict[str, int]:
