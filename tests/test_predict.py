@@ -13,7 +13,7 @@ from PIL import Image
 
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.inference.model import TrainedModelError, open_trained
-from fedtalora_flwr.inference.predict import InputError, Item, predict, read_items
+from fedtalora_flwr.inference.predict import InputError, Item, items_of, predict, read_items
 from fedtalora_flwr.model.heads import resolve
 from fedtalora_flwr.model.session import data_of
 
@@ -240,6 +240,17 @@ def test_a_broken_picture_in_a_folder_is_told_in_its_place_and_the_others_are_cl
     wanted = predict(trained, iter(items(digits_folder, modality="image")), top=1)
     best = [prediction.ranking[0][0] for prediction in wanted]
     assert [entry["predictions"][0]["class"] for entry in found if "error" not in entry] == best[:1] + best[2:]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_an_image_of_more_than_8_bits_is_told_as_a_file_and_from_a_program(mode, tmp_path):
+    scan = Image.new(mode, (4, 3), 300)
+    scan.save(tmp_path / "scan.tif")
+    (from_file,) = items(tmp_path / "scan.tif", modality="image")
+    good, from_program = items_of([Image.new("L", (4, 3)), scan], modality="image")
+    assert (good.raw.mode, good.error) == ("RGB", "")
+    for item in (from_file, from_program):
+        assert item.raw is None and f"has image mode {mode}, which 8-bit RGB cannot hold" in item.error
 
 
 def test_a_prediction_as_json_repeats_a_text_and_no_image(text_run, digits_run, digits_folder):

@@ -20,7 +20,7 @@ import PIL.Image
 
 from fedtalora_flwr.data import DataError
 from fedtalora_flwr.data.hf_rows import PAIR_COLUMNS, TEXT_COLUMNS, columns_named
-from fedtalora_flwr.data.images import decode_image
+from fedtalora_flwr.data.images import decode_image, upright_rgb
 from fedtalora_flwr.data.instructions import prompt_columns, prompt_of
 from fedtalora_flwr.data.source import Modality
 from fedtalora_flwr.data.sources.imagefolder import image_files
@@ -147,7 +147,7 @@ def read_items(
 def items_of(inputs: Sequence[Any], *, modality: str, num_texts: Sequence[int] = (1,)) -> Iterator[Item]:
     """Give inputs that a program has at hand one by one: PIL images, paths of image files, texts, or pairs of texts.
 
-    An image file that cannot be read is an item with an error.
+    An image file that cannot be read is an item with an error, and so is an image that 8-bit RGB cannot hold.
 
     Raises
     ------
@@ -158,12 +158,19 @@ def items_of(inputs: Sequence[Any], *, modality: str, num_texts: Sequence[int] =
         if modality == "text" and len(texts := _texts_in(one)) in num_texts:
             yield Item(f"input {number}", _raw(texts))
         elif modality == "image" and isinstance(one, PIL.Image.Image):
-            yield Item(f"input {number}", one.convert("RGB"))
+            yield _converted(one, name=f"input {number}")
         elif modality == "image" and isinstance(one, str | Path):
             yield _image_of(Path(one), io.BytesIO())
         else:
             wanted = _described(num_texts) if modality == "text" else "a PIL image or the path of an image file"
             raise InputError(f"input {number} is {type(one).__name__}; this run's model takes {wanted}")
+
+
+def _converted(image: PIL.Image.Image, *, name: str) -> Item:
+    try:
+        return Item(name, upright_rgb(image, where=name))
+    except DataError as error:
+        return Item(name, None, str(error))
 
 
 @dataclass(frozen=True)
