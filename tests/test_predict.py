@@ -116,15 +116,17 @@ def test_texts_are_read_from_every_kind_of_file(tmp_path):
     assert texts(tmp_path) == [
         ("a.txt:1", LAMP),
         ("a.txt:3", "is it?"),
-        ("b.csv:1", "on, please"),
-        ("b.csv:2", "off"),
-        ("c.tsv:1", "on, please"),
+        ("b.csv:2", "on, please"),
+        ("b.csv:3", "off"),
+        ("c.tsv:2", "on, please"),
         ("d.json:1", "on"),
         ("d.json:2", "off"),
         ("e.jsonl:1", "on"),
         ("e.jsonl:2", "off"),
     ]
-    assert texts(tmp_path / "c.tsv", column="label") == [("c.tsv:1", "x")]
+    assert texts(tmp_path / "c.tsv", column="label") == [("c.tsv:2", "x")]
+    (tmp_path / "g.csv").write_bytes('\ufefftext;label\r\n"an; bitte";x\r\n'.encode("utf-16"))
+    assert texts(tmp_path / "g.csv") == [("g.csv:2", "an; bitte")]
 
 
 @pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x0c"])
@@ -165,12 +167,13 @@ def test_a_name_that_stands_for_nothing_is_refused_before_anything_is_read(tmp_p
     [
         ("a.json", "[1", "text", r"a\.json cannot be read as \.json: "),
         ("a.json", '{"a": 1}', "text", r"must hold a list of texts or of objects, got dict"),
-        ("a.csv", "id,wort\n1,an\n2,aus\n", "text", r"a\.csv:1 has no text column \(looked for text, .*only id, wort"),
+        ("a.csv", "id,wort\n1,an\n2,aus\n", "text", r"a\.csv:2 has no text column \(looked for text, .*only id, wort"),
         ("a.txt", "\n \n", "text", r"a\.txt holds no text; give one that does"),
         ("a.jsonl", "", "text", r"a\.jsonl holds no text"),
         ("a.json", "[]", "text", r"a\.json holds no text"),
         ("a.csv", "text\n", "text", r"a\.csv holds no text"),
-        ("a.txt", b"\xff\xfe\x00", "text", r"a\.txt cannot be read as \.txt: .*UTF-8"),
+        ("a.txt", b"\xff\xfe\x00", "text", r"a\.txt cannot be read \(.*; save it as UTF-8"),
+        ("a.csv", b"text\nT\xfcr\n", "text", r"a\.csv is not UTF-8 \(line 2\), but .*Windows-1252"),
         ("a.png", "no picture", "image", r"image .*a\.png cannot be decoded as an image"),
     ],
 )
