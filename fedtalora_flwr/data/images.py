@@ -96,6 +96,15 @@ def decode_image(content: bytes | Path, *, where: str) -> PIL.Image.Image:
         raise DataError(f"{where} cannot be decoded as an image ({error}); replace or remove it") from error
 
 
+def frames_in(file: Path) -> int:
+    """Count the frames or pages of an image file, of which the first is the picture; 0 where it is none."""
+    try:
+        with PIL.Image.open(file) as image:
+            return int(getattr(image, "n_frames", 1))
+    except _UNDECODABLE:
+        return 0
+
+
 def upright_rgb(image: PIL.Image.Image, *, where: str) -> PIL.Image.Image:
     """Turn a picture as its EXIF says, and convert it as `to_rgb` does, with the same errors."""
     return to_rgb(PIL.ImageOps.exif_transpose(image), where=where)

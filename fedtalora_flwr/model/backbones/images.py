@@ -118,7 +118,8 @@ class ImageBackbone(Backbone):
     def preparation(self) -> dict[str, Any]:
         """Give the model's side in pixels, the modes of images taken, mean and deviation of channels in [0, 1].
 
-        And the colour that shows where an image is transparent, and whether timm's attention must be told to call its qkv layer, which an adapter wraps.
+        And the colour that shows where an image is transparent, and whether timm's attention must be told to call its
+        qkv layer, which an adapter wraps.
         """
         return {
             "image_size": self.image_size,
