@@ -125,7 +125,7 @@ def test_texts_are_read_from_every_kind_of_file(tmp_path):
         ("e.jsonl:2", "off"),
     ]
     assert texts(tmp_path / "c.tsv", column="label") == [("c.tsv:2", "x")]
-    (tmp_path / "g.csv").write_bytes('\ufefftext;label\r\n"an; bitte";x\r\n'.encode("utf-16"))
+    (tmp_path / "g.csv").write_bytes('text;label\r\n"an; bitte";x\r\n'.encode("utf-16"))
     assert texts(tmp_path / "g.csv") == [("g.csv:2", "an; bitte")]
 
 

@@ -82,8 +82,8 @@ class OwnData:
         return tuple(item for item in items if isinstance(item, Path))
 
     def image_faults(self) -> list[Fault]:
-        """Decode all images, and list those that cannot be used."""
-        found = (image_fault(file, root=self.root) for file in self.images)
+        """Decode all images, and list those that cannot be used, in order of their paths."""
+        found = (image_fault(file, root=self.root) for file in sorted(self.images))
         return [fault for fault in found if fault is not None]
 
     @cached_property

@@ -242,8 +242,9 @@ class NodeData:
         """
         good, refused = holdings.compatible(hellos, classes, next_task=next_task, config=self._config)
         for partition, why in refused.items():
-            node = federation.roster.node_of.get(partition, "gone")
-            log.warning("partition %d (node %s) sits the task out: %s", partition, node, why)
+            node = federation.roster.node_of.get(partition)
+            called = "its node is gone" if node is None else federation.nodes.called(node)
+            log.warning("partition %d (%s) sits the task out: %s", partition, called, why)
         for partition, why in sorted({**absent, **refused}.items()):
             federation.tally.fail(partition, f"sits the task out: {why}")
         found = holdings.of_own(good, classes, next_task=next_task, config=self._config)
