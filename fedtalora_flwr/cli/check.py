@@ -80,7 +80,8 @@ def _show(checked: "Checked", *, skips: bool) -> None:
     from fedtalora_flwr.data.hf_labels import LEAVE_OUT
 
     def say(text: str, style: str = "") -> None:
-        console.print(Text(text, style=style), highlight=False, soft_wrap=True)
+        printable = text.encode(errors="backslashreplace").decode()  # the name of a file need be no UTF-8
+        console.print(Text(printable, style=style), highlight=False, soft_wrap=True)
 
     say(f"{checked.path}, read as {_READ_AS.get(checked.dataset, checked.dataset)}")
     say(_layout(checked), "bold")

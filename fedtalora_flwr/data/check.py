@@ -95,7 +95,7 @@ def _of_node(path: Path, settings: Mapping[str, Any], watch: Watch[Any]) -> Chec
     reader = open_data("nodes", settings)
     assert isinstance(reader, OwnReader)
     whole = replace(reader, bad_files="error", max_per_class=0, max_test_per_class=0).look(str(path))
-    tried = [image_fault(file, root=path) for file in watch(whole.images)]
+    tried = [image_fault(file, root=path) for file in watch(sorted(whole.images))]
     faults = (*whole.faults, *(fault for fault in tried if fault))
     usable = replace(reader, bad_files="skip").look(str(path))
     return Checked(

@@ -28,9 +28,12 @@ class Fault:
 
     @property
     def called(self) -> str:
-        """Name the file and the folders of its task and class; without slashes, for no path leaves a node."""
-        folders = ", ".join(self.file.parts[:-1])
-        return f"{self.file.name} ({folders})" if folders else self.file.name
+        """Name the file and the folders of its task and class; without slashes, for no path leaves a node.
+
+        Bytes that are no UTF-8 are spelled out, for no message could hold them.
+        """
+        *folders, name = (part.encode(errors="backslashreplace").decode() for part in self.file.parts)
+        return f"{name} ({', '.join(folders)})" if folders else name
 
     def __str__(self) -> str:
         return f"{self.called} {self.reason}"

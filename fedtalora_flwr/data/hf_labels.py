@@ -1,7 +1,7 @@
 """Labels of a table of Hugging Face `datasets`, and its rows that have no label or nothing to learn from."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _WHOLE = re.compile(r"(-?\d+)(?:[.,]0+)?")  # as spreadsheets may write a whole number
 _MOST_NAMED = 5
+_BLOCK = 10_000  # rows at a time
 LEAVE_OUT = ", or leave them out by bad-files=skip"
 
 
@@ -64,6 +65,29 @@ def is_integer(values: Any) -> bool:
     return str(values.type).startswith(("int", "uint"))
 
 
+def blank_rows(table: Table, column: str) -> np.ndarray:
+    """Tell the rows whose text is absent or blank: (N,) bool."""
+    return np.array([not (text or "").strip() for text in _texts_of(table, column)], dtype=bool)
+
+
+def _texts_of(table: Table, column: str) -> Iterator[str | None]:
+    """Read texts block by block: a column of them may be too large for memory."""
+    for block in table.rows.select_columns([column]).with_format("arrow").iter(_BLOCK):
+        yield from block[column].to_pylist()
+
+
+def _without_text(table: Table, columns: Sequence[str]) -> list[tuple[str, np.ndarray]]:
+    """Find the rows that lack a text, by column, and those whose texts are all blank."""
+    if not columns:
+        return []
+    absent = {column: np.array([text is None for text in _texts_of(table, column)]) for column in columns}
+    blank = np.logical_and.reduce([blank_rows(table, column) for column in columns])
+    blank &= ~np.logical_or.reduce([*absent.values()])
+    named = " and ".join(map(repr, columns))
+    faults = [(f"column {column!r} of {table.name} holds no text", rows) for column, rows in absent.items()]
+    return [*faults, (f"column {named} of {table.name} is blank", blank)]
+
+
 def without_bad_rows(
     table: Table,
     *,
@@ -81,7 +105,7 @@ def without_bad_rows(
     label
         Column of labels: an empty one, or a number below 0, is none.
     texts
-        Columns of which at least one must hold a text.
+        Columns of texts: none may be absent, as JSON's null is, and one of them must not be blank.
     read
         Reads inputs: each is tried.
     bad_files
@@ -100,13 +124,11 @@ def without_bad_rows(
 
     values, what = column_values(table.rows, label), f"label column {label!r} of {table.name}"
     named = isinstance(table.rows.features[label], datasets.ClassLabel)  # whose range `read_labels` knows
-    faults = [(f"{what} is empty", _empty_labels(values))]
+    faults = [(f"{what} is empty", _empty_labels(table, label, values))]
     if not named and (below := _below_zero(values)).any():
         least = int(np.flatnonzero(below)[0])
         faults.append((f"{what} must be at least 0, got {values[least].as_py():g}", below))
-    if texts:
-        blank = np.logical_and.reduce([_blank(column_values(table.rows, column)) for column in texts])
-        faults.append((f"{' and '.join(texts)} of {table.name} holds no text", blank))
+    faults += _without_text(table, texts)
     if read is not None:
         broken = np.array([not _readable(read, row) for row in range(len(table))])
         faults.append((f"the image of {table.name} cannot be read", broken))
@@ -167,9 +189,9 @@ def _is_float(values: Any) -> bool:
     return str(values.type) in ("halffloat", "float", "double")
 
 
-def _empty_labels(values: Any) -> np.ndarray:
+def _empty_labels(table: Table, column: str, values: Any) -> np.ndarray:
     if str(values.type) in ("string", "large_string"):
-        return _blank(values)
+        return blank_rows(table, column)
     empty: np.ndarray = values.is_null(nan_is_null=True).to_numpy(zero_copy_only=False)
     return empty
 
@@ -179,10 +201,6 @@ def _below_zero(values: Any) -> np.ndarray:
         return np.zeros(len(values), dtype=bool)
     below: np.ndarray = values.to_numpy(zero_copy_only=False) < 0
     return below
-
-
-def _blank(values: Any) -> np.ndarray:
-    return np.array([not (text or "").strip() for text in values.to_pylist()])
 
 
 def _readable(read: Callable[[Ints], Sequence[Any]], row: int) -> bool:

@@ -6,7 +6,7 @@ A table has a column of answers, one of instructions, and maybe one of context t
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from fedtalora_flwr.data.hf_labels import Table
+from fedtalora_flwr.data.hf_labels import Table, blank_rows
 from fedtalora_flwr.data.source import DataError, Ints
 
 PROMPT_COLUMNS = ("instruction", "prompt", "question", "input")
@@ -82,7 +82,7 @@ def _require_texts(table: Table, column: str) -> None:
     kind = str(table.rows.features[column].dtype)
     if kind not in ("string", "large_string"):
         raise DataError(f"column {column!r} of {table.name} holds {kind}; instructions and answers are texts")
-    empty = [row for row, text in enumerate(table.rows[column]) if not (text or "").strip()]
+    empty = blank_rows(table, column).nonzero()[0].tolist()
     if empty:
         raise DataError(
             f"column {column!r} of {table.name} is empty in {table.place(empty[0])} ({len(empty)} such rows); remove "

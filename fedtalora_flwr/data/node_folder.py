@@ -44,11 +44,13 @@ def task_folders(root: Path, layout: Layout) -> list[Path]:
             f"data-path {root} holds task folders ({of_tasks[0].name}) beside classes ({others[0]}); "
             "put every class into a task folder, or none"
         )
-    below = {tuple(entry.stem if entry.is_file() else entry.name for entry in entries_of(task)) for task in of_tasks}
-    if layout == "auto" and len(of_tasks) > 1 and len(below) == 1:
-        names, (inner,) = " and ".join(_some([folder.name for folder in of_tasks])), below
+    # Texts in them make tasks of folders: only pictures may lie at any depth below their class.
+    below = {tuple((entry.name, entry.is_dir()) for entry in entries_of(task)) for task in of_tasks}
+    if layout == "auto" and len(of_tasks) > 1 and len(below) == 1 and all(is_dir for (_, is_dir) in next(iter(below))):
+        names = " and ".join(_some([folder.name for folder in of_tasks]))
+        inner = ", ".join(_some([entry.name for entry in entries_of(of_tasks[0])]))
         raise DataError(
-            f"data-path {root}: its folders, as {names}, all hold the same ({', '.join(_some(inner))}), so that a "
+            f"data-path {root}: its folders, as {names}, all hold the same ({inner}), so that a "
             f"class cannot be told from a task; set folder-layout=class if {names} are classes, or "
             "folder-layout=task if they are tasks, each with the same classes"
         )

@@ -1,11 +1,14 @@
 """Data looked through before a run: a folder with everything in it that people have in their folders."""
 
 import os
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from fedtalora_flwr.cli.app import cli
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import ClassList, DataError, HeldClass, OwnReader, build_stream, load_source, open_data
 from fedtalora_flwr.data.check import OUTSIDE, check_data
@@ -129,12 +132,27 @@ def test_folders_that_do_not_all_hold_the_same_and_a_single_one_are_tasks(settin
     assert [one.task for one in check_data(str(tmp_path), settings).classes] == ["one", "two", "two"]
 
 
+def test_tables_of_one_name_in_each_task_are_no_reason_to_ask(settings, tmp_path):
+    for task in ("one", "two"):
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "data.csv").write_text("text,label\na,x\nb,y\n")
+    assert [one.task for one in check_data(str(tmp_path), settings).classes] == ["one", "one", "two", "two"]
+
+
+def test_a_broken_file_whose_name_is_no_utf8_is_named_all_the_same(settings, tmp_path):
+    draw(tmp_path / "cat", "a.png")
+    (tmp_path / "cat" / os.fsdecode(b"\xff.png")).write_bytes(b"x")
+    (fault,) = check_data(str(tmp_path), settings).faults
+    assert str(fault).encode().startswith(rb"\udcff.png (cat) cannot be decoded")
+    assert r"cat/\udcff.png" in printed(tmp_path, status=1)
+
+
 def test_a_table_is_told_by_class_with_its_faults(settings, tmp_path):
     (tmp_path / "a.csv").write_text("text;label\n" + "on;lamp\noff;lamp\nopen;door\nshut;door\nx;LAMP \n;door\n")
     found = check_data(str(tmp_path / "a.csv"), settings)
     assert found.dataset == "text" and {one.name for one in found.classes} == {"lamp", "LAMP ", "door"}
     (fault,) = found.faults
-    assert "holds no text in row 7" in fault.reason and str(fault.file) == "a.csv"
+    assert "is blank in row 7" in fault.reason and str(fault.file) == "a.csv"
     assert found.remarks[0].startswith("classes 'LAMP ' and 'lamp' differ only by case, space or spelling")
     assert found.remarks[1:] == ()
     skipped = check_data(str(tmp_path / "a.csv"), {**settings, "bad_files": "skip"})
@@ -149,6 +167,48 @@ def test_a_data_set_that_the_settings_name_is_read_as_a_run_reads_it(settings, m
     assert len(left.train) + len(left.test) == 32
     assert left.remarks[0].startswith("3 files are left out, which cannot be read: broken.png (cat); empty.png (cat)")
     left.train.read(np.arange(len(left.train)))
+
+
+# The command
+
+
+def printed(*words, status):
+    found = CliRunner().invoke(cli, ["check", *map(str, words)], env={"COLUMNS": "100"})
+    assert found.exit_code == status, found.output
+    return found.output
+
+
+def test_the_command_prints_a_folder_as_understood_and_every_fault_with_its_path(messy):
+    shown = printed(messy, status=1)
+    assert f"{messy}, read as a node's folder (dataset=nodes)\n36 images: 2 task folders, 3 classes; " in shown
+    assert re.search(r"two +cat +\d+ +\d+ .*\n +elk +1 +0 +one example to train on, never tested", shown)
+    faults = shown[shown.index("4 faults") : shown.index("Passed over: 4 files")]
+    assert {line.strip() for line in faults.splitlines() if line.startswith("      ")} == {
+        "one/cat/broken.png",
+        "one/cat/empty.png",
+        "one/dog/phone.jpg",
+        "two/cat/deep.tif",
+    }
+    assert re.search(r"2 +\.heic +save them as JPEG or PNG\n", shown) and re.search(r"1 +\.tif +of 3 frames", shown)
+    assert "A run refuses these data." in shown and "two/fox is empty" in shown
+
+
+def test_the_command_ends_well_where_bad_files_are_left_out_or_there_are_none(messy):
+    assert "Can be used. What is at fault is left out" in printed(messy, "--set", "bad-files=skip", status=0)
+    for name in ("one/cat/broken.png", "one/cat/empty.png", "one/dog/phone.jpg", "two/cat/deep.tif"):
+        (messy / name).unlink()
+    assert printed(messy, status=0).endswith("\nCan be used.\n")
+
+
+def test_the_command_finds_nothing_to_learn_from_in_an_empty_folder(tmp_path):
+    assert printed(tmp_path, status=1).endswith("There is nothing to learn from.\n")
+
+
+def test_of_many_classes_the_smallest_are_shown(tmp_path):
+    for number in range(60):
+        draw(tmp_path / f"class-{number:02}", *(f"{row}.png" for row in range(1 + (number != 33))))
+    shown = printed(tmp_path, status=0)
+    assert "class-33" in shown and "and 20 larger ones" in shown and "119 images in 60 classes" in shown
 
 
 # What is odd about data that all read

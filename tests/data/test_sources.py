@@ -167,7 +167,7 @@ def test_a_wrong_column_is_an_error_that_lists_the_columns(settings, write_image
             {"text": ["a", "b"], "label": [0.5, 1.0]},
             r"'label' .* holds 0\.5 in row 0: a number with a fraction names no",
         ),
-        ({"text": ["a", None], "label": [0, 1]}, r"text of .* holds no text in row 1"),
+        ({"text": ["a", None], "label": [0, 1]}, r"column 'text' of .* holds no text in row 1"),
         ({"text": ["a", "b"], "label": [[0], [1]]}, r"'label' .* one class a row"),
         ({"text": [], "label": []}, r"has no rows|cannot be read"),
     ],

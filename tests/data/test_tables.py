@@ -112,7 +112,7 @@ def test_all_rows_that_cannot_be_used_are_named_at_once_and_can_be_left_out(read
     content = "text;label\na;x\n ;x\nb;\n;y\nc;y\nd; \ne;y\n"
     with pytest.raises(
         DataError,
-        match=r"'label' of .* is empty in rows 4, 7; text of .* holds no text in rows 3, 5; .* by bad-files=skip",
+        match=r"'label' of .* is empty in rows 4, 7; column 'text' of .* is blank in rows 3, 5; .* by bad-files=skip",
     ):
         read("a.csv", content)
     source = read("a.csv", content, bad_files="skip")
