@@ -211,9 +211,7 @@ def test_a_row_without_its_second_text_is_an_error_that_names_the_column(setting
 
 def test_a_pair_may_have_one_blank_text_and_not_two(settings, tmp_path):
     write(tmp_path / "a.csv", ("premise", "hypothesis", "label"), [("a", "", "x"), ("", "b", "y"), (" ", "", "y")])
-    with pytest.raises(
-        DataError, match=r"column 'premise' and 'hypothesis' of .* is blank in row 4; correct or"
-    ):
+    with pytest.raises(DataError, match=r"column 'premise' and 'hypothesis' of .* is blank in row 4; correct or"):
         texts(settings, tmp_path / "a.csv")
     assert len(texts(settings | {"bad_files": "skip"}, tmp_path / "a.csv").train) == 2
 
