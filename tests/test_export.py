@@ -28,6 +28,7 @@ from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data.images import CONVERTIBLE
 from fedtalora_flwr.inference.export import Exported, ExportError, export
 from fedtalora_flwr.inference.model import open_trained
+from fedtalora_flwr.inference.predict import items_of, predict
 from fedtalora_flwr.inference.weight_delta import Change
 from fedtalora_flwr.model import heads
 from fedtalora_flwr.model.backbones.images import ImageBackbone
@@ -336,6 +337,18 @@ def test_load_py_refuses_an_image_that_8_bits_cannot_hold(exported):
             logits([Image.new("L", (8, 8)), Image.new(mode, (8, 8))])
     for mode in CONVERTIBLE:  # those that fedtalora takes
         assert logits([Image.new(mode, (8, 8))]).isfinite().all()
+
+
+def test_load_py_sees_a_shape_that_is_in_the_transparency_alone_as_the_run_does(exported, request):
+    shape = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    shape.paste((0, 0, 0, 255), (2, 0, 5, 8))
+    on_grey = Image.new("RGB", (8, 8), (128, 128, 128))
+    on_grey.paste((0, 0, 0), (2, 0, 5, 8))
+    logits = runpy.run_path(str(exported("digits_run", "merged").folder / "load.py"))["logits"]
+    assert torch.equal(logits([shape]), logits([on_grey]))
+    trained = open_trained(request.getfixturevalue("digits_run"), device="cpu")
+    found = predict(trained, items_of([shape, on_grey], modality="image"), top=2)
+    assert len({prediction.ranking for prediction in found}) == 1
 
 
 # runs that are not finished

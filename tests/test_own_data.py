@@ -24,11 +24,12 @@ from tensors import opened
 
 from client_app import app as client_module
 from fedtalora_flwr import wire
-from fedtalora_flwr.data import DataError, HeldClass
+from fedtalora_flwr.data import DataError, HeldClass, OwnReader
 from fedtalora_flwr.inference.model import open_trained
 from fedtalora_flwr.inference.predict import predict, read_items
 from fedtalora_flwr.model.backbones import vit_mini
 from fedtalora_flwr.run_folder import checkpoint
+from fedtalora_flwr.run_folder.reader import read_run
 from fedtalora_flwr.server import nodes
 from fedtalora_flwr.server.failures import RunFailed
 from fedtalora_flwr.wire import METRICS
@@ -451,7 +452,7 @@ WRONG: dict[str, tuple[Callable[[list[Path]], None], str]] = {
     ),
     "a corrupt file": (
         lambda paths: (paths[1] / "task-2" / "bee" / "x.png").write_bytes(b"x"),
-        "x.png cannot be decoded",
+        "x.png (task-2, bee) cannot be decoded",
     ),
     "more task folders than tasks": (
         lambda paths: draw(paths[1] / "task-11", "fox", 3),
@@ -488,6 +489,58 @@ def test_node_is_refused_by_name_before_the_first_round_with(paths, tmp_path, ca
     named = rf"node 10{odd}( \(partition {odd}\))? cannot take part|partition {odd} \(node 10{odd}\) sits the task out"
     assert re.search(rf"({named}): .*{re.escape(message)}", caplog.text)
     assert rounds(out)[0]["participants"] == [p for p in range(3) if p != odd]
+
+
+def spoil_three(folder: Path) -> None:
+    (folder / "task-2" / "bee" / "x.png").write_bytes(b"x")
+    (folder / "task-2" / "bee" / "y.png").touch()
+    PIL.Image.new("I;16", (8, 8)).save(folder / "task-2" / "bee" / "z.png")
+
+
+def test_refused_node_names_all_its_bad_files_at_once_and_itself(paths, tmp_path, caplog):
+    spoil_three(paths[1])
+
+    def with_name(message: Message, context: Context) -> Message | None:
+        context.node_config["name"] = f"site{context.node_config['partition-id']}"
+        return run_client(message, context)
+
+    out = run(tmp_path / "run", paths, with_name)
+    (failure,) = rounds(out)[0]["failures"]
+    assert failure["partition_id"] == 1 and "3 files cannot be used: x.png (task-2, bee) cannot be" in failure["reason"]
+    assert (
+        "; y.png (task-2, bee) holds no byte; replace or remove it; z.png (task-2, bee) has image" in failure["reason"]
+    )
+    assert "site1 (partition 1) cannot take part: 3 files" in caplog.text and "node 101" not in caplog.text
+    assert str(tmp_path) not in failure["reason"]
+
+
+def test_bad_files_are_left_out_counted_and_named_in_the_report_where_that_is_asked_for(paths, tmp_path):
+    clean = run(tmp_path / "clean", paths)
+    spoil_three(paths[1])
+    out = run(tmp_path / "run", paths, bad_files="skip")
+    named = "x.png (task-2, bee); y.png (task-2, bee); z.png (task-2, bee)"
+    remark = f"partition 1: 3 files are left out, which cannot be read: {named}"
+    assert remark in read(out, "manifest.json")["remarks"]
+    assert f"About the data: {remark}." in read_run(out).notes
+    assert [line["failures"] for line in rounds(out)] == [[], []]
+    assert read(out, "metrics.json")["faa"] == read(clean, "metrics.json")["faa"]
+
+
+def test_class_without_test_images_is_named_and_counts_as_nothing(tmp_path):
+    path = tmp_path / "site0"
+    for place, name in enumerate((*NAMES, "gnu")):  # of `gnu` two pictures, which are both trained on
+        draw(path, name, 2 if name == "gnu" else 12, digit=place)
+    out = run(tmp_path / "run", [path], num_clients=1, num_tasks=3, head="ridge")
+    held = {one.name: one for one in OwnReader("", "", 0.3, 0).read(str(path)).held}
+    assert held["gnu"].num_test == 0 and all(held[name].num_test for name in NAMES)
+    assert read(out, "manifest.json")["remarks"] == ["class gnu has no test example, and no part in any accuracy"]
+    tasks = read(out, "manifest.json")["tasks"]
+    assert [len(task) for task in tasks] == [3, 2, 2] and tasks[2] == [5, 6]  # fox and gnu
+    tested = [sum(held[(*NAMES, "gnu")[row]].num_test for row in task) for task in tasks]
+    accuracies, seen = read(out, "metrics.json")["accuracy_matrix"][2], read(out, "metrics.json")["accuracy_seen"][2]
+    hits = [accuracy * number for accuracy, number in zip(accuracies, tested, strict=True)]
+    assert all(abs(number - round(number)) < 1e-9 for number in hits)  # of whole examples, none of them gnu's
+    assert seen == pytest.approx(sum(hits) / sum(tested))
 
 
 def test_node_that_was_refused_and_is_mended_takes_part_in_the_next_task(paths, tmp_path, caplog):

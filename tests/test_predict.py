@@ -13,7 +13,7 @@ from PIL import Image
 
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.inference.model import TrainedModelError, open_trained
-from fedtalora_flwr.inference.predict import InputError, Item, predict, read_items
+from fedtalora_flwr.inference.predict import InputError, Item, items_of, predict, read_items
 from fedtalora_flwr.model.heads import resolve
 from fedtalora_flwr.model.session import data_of
 
@@ -124,15 +124,17 @@ def test_texts_are_read_from_every_kind_of_file(tmp_path):
     assert texts(tmp_path) == [
         ("a.txt:1", LAMP),
         ("a.txt:3", "is it?"),
-        ("b.csv:1", "on, please"),
-        ("b.csv:2", "off"),
-        ("c.tsv:1", "on, please"),
+        ("b.csv:2", "on, please"),
+        ("b.csv:3", "off"),
+        ("c.tsv:2", "on, please"),
         ("d.json:1", "on"),
         ("d.json:2", "off"),
         ("e.jsonl:1", "on"),
         ("e.jsonl:2", "off"),
     ]
-    assert texts(tmp_path / "c.tsv", column="label") == [("c.tsv:1", "x")]
+    assert texts(tmp_path / "c.tsv", column="label") == [("c.tsv:2", "x")]
+    (tmp_path / "g.csv").write_bytes('text;label\r\n"an; bitte";x\r\n'.encode("utf-16"))
+    assert texts(tmp_path / "g.csv") == [("g.csv:2", "an; bitte")]
 
 
 @pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x0c"])
@@ -173,12 +175,13 @@ def test_a_name_that_stands_for_nothing_is_refused_before_anything_is_read(tmp_p
     [
         ("a.json", "[1", "text", r"a\.json cannot be read as \.json: "),
         ("a.json", '{"a": 1}', "text", r"must hold a list of texts or of objects, got dict"),
-        ("a.csv", "id,wort\n1,an\n2,aus\n", "text", r"a\.csv:1 has no text column \(looked for text, .*only id, wort"),
+        ("a.csv", "id,wort\n1,an\n2,aus\n", "text", r"a\.csv:2 has no text column \(looked for text, .*only id, wort"),
         ("a.txt", "\n \n", "text", r"a\.txt holds no text; give one that does"),
         ("a.jsonl", "", "text", r"a\.jsonl holds no text"),
         ("a.json", "[]", "text", r"a\.json holds no text"),
         ("a.csv", "text\n", "text", r"a\.csv holds no text"),
-        ("a.txt", b"\xff\xfe\x00", "text", r"a\.txt cannot be read as \.txt: .*UTF-8"),
+        ("a.txt", b"\xff\xfe\x00", "text", r"a\.txt cannot be read \(.*; save it as UTF-8"),
+        ("a.csv", b"text\nT\xfcr\n", "text", r"a\.csv is not UTF-8 \(line 2\), but .*Windows-1252"),
         ("a.png", "no picture", "image", r"image .*a\.png cannot be decoded as an image"),
     ],
 )
@@ -248,6 +251,17 @@ def test_a_broken_picture_in_a_folder_is_told_in_its_place_and_the_others_are_cl
     wanted = predict(trained, iter(items(digits_folder, modality="image")), top=1)
     best = [prediction.ranking[0][0] for prediction in wanted]
     assert [entry["predictions"][0]["class"] for entry in found if "error" not in entry] == best[:1] + best[2:]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_an_image_of_more_than_8_bits_is_told_as_a_file_and_from_a_program(mode, tmp_path):
+    scan = Image.new(mode, (4, 3), 300)
+    scan.save(tmp_path / "scan.tif")
+    (from_file,) = items(tmp_path / "scan.tif", modality="image")
+    good, from_program = items_of([Image.new("L", (4, 3)), scan], modality="image")
+    assert (good.raw.mode, good.error) == ("RGB", "")
+    for item in (from_file, from_program):
+        assert item.raw is None and f"has image mode {mode}, which 8-bit RGB cannot hold" in item.error
 
 
 def test_a_prediction_as_json_repeats_a_text_and_no_image(text_run, digits_run, digits_folder):

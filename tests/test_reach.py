@@ -11,7 +11,6 @@ from local_grid import TINY, defaults
 
 from fedtalora_flwr import wire
 from fedtalora_flwr.client.handlers import hello
-from fedtalora_flwr.client.redact import ClientError
 
 OWN = {"partition-id": 0, "num-partitions": 1, "name": "site0"}
 
@@ -83,14 +82,14 @@ def test_node_refuses_what_it_did_not_offer_by_name(disk: Path, monkeypatch: pyt
     key, settings = ASKED[what]
     monkeypatch.setenv("FEDTALORA_DATA", str(disk / "data"))
     named = {name: value.replace("{disk}", str(disk)) for name, value in settings.items()}
-    with pytest.raises(ClientError, match=f"^{key} ") as refusal:
+    with pytest.raises(wire.WireError, match=f"^{key} ") as refusal:
         ask(OWN | {"data-path": str(disk / "scans")}, **named)
     assert "lies outside the folders" in str(refusal.value) or "takes no data set of the hub" in str(refusal.value)
 
 
 def test_refusal_does_not_tell_whether_the_folder_is_there(disk: Path) -> None:
     def refusal(folder: str) -> str:
-        with pytest.raises(ClientError) as found:
+        with pytest.raises(wire.WireError) as found:
             ask(OWN, dataset="imagefolder", data_path=str(disk / folder / "x"))
         return str(found.value)
 

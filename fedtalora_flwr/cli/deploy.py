@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedtalora_flwr.deploy.folder import DeployError, FederationFolder
+from fedtalora_flwr.deploy.folder import DeployError, FederationFolder, require_folders
 
 Dir = Annotated[
     Path,
@@ -102,11 +102,13 @@ def superlink(
         _shout("this SuperLink has no TLS and takes every node: data of a run is open to the network")
     elif not folder.server_certificate.exists():
         raise DeployError(f"no certificate in {folder.root}; make it first: fedtalora certs NAME-OF-THIS-SERVER")
+    require_folders(data=data)
     folder.make()
-    if background and (pid := processes.pid_of(folder, "superlink")):
-        in_background.keep(folder, "superlink")
-        print(f"superlink runs already, as process {pid}; to submit runs here: export FLWR_HOME={folder.flower_home}")
+    line = [*command, f"--data={_resolved(data)}"]
+    if background and _runs_already(folder, "superlink", line):
+        print(f"to submit runs here: export FLWR_HOME={folder.flower_home}")
         return
+    _stop_other(folder, "superlink", line, background=background)
     write_connection(folder, control_port=control_port, insecure=insecure)
     env = environment(folder, data=data)
     if not background:
@@ -135,6 +137,7 @@ def superexec(
     if show:
         _print_command(command)
         return
+    require_folders(data=data)
     folder.make()
     processes.become(folder, "superexec", watched(command), environment(folder, data=data))
 
@@ -181,10 +184,10 @@ def supernode(
     if show:
         _print_command(command)
         return
+    require_folders(data=data, data_path=data_path)
     folder.make()
-    if background and (pid := processes.pid_of(folder, name)):
-        in_background.keep(folder, name)
-        print(f"{name} runs already, as process {pid}")
+    line = [*command, f"--data={_resolved(data)}", f"--device={device}"]
+    if background and _runs_already(folder, name, line):
         return
     if insecure:
         _shout(f"{name} calls without TLS: it runs code from whoever answers at {superlink}")
@@ -198,6 +201,7 @@ def supernode(
             processes.note(folder, name, str(refusal))
             raise
     env = environment(folder, superlink=superlink, data=data, device=device)
+    _stop_other(folder, name, line, background=background)
     if not background:
         processes.become(folder, name, watched(command), env)
     in_background.start(folder, name, watched(command), env, ready=lambda: online(folder, name))
@@ -368,6 +372,33 @@ def add_to(cli: typer.Typer) -> None:
     cli.add_typer(node, rich_help_panel=panel)
     for command in (certs, superlink, superexec, supernode, status, stop, logs, health):
         cli.command(rich_help_panel=panel)(command)
+
+
+def _runs_already(folder: FederationFolder, name: str, line: list[str]) -> bool:
+    """Say that a process runs by this command line, and keep it; False if it does not run, or by another one."""
+    from fedtalora_flwr.deploy import background, processes
+
+    pid = processes.pid_of(folder, name)
+    if pid is None or processes.other_line(folder, name, line):
+        return False
+    background.keep(folder, name)
+    print(f"{name} runs already, as process {pid}")
+    return True
+
+
+def _stop_other(folder: FederationFolder, name: str, line: list[str], *, background: bool) -> None:
+    """Note by which command line a process is started, and stop the one that runs by another."""
+    from fedtalora_flwr.deploy import processes
+
+    if background and processes.pid_of(folder, name):
+        print(f"{name} is started again, for its command line is another: {processes.other_line(folder, name, line)}")
+        processes.stop(folder, name)
+    if not processes.pid_of(folder, name):
+        processes.note_line(folder, name, line)
+
+
+def _resolved(folder: str) -> str:
+    return str(Path(folder).expanduser().resolve()) if folder else ""
 
 
 def _folder(directory: Path) -> FederationFolder:

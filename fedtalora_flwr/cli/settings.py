@@ -25,6 +25,7 @@ def data(
 
     from fedtalora_flwr.config import RunConfig
     from fedtalora_flwr.config.sources import app_folder, gather, preset_file
+    from fedtalora_flwr.data.remarks import on_shared
     from fedtalora_flwr.model.session import data_of
     from fedtalora_flwr.report import data_table, write_data_page
 
@@ -37,6 +38,8 @@ def data(
     labels, stream = found.source.train.labels, found.stream
     counts = stream.class_counts(labels)
     console.print(data_table(counts, tasks=stream.tasks, title=f"{found.source.name}: training examples (classes)"))
+    for remark in on_shared(found.source, stream):
+        console.print(f"note: {remark}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     hashes = [stream.partition_hash(labels, k) for k in range(parsed.num_clients)]
     console.print(f"partition hash {hashlib.sha256(''.join(hashes).encode()).hexdigest()}", highlight=False)
     target = out or Path(f"{preset or found.source.name.replace(':', '-').replace('/', '-')}-data.html")

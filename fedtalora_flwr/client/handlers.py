@@ -17,7 +17,7 @@ from fedtalora_flwr import aggregation, wire
 from fedtalora_flwr.aggregation import ClientUpdate, ClusteredState, GlobalState, LoraFactors, held, with_shared
 from fedtalora_flwr.client.node_data import LocalFolder, SharedPartition, node_data_of
 from fedtalora_flwr.client.reach import require_within_reach
-from fedtalora_flwr.client.redact import redacted
+from fedtalora_flwr.client.redact import ClientError, redacted
 from fedtalora_flwr.client.versions import version_store
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.model import heads, penalties
@@ -59,15 +59,26 @@ def _asks_for_the_version(handler: _Handler) -> _Handler:
     return asking
 
 
-@redacted
 def hello(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
-    """Say which partition this node holds; a bad file or setting is found here, before the first round."""
+    """Say which partition this node holds; or which it would hold, and why it cannot take part."""
+    try:
+        return _hello(message, run_config, node_config)
+    except ClientError as refusal:
+        partition_id, name = node_config.get("partition-id"), str(node_config.get("name", ""))
+        claimed = partition_id if isinstance(partition_id, int) else None
+        return wire.refusal_reply(str(refusal), partition_id=claimed, name=name)
+
+
+@redacted
+def _hello(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
+    """Say what is held; a bad file or setting is found here, before the first round."""
     config, _, data = _settings(message, run_config, node_config)
     if config.check_data:
         data.check()
     device = device_of(config)
     log.info("computes in %s on %s", precision_of(device, config.precision), device)
-    return wire.hello_reply(data.hello(num_partitions=int(str(node_config.get("num-partitions", config.num_clients)))))
+    num_partitions = int(str(node_config.get("num-partitions", config.num_clients)))
+    return wire.hello_reply(replace(data.hello(num_partitions=num_partitions), name=str(node_config.get("name", ""))))
 
 
 @redacted

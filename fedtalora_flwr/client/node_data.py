@@ -12,7 +12,8 @@ import torch
 
 from fedtalora_flwr.client.versions import version_store
 from fedtalora_flwr.config import ConfigError, RunConfig
-from fedtalora_flwr.data import ClassList, OwnData, Source, Split
+from fedtalora_flwr.data import ClassList, DataError, OwnData, Source, Split
+from fedtalora_flwr.data.faults import refusal
 from fedtalora_flwr.data.source import NO_ROWS, Modality
 from fedtalora_flwr.model.session import data_of, decoded, model_of, own_reader, training_examples
 from fedtalora_flwr.model.train import Examples
@@ -98,8 +99,19 @@ class LocalFolder:
         )
 
     def check(self) -> None:
-        """Decode the examples of the classes that the server does not know yet."""
-        self._decode(self.data.unknown(self.classes))
+        """Decode the examples of the classes that the server does not know yet.
+
+        Raises
+        ------
+        DataError
+            If files cannot be used; the message names them all.
+        """
+        try:
+            self._decode(self.data.unknown(self.classes))
+        except DataError:
+            if faults := self.data.image_faults():
+                raise DataError(refusal(faults)) from None
+            raise
 
     def training(self, task_id: int) -> Examples:
         """Give the training examples of a task."""

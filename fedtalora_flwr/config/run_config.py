@@ -93,6 +93,8 @@ class RunConfig:
     test_fraction: Annotated[float, Rule(lambda value: 0 < value < 1, "between 0 and 1")]
     max_per_class: Annotated[int, at_least(0)]
     max_test_per_class: Annotated[int, at_least(0)]
+    bad_files: Annotated[str, one_of("error", "skip")]
+    folder_layout: Annotated[str, one_of("auto", "class", "task")]
     check_data: bool
     cache_gb: Annotated[float, POSITIVE]
     base_cache_gb: Annotated[float, NOT_NEGATIVE]

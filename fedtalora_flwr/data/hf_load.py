@@ -6,12 +6,16 @@
 import glob
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedtalora_flwr.data.source import DataError
+from fedtalora_flwr.data.tables import dialect_of, encoding_of, uneven_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}
+_Found = TypeVar("_Found")
 
 _HUB_TIMEOUT = 5.0  # seconds; `datasets` itself retries for half a minute before it says "offline"
 
@@ -31,24 +35,18 @@ def load_files(files: Sequence[Path]) -> "Dataset":
     """
     import datasets
 
-    # A sentence "null" or a class "NA" is text, not a missing value.
-    as_is: dict[str, Any] = {"keep_default_na": False}
-    builders: dict[str, tuple[str, dict[str, Any]]] = {
-        ".parquet": ("parquet", {}),
-        ".json": ("json", {}),
-        ".jsonl": ("json", {}),
-        ".csv": ("csv", as_is),
-        ".tsv": ("csv", {**as_is, "sep": "\t"}),
-    }
     kinds = {file.suffix.lower() for file in files}
-    if len(kinds) > 1 or not kinds <= builders.keys():
+    if len(kinds) > 1 or not kinds <= _BUILDERS.keys():
         raise DataError(
-            f"files of a split must all be of one kind, one of {', '.join(builders)}, "
+            f"files of a split must all be of one kind, one of {', '.join(_BUILDERS)}, "
             f"got {', '.join(map(str, files))}; convert them"
         )
-    builder, options = builders[kinds.pop()]
+    builder = _BUILDERS[kinds.pop()]
+    options = _options(builder, files)
     datasets.disable_progress_bars()
+    heard = datasets.logging.get_verbosity()
     try:
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said below, once
         rows: Dataset = datasets.load_dataset(
             builder,
             data_files=[glob.escape(str(file)) for file in files],
@@ -57,18 +55,55 @@ def load_files(files: Sequence[Path]) -> "Dataset":
             **options,
         )
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        _refuse_uneven(builder, files)
+        cause = error.__cause__ or error
+        fix = "check that the file is complete"
+        if isinstance(cause, OSError):
+            fix += " and that the cache folder (HF_DATASETS_CACHE) can be written"
         names = ", ".join(map(str, files))
-        raise DataError(
-            f"{names} cannot be read as {builder}: {str(error.__cause__ or error).strip()}; check that the "
-            "file is complete and that the cache folder (HF_DATASETS_CACHE) can be written"
-        ) from error
+        raise DataError(f"{names} cannot be read as {builder}: {str(cause).strip()}; {fix}") from error
+    finally:
+        datasets.logging.set_verbosity(heard)
     # Where every row has a field more than the header, pandas takes the first for an index and goes on.
     if builder == "csv" and "__index_level_0__" in rows.column_names:
-        raise DataError(
-            f"rows of {', '.join(map(str, files))} have more fields than the header; put texts that hold the "
-            "separator in double quotes"
-        )
+        _refuse_uneven(builder, files)
     return rows
+
+
+def _options(builder: str, files: Sequence[Path]) -> dict[str, Any]:
+    """Say how files are written, as far as `datasets` would not find it."""
+    if builder == "json":
+        return {"encoding": _only([encoding_of(file) for file in files], files)}
+    if builder != "csv":
+        return {}
+    dialect = _only([dialect_of(file) for file in files], files)
+    return {
+        "keep_default_na": False,  # a sentence "null" or a class "NA" is text, not a missing value
+        "sep": dialect.separator,
+        "encoding": dialect.encoding,
+        "decimal": dialect.decimal,
+        "skiprows": dialect.num_skipped or None,
+    }
+
+
+def _only(found: Sequence[_Found], files: Sequence[Path]) -> _Found:
+    if odd := next((place for place, one in enumerate(found) if one != found[0]), 0):
+        raise DataError(
+            f"{files[0]} and {files[odd].name} are written in different ways ({found[0]} and {found[odd]}); save them "
+            "from one program, in one format"
+        )
+    return found[0]
+
+
+def _refuse_uneven(builder: str, files: Sequence[Path]) -> None:
+    if builder != "csv":
+        return
+    for file in files:
+        if odd := uneven_row(file):
+            raise DataError(
+                f"rows of {file} have more fields than the header: {odd}; put texts that hold the separator in double "
+                "quotes"
+            )
 
 
 def load_hub(name: str, *, config: str | None = None) -> Mapping[str, "Dataset"]:

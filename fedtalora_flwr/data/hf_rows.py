@@ -1,15 +1,15 @@
-"""Rows of Hugging Face `datasets` as a `Source`: find the columns, read the labels, decode inputs on demand.
+"""Rows of Hugging Face `datasets` as a `Source`: find the columns, decode inputs on demand.
 
 `datasets` is imported inside the functions, as in `hf_load`.
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
+from fedtalora_flwr.data.hf_labels import Table, column_values, is_integer, read_labels, without_bad_rows
 from fedtalora_flwr.data.images import decode_image
 from fedtalora_flwr.data.instructions import instruction_reader
 from fedtalora_flwr.data.source import NO_ROWS, DataError, Ints, Modality, Source, Split, join_classes
@@ -32,7 +32,14 @@ _TEST_SPLITS = ("test", "validation", "valid", "val", "dev")
 
 
 def source_from_splits(
-    name: str, splits: Mapping[str, "Dataset"], *, input_column: str, label_column: str, answer_column: str = ""
+    name: str,
+    splits: Mapping[str, "Dataset"],
+    *,
+    input_column: str,
+    label_column: str,
+    answer_column: str = "",
+    files: Mapping[str, Sequence[Path]] = MappingProxyType({}),
+    bad_files: str = "",
 ) -> Source:
     """Make a source of a training split and the first labelled test or validation split.
 
@@ -46,6 +53,11 @@ def source_from_splits(
         Columns to use; empty: found by their usual names. Two with a comma between them are a pair of texts.
     answer_column
         Column of answers, where the inputs are instructions; empty: they are not.
+    files
+        What each split was read from, so that messages number a row as an editor does.
+    bad_files
+        What is done about rows without a label or an input: ``error`` or ``skip``; empty: inputs are not looked
+        through, and a row without a label is an error.
 
     Raises
     ------
@@ -55,20 +67,28 @@ def source_from_splits(
     if "train" not in splits:
         raise DataError(f"{name} has no split named train, only {', '.join(splits)}; rename one to train")
     columns = _Columns(input_column, label_column, answer_column)
-    kind, train, train_names = _read_split(splits["train"], f"{name} (train)", columns)
-    modality, num_texts = kind
+
+    def opened(split_name: str) -> _Opened:
+        table = Table(splits[split_name], f"{name} ({split_name})", tuple(files.get(split_name, ())))
+        return _read_split(table, columns, bad_files)
+
+    train = opened("train")
+    modality, num_texts = train.kind
+    source = Source(
+        name, modality, train.names, train=train.split, test=NO_ROWS, num_texts=(num_texts,), remarks=train.remarks
+    )
     for split_name in _TEST_SPLITS:
         if split_name not in splits or _is_unlabelled(splits[split_name], label_column):
             continue
-        test_kind, test, test_names = _read_split(splits[split_name], f"{name} ({split_name})", columns)
-        if test_kind != kind:
+        test = opened(split_name)
+        if test.kind != train.kind:
             raise DataError(
-                f"{name}: training inputs are of kind {_called(kind)}, those of {split_name} of kind "
-                f"{_called(test_kind)}; set input-column to what is in both"
+                f"{name}: training inputs are of kind {_called(train.kind)}, those of {split_name} of kind "
+                f"{_called(test.kind)}; set input-column to what is in both"
             )
-        class_names, test = join_classes(train_names, test, test_names)
-        return Source(name, modality, class_names, train=train, test=test, num_texts=(num_texts,))
-    return Source(name, modality, train_names, train=train, test=NO_ROWS, num_texts=(num_texts,))
+        class_names, split = join_classes(train.names, test.split, test.names)
+        return replace(source, class_names=class_names, test=split, remarks=train.remarks + test.remarks)
+    return source
 
 
 def _called(kind: "_Kind") -> str:
@@ -85,23 +105,38 @@ class _Columns:
     answer: str
 
 
-def _read_split(rows: "Dataset", where: str, columns: _Columns) -> tuple["_Kind", Split, tuple[str, ...]]:
-    if len(rows) == 0:
-        raise DataError(f"{where} has no rows; check that the file is complete")
-    column = _find_label_column(rows, where, columns.label)
+@dataclass(frozen=True)
+class _Opened:
+    """A split as it is read, the classes' names, and what is odd about it."""
+
+    kind: "_Kind"
+    split: Split
+    names: tuple[str, ...]
+    remarks: tuple[str, ...]
+
+
+def _read_split(table: Table, columns: _Columns, bad_files: str) -> _Opened:
+    if len(table) == 0:
+        raise DataError(f"{table.name} has no rows; check that the file is complete")
+    column = _find_label_column(table.rows, table.name, columns.label)
     if columns.answer:
-        ask = instruction_reader(rows, where=where, input_column=columns.inputs, answer_column=columns.answer)
-        labels, class_names = _read_labels(rows, column, where)
-        return ("instruction", 1), Split(labels=labels, read=ask), class_names
-    modality, inputs = _find_input_columns(rows, where, columns.inputs, not_this=column)
-    labels, class_names = _read_labels(rows, column, where)
-    if modality == "image":
-        read = _image_reader(rows, inputs[0], where)
-    elif len(inputs) == 1:
-        read = _text_reader(rows, inputs[0], where)
-    else:
-        read = _pair_reader([_text_reader(rows, column, where) for column in inputs])
-    return (modality, len(inputs)), Split(labels=labels, read=read), class_names
+        table, remarks = without_bad_rows(table, label=column)
+        ask = instruction_reader(table, input_column=columns.inputs, answer_column=columns.answer)
+        labels, class_names = read_labels(table, column)
+        return _Opened(("instruction", 1), Split(labels=labels, read=ask), class_names, remarks)
+    modality, inputs = _find_input_columns(table.rows, table.name, columns.inputs, not_this=column)
+
+    def reader(table: Table) -> Callable[[Ints], Sequence[Any]]:
+        if modality == "image":
+            return _image_reader(table, inputs[0])
+        readers = [_text_reader(table, column) for column in inputs]
+        return readers[0] if len(readers) == 1 else _pair_reader(readers)
+
+    texts = inputs if modality == "text" and bad_files else ()
+    read = reader(table) if modality == "image" and bad_files == "skip" else None
+    table, remarks = without_bad_rows(table, label=column, texts=texts, read=read, bad_files=bad_files)
+    labels, class_names = read_labels(table, column)
+    return _Opened((modality, len(inputs)), Split(labels=labels, read=reader(table)), class_names, remarks)
 
 
 def _describe_columns(rows: "Dataset") -> str:
@@ -185,10 +220,10 @@ def _is_image(feature: Any) -> bool:
     return isinstance(feature, datasets.Image) or _describe(feature) in ("binary", "large_binary")
 
 
-def _image_reader(rows: "Dataset", column: str, where: str) -> Callable[[Ints], Sequence[Any]]:
+def _image_reader(table: Table, column: str) -> Callable[[Ints], Sequence[Any]]:
     import datasets
 
-    encoded = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    encoded = table.rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
 
     def read(numbers: Ints) -> Sequence[Any]:
         images = []
@@ -197,7 +232,7 @@ def _image_reader(rows: "Dataset", column: str, where: str) -> Callable[[Ints], 
             path, content = record.get("path"), record.get("bytes")
             if content is None and path:
                 content = Path(path)
-            named = f"row {number} of {where}" + (f", file {path}" if path else "")
+            named = f"{table.place(number)} of {table.name}" + (f", file {path}" if path else "")
             if content is None:
                 raise DataError(f"{named} holds no image; remove the row")
             images.append(decode_image(content, where=named))
@@ -206,14 +241,14 @@ def _image_reader(rows: "Dataset", column: str, where: str) -> Callable[[Ints], 
     return read
 
 
-def _text_reader(rows: "Dataset", column: str, where: str) -> Callable[[Ints], Sequence[Any]]:
-    texts = rows.select_columns([column])
+def _text_reader(table: Table, column: str) -> Callable[[Ints], Sequence[Any]]:
+    texts = table.rows.select_columns([column])
 
     def read(numbers: Ints) -> Sequence[Any]:
         found: list[str | None] = list(texts[[int(n) for n in numbers]][column])
         if None in found:
-            number = numbers[found.index(None)]
-            raise DataError(f"row {number} of {where} holds no text in column {column!r}; remove the row")
+            place = table.place(numbers[found.index(None)])
+            raise DataError(f"{place} of {table.name} holds no text in column {column!r}; remove the row")
         return found
 
     return read
@@ -223,60 +258,10 @@ def _pair_reader(readers: Sequence[Callable[[Ints], Sequence[Any]]]) -> Callable
     return lambda numbers: list(zip(*(read(numbers) for read in readers), strict=True))
 
 
-def _label_values(rows: "Dataset", column: str) -> Any:
-    """Read the label column alone, as an Arrow array: no input is touched."""
-    return rows.select_columns([column]).with_format("arrow")[:][column].combine_chunks()
-
-
-def _is_integer(values: Any) -> bool:
-    return str(values.type).startswith(("int", "uint"))
-
-
 def _is_unlabelled(rows: "Dataset", label_column: str) -> bool:
     """Tell test splits whose labels are withheld: the hub's convention is -1 in every row."""
     column = label_column or next((c for c in _LABEL_COLUMNS if c in rows.features), "")
     if column not in rows.features or len(rows) == 0:
         return False
-    values = _label_values(rows, column)
-    return _is_integer(values) and values.null_count == 0 and bool((values.to_numpy() == -1).all())
-
-
-def _read_labels(rows: "Dataset", column: str, where: str) -> tuple[Ints, tuple[str, ...]]:
-    """Turn a column of ClassLabel, integers, booleans or strings into class ids and the classes' names."""
-    import datasets
-
-    values = _label_values(rows, column)
-    what = f"label column {column!r} of {where}"
-    if values.null_count:
-        row = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-        raise DataError(f"{what} is empty in row {row} ({values.null_count} such rows); fill or remove them")
-    if _is_integer(values):
-        numbers = values.to_numpy().astype(np.int64)
-        feature = rows.features[column]
-        names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-        _require_range(numbers, None if names is None else len(names), what)
-        if names is not None:
-            return numbers, names
-        present, labels = np.unique(numbers, return_inverse=True)
-        return labels.astype(np.int64), tuple(str(number) for number in present)
-    if str(values.type) in ("bool", "string", "large_string"):
-        texts = [str(value) for value in values.to_pylist()]
-        if "" in texts:
-            raise DataError(f"{what} is empty in row {texts.index('')}; fill or remove the row")
-        id_of = {name: class_id for class_id, name in enumerate(sorted(set(texts)))}
-        return np.array([id_of[text] for text in texts], dtype=np.int64), tuple(id_of)
-    raise DataError(
-        f"{what} holds {values.type}; it must hold one class a row, as an integer or a string: "
-        "set label-column to such a column"
-    )
-
-
-def _require_range(numbers: Ints, num_classes: int | None, what: str) -> None:
-    wrong = numbers < 0 if num_classes is None else (numbers < 0) | (numbers >= num_classes)
-    if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
-        bound = "at least 0" if num_classes is None else f"in [0, {num_classes - 1}] (its ClassLabel)"
-        raise DataError(
-            f"{what} must be {bound}, got {numbers[row]} in row {row} ({int(wrong.sum())} such rows); "
-            "correct or remove these rows"
-        )
+    values = column_values(rows, column)
+    return is_integer(values) and values.null_count == 0 and bool((values.to_numpy() == -1).all())

@@ -16,8 +16,11 @@ from fedtalora_flwr.data.source import DataError, Ints, Source, Split
 if TYPE_CHECKING:  # torch takes seconds to import, and most users of this package never stack an image
     from torch import Tensor
 
-# Modes that 8-bit RGB can stand for; what lies in transparency is not part of the picture.
+# Modes that 8-bit RGB can stand for; what is transparent is laid over BACKGROUND.
 CONVERTIBLE = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"})
+
+# Grey: on white or black, a shape that is drawn in the transparency alone and has that colour would be gone.
+BACKGROUND = (128, 128, 128)
 
 # Formats that PIL lists as files it opens, and does not read: it knows their first bytes alone, or asks Ghostscript.
 _NOT_READ = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
@@ -38,12 +41,12 @@ def image_endings() -> tuple[str, ...]:
 
 
 def to_rgb(image: PIL.Image.Image, *, where: str) -> PIL.Image.Image:
-    """Convert to 8-bit RGB.
+    """Convert to 8-bit RGB; what is transparent shows `BACKGROUND`.
 
     Parameters
     ----------
     image
-        In any mode; one that is in RGB is returned as it is.
+        In any mode; one that is in RGB and opaque is returned as it is.
     where
         What to call the image in a message.
 
@@ -52,20 +55,21 @@ def to_rgb(image: PIL.Image.Image, *, where: str) -> PIL.Image.Image:
     DataError
         If the mode holds more than 8 bits a channel (I;16, I, F) or is unknown: converting would clip values.
     """
-    if image.mode == "RGB":
-        return image
     if image.mode not in CONVERTIBLE:
         raise DataError(
             f"{where} has image mode {image.mode}, which 8-bit RGB cannot hold without losing information; "
             "scale its values and save it as 8-bit greyscale or RGB first"
         )
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # PIL's own advice for palettes with transparency
-    return image.convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")  # of a palette, or of one colour that stands for nothing, too
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, BACKGROUND), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def decode_image(content: bytes | Path, *, where: str) -> PIL.Image.Image:
     """Decode a picture completely, upright (EXIF) and in RGB.
+
+    Of several pages or frames the first is the picture.
 
     Parameters
     ----------
@@ -82,10 +86,28 @@ def decode_image(content: bytes | Path, *, where: str) -> PIL.Image.Image:
     try:
         with PIL.Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
             image.load()
-            upright = PIL.ImageOps.exif_transpose(image)
+            return upright_rgb(image, where=where)
+    except PIL.UnidentifiedImageError as error:  # whose text repeats the path
+        reason = "its content is of no format known here"
+        raise DataError(f"{where} cannot be decoded as an image ({reason}); replace or remove it") from error
+    except DataError:
+        raise
     except _UNDECODABLE as error:
         raise DataError(f"{where} cannot be decoded as an image ({error}); replace or remove it") from error
-    return to_rgb(upright, where=where)
+
+
+def frames_in(file: Path) -> int:
+    """Count the frames or pages of an image file, of which the first is the picture; 0 where it is none."""
+    try:
+        with PIL.Image.open(file) as image:
+            return int(getattr(image, "n_frames", 1))
+    except _UNDECODABLE:
+        return 0
+
+
+def upright_rgb(image: PIL.Image.Image, *, where: str) -> PIL.Image.Image:
+    """Turn a picture as its EXIF says, and convert it as `to_rgb` does, with the same errors."""
+    return to_rgb(PIL.ImageOps.exif_transpose(image), where=where)
 
 
 def stored_side(source: Source, *, size: int) -> int:

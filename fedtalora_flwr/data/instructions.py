@@ -5,12 +5,9 @@ A table has a column of answers, one of instructions, and maybe one of context t
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from fedtalora_flwr.data.hf_labels import Table, blank_rows
 from fedtalora_flwr.data.source import DataError, Ints
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 PROMPT_COLUMNS = ("instruction", "prompt", "question", "input")
 CONTEXT_COLUMN = "context"
@@ -47,7 +44,7 @@ def prompt_of(texts: Iterable[str | None]) -> str:
 
 
 def instruction_reader(
-    rows: "Dataset", *, where: str, input_column: str, answer_column: str
+    table: Table, *, input_column: str, answer_column: str
 ) -> Callable[[Ints], Sequence[Instruction]]:
     """Give what reads rows of a table as instructions; both columns are looked through here, so that a hole is found.
 
@@ -56,6 +53,7 @@ def instruction_reader(
     DataError
         If there is no such column, one holds no texts, or a prompt or an answer is empty.
     """
+    rows, where = table.rows, table.name
     columns, there = prompt_columns(rows.column_names, asked=input_column), ", ".join(rows.column_names)
     if not columns:
         raise DataError(
@@ -66,7 +64,7 @@ def instruction_reader(
         if column not in rows.column_names:
             raise DataError(f"{key} {column!r}: {where} has no such column; it has {there}")
     for column in (columns[0], answer_column):
-        _require_texts(rows, column, where=where)
+        _require_texts(table, column)
     texts = rows.select_columns([*columns, answer_column])
 
     def read(numbers: Ints) -> Sequence[Instruction]:
@@ -80,12 +78,13 @@ def instruction_reader(
     return read
 
 
-def _require_texts(rows: "Dataset", column: str, *, where: str) -> None:
-    kind = str(rows.features[column].dtype)
+def _require_texts(table: Table, column: str) -> None:
+    kind = str(table.rows.features[column].dtype)
     if kind not in ("string", "large_string"):
-        raise DataError(f"column {column!r} of {where} holds {kind}; instructions and answers are texts")
-    empty = [row for row, text in enumerate(rows[column]) if not (text or "").strip()]
+        raise DataError(f"column {column!r} of {table.name} holds {kind}; instructions and answers are texts")
+    empty = blank_rows(table, column).nonzero()[0].tolist()
     if empty:
         raise DataError(
-            f"column {column!r} of {where} is empty in row {empty[0]} ({len(empty)} such rows); remove these rows"
+            f"column {column!r} of {table.name} is empty in {table.place(empty[0])} ({len(empty)} such rows); remove "
+            "these rows"
         )

@@ -3,6 +3,9 @@
     <data-path>/<class>/*.png             or   <data-path>/<task>/<class>/*.png
     <data-path>/<class>.txt, *.csv        or   <data-path>/<task>/<class>.txt, *.csv
 
+Pictures may lie at any depth below their class. Where the folders below all others are named alike, a task and a class
+cannot be told apart, and ``folder-layout`` says which is meant.
+
 A share of each class is held out to test on. Which examples these are follows from the names of the files, or from
 the texts, alone: what arrives later moves none from one side to the other.
 """
@@ -16,18 +19,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedtalora_flwr.data.classes import ClassList, HeldClass, require_distinct
-from fedtalora_flwr.data.hf_load import load_files
-from fedtalora_flwr.data.hf_rows import source_from_splits
+from fedtalora_flwr.data.classes import ClassList, HeldClass
+from fedtalora_flwr.data.faults import Fault, image_fault, refusal
 from fedtalora_flwr.data.images import decode_image
 from fedtalora_flwr.data.locate import existing
+from fedtalora_flwr.data.node_folder import BadFiles, Item, Layout, Listing, task_folders
 from fedtalora_flwr.data.source import DataError, Ints, Split
-from fedtalora_flwr.data.sources.imagefolder import image_files
 
-_TABLES = (".csv", ".tsv", ".json", ".jsonl")
 _BYTES_AS_THEY_ARE = "surrogateescape"  # the name of a file need be no UTF-8
-
-Item = Path | str | tuple[str, str]  # an image file, a text, or a pair of texts
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,17 @@ class OwnData:
         Its classes, in order of task and name.
     remarks
         What is odd but no error, without paths.
+    faults
+        What cannot be used, as far as it was found by listing: images are not decoded for it.
+    files
+        All files that were taken for data, good or bad.
     """
 
     root: Path
     folders: tuple[_Folder, ...]
     remarks: tuple[str, ...]
+    faults: tuple[Fault, ...] = ()
+    files: tuple[Path, ...] = ()
 
     @property
     def held(self) -> tuple[HeldClass, ...]:
@@ -69,6 +74,17 @@ class OwnData:
         for folder in self.folders:
             return "image" if isinstance((*folder.train, *folder.test)[0], Path) else "text"
         return None
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """All its image files."""
+        items = (item for folder in self.folders for item in (*folder.train, *folder.test))
+        return tuple(item for item in items if isinstance(item, Path))
+
+    def image_faults(self) -> list[Fault]:
+        """Decode all images, and list those that cannot be used, in order of their paths."""
+        found = (image_fault(file, root=self.root) for file in sorted(self.images))
+        return [fault for fault in found if fault is not None]
 
     @cached_property
     def digest(self) -> str:
@@ -112,6 +128,10 @@ class OwnReader:
         Training examples to keep of each class in a task; 0 keeps all.
     max_test_per_class
         The same of those held out.
+    bad_files
+        ``error``, or ``skip`` to leave out what cannot be read, with a remark; then every image is decoded.
+    folder_layout
+        What the folders in a node's folder are: ``class`` or ``task``, or ``auto``, which looks what they hold.
     """
 
     input_column: str
@@ -119,65 +139,49 @@ class OwnReader:
     test_fraction: float
     max_per_class: int
     max_test_per_class: int = 0
+    bad_files: BadFiles = "error"
+    folder_layout: Layout = "auto"
 
     def read(self, data_path: str) -> OwnData:
-        """List a node's folder; of images the names alone.
+        """List a node's folder; of images the names alone, unless what cannot be read is left out.
 
         Raises
         ------
         DataError
-            If there is no such folder, a table cannot be read, the layout is mixed, the name of a class or task is no
-            UTF-8, or two names differ only by case, space or spelling in Unicode.
+            As `look`, or if files in it cannot be used: the message names them all.
+        """
+        found = self.look(data_path)
+        if found.faults:
+            raise DataError(refusal(found.faults))
+        return found
+
+    def look(self, data_path: str) -> OwnData:
+        """List a node's folder as `read` does, with all that is wrong in it.
+
+        Raises
+        ------
+        DataError
+            If there is no such folder, it cannot be told what its folders are, it holds images and texts, the name of
+            a class or task is no UTF-8, or two names differ only by case, space or spelling in Unicode.
         """
         root = existing(data_path, key="data-path")
         if not root.is_dir():
             raise DataError(f"data-path {root} is a file; give the folder that holds a subfolder or a file a class")
-        subfolders = [entry for entry in _entries(root) if entry.is_dir()]
-        of_tasks = [folder for folder in subfolders if _holds_classes(folder)]
-        if of_tasks and len(of_tasks) + len(_empty(subfolders)) < len(_entries(root)):
-            others = sorted({entry.name for entry in _entries(root)} - {folder.name for folder in of_tasks})
-            raise DataError(
-                f"data-path {root} holds task folders ({of_tasks[0].name}) beside classes ({others[0]}); "
-                "put every class into a task folder, or none"
-            )
-        found = [(task.name, *one) for task in of_tasks for one in self._classes(task)]
-        found = found or [("", *one) for one in self._classes(root)]
+        listing = Listing(root, self.input_column, self.label_column, self.bad_files)
+        tasks = task_folders(root, self.folder_layout)
+        found = [(task.name, *one) for task in tasks for one in listing.classes(task)]
+        found = found or [("", *one) for one in listing.classes(root)]
         for task, name, _ in found:
             _require_unicode(f"{task}/{name}" if task else name, root=root)
         folders = [self._held_out(task, name, items) for task, name, items in found if items]
         remarks = [f"{'/'.join(filter(None, (task, name)))} is empty" for task, name, items in found if not items]
         if not folders:
             remarks = [*remarks, "no example in data-path"]
-        data = OwnData(root, tuple(folders), tuple(remarks))
+        remarks = [*listing.remarks(), *remarks]
+        data = OwnData(root, tuple(folders), tuple(remarks), tuple(listing.faults), tuple(listing.files))
         if len({isinstance(item, Path) for folder in folders for item in (*folder.train, *folder.test)}) > 1:
             raise DataError(f"data-path {root} holds images and texts; a run trains on one kind")
         return data
-
-    def _classes(self, folder: Path) -> list[tuple[str, list[Item]]]:
-        """List the classes in a folder, by name, with their examples."""
-        classes: dict[str, list[Item]] = {}
-        for entry in _entries(folder):
-            if entry.is_dir():
-                classes.setdefault(entry.name, []).extend(image_files(entry))
-            elif entry.suffix.lower() == ".txt":
-                classes.setdefault(entry.stem, []).extend(_lines(entry))
-            elif entry.suffix.lower() in _TABLES:
-                for name, texts in self._table(entry).items():
-                    classes.setdefault(name, []).extend(texts)
-        require_distinct(sorted(classes), where=f"the folders and files in {folder}")
-        return sorted(classes.items())
-
-    def _table(self, file: Path) -> dict[str, list[Item]]:
-        source = source_from_splits(
-            str(file), {"train": load_files([file])}, input_column=self.input_column, label_column=self.label_column
-        )
-        if source.modality != "text":
-            raise DataError(f"{file} holds no texts; put images into one subfolder a class")
-        texts = source.train.read(np.arange(len(source.train)))
-        by_class: dict[str, list[Item]] = {}
-        for label, text in zip(source.train.labels, texts, strict=True):
-            by_class.setdefault(source.class_names[label], []).append(text)
-        return by_class
 
     def _held_out(self, task: str, name: str, items: Sequence[Item]) -> _Folder:
         """Part a class's examples by their names; where all would be held out, all are trained on."""
@@ -190,29 +194,6 @@ class OwnReader:
         if self.max_test_per_class:
             test = sorted(sorted(test, key=places.__getitem__)[: self.max_test_per_class])
         return _Folder(task, name, tuple(items[row] for row in train), tuple(items[row] for row in test))
-
-
-def _entries(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-
-
-def _holds_classes(folder: Path) -> bool:
-    """Tell a task's folder from a class's: it holds folders or texts, and no image itself."""
-    entries = _entries(folder)
-    images = {path.name for path in image_files(folder) if path.parent == folder}
-    return not images and any(entry.is_dir() or entry.suffix.lower() in (".txt", *_TABLES) for entry in entries)
-
-
-def _empty(folders: Sequence[Path]) -> list[Path]:
-    return [folder for folder in folders if not _entries(folder)]
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would end a line at U+2028 too
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 ({error}); convert it first") from error
-    return [line.strip() for line in lines if line.strip()]
 
 
 def _require_unicode(name: str, *, root: Path) -> None:

@@ -63,6 +63,8 @@ class Source:
         Side in pixels at which images are stored, if the model takes that much; None: that of the first one.
     num_texts
         How many texts an input may be made of: 1, 2 where it is a pair, or both in a joined set. Not of images.
+    remarks
+        What is odd about the data but no error, a line each.
 
     Raises
     ------
@@ -78,6 +80,7 @@ class Source:
     groups: tuple[tuple[int, ...], ...] = ()
     image_side: float | None = None
     num_texts: tuple[int, ...] = (1,)
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.train) == 0:

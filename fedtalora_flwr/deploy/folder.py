@@ -1,5 +1,7 @@
 """The folder that a machine keeps of a federation, and how private files are written there."""
 
+import os
+import pwd
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +93,10 @@ class FederationFolder:
         """Give the path of the file that says: this process came up, and is to be started again if it ends."""
         return self.root / f"{checked_name(name)}.kept"
 
+    def line(self, name: str) -> Path:
+        """Give the path of the file that holds the command line by which a process was started."""
+        return self.root / f"{checked_name(name)}.line"
+
     def seen(self, name: str) -> Path:
         """Give the path of the file whose time is that of a node's last heartbeat that the server has answered."""
         return self.root / f"{checked_name(name)}.seen"
@@ -125,6 +131,32 @@ def checked_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise DeployError(f"a node's name is up to 32 letters, digits, - and _, got {name!r}")
     return name
+
+
+def require_folders(**options: str) -> None:
+    """Refuse a folder that is not there, or that this user cannot look into; an empty name is none.
+
+    Parameters
+    ----------
+    options
+        The folders, by the options that name them (``data_path`` for ``--data-path``).
+
+    Raises
+    ------
+    DeployError
+        If there is such a folder.
+    """
+    for key, value in options.items():
+        folder, option = Path(value).expanduser(), f"--{key.replace('_', '-')}"
+        if not value:
+            continue
+        if not folder.exists():
+            raise DeployError(f"{option} {value}: there is no folder {folder.absolute()} here; is it mounted?")
+        if not folder.is_dir():
+            raise DeployError(f"{option} {value} is a file; give the folder that it is in")
+        if not os.access(folder, os.R_OK | os.X_OK):
+            user = pwd.getpwuid(os.geteuid()).pw_name
+            raise DeployError(f"{option} {value} cannot be read by the user {user}; give {user} the right to read it")
 
 
 def write_private(path: Path, content: bytes) -> None:

@@ -8,13 +8,15 @@ What Flower starts for it has sessions of its own, but is below it, or inherits 
 
 import contextlib
 import fcntl
+import json
 import os
+import shlex
 import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedtalora_flwr.deploy.folder import DeployError, FederationFolder
+from fedtalora_flwr.deploy.folder import DeployError, FederationFolder, write_private
 
 STOP_SECONDS = 20.0
 _MOMENT = 0.01  # seconds
@@ -70,6 +72,24 @@ def stop(folder: FederationFolder, name: str, *, seconds: float = STOP_SECONDS) 
                 send(number, signal.SIGKILL)
         time.sleep(0.1)
     return True
+
+
+def note_line(folder: FederationFolder, name: str, line: Sequence[str]) -> None:
+    """Keep the command line by which a process is started."""
+    write_private(folder.line(name), json.dumps([*line]).encode())
+
+
+def other_line(folder: FederationFolder, name: str, line: Sequence[str]) -> str:
+    """Say in what a command line differs from the one by which a process was started; empty where in nothing.
+
+    Of a process that was started by an earlier version nobody knows.
+    """
+    path = folder.line(name)
+    before = json.loads(path.read_text()) if path.exists() else [*line]
+    gone, new = ([word for word in one if word not in other] for one, other in ((before, line), (line, before)))
+    if not gone and not new:
+        return ""
+    return f"{shlex.join(gone) or 'nothing'} is now {shlex.join(new) or 'left out'}"
 
 
 def note(folder: FederationFolder, name: str, text: str) -> None:

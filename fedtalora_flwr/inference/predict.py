@@ -20,10 +20,11 @@ import PIL.Image
 
 from fedtalora_flwr.data import DataError
 from fedtalora_flwr.data.hf_rows import PAIR_COLUMNS, TEXT_COLUMNS, columns_named
-from fedtalora_flwr.data.images import decode_image
+from fedtalora_flwr.data.images import decode_image, upright_rgb
 from fedtalora_flwr.data.instructions import prompt_columns, prompt_of
 from fedtalora_flwr.data.source import Modality
 from fedtalora_flwr.data.sources.imagefolder import image_files
+from fedtalora_flwr.data.tables import read_text, records
 from fedtalora_flwr.inference.model import TrainedModel
 
 STDIN = "-"
@@ -147,7 +148,7 @@ def read_items(
 def items_of(inputs: Sequence[Any], *, modality: str, num_texts: Sequence[int] = (1,)) -> Iterator[Item]:
     """Give inputs that a program has at hand one by one: PIL images, paths of image files, texts, or pairs of texts.
 
-    An image file that cannot be read is an item with an error.
+    An image file that cannot be read is an item with an error, and so is an image that 8-bit RGB cannot hold.
 
     Raises
     ------
@@ -158,12 +159,19 @@ def items_of(inputs: Sequence[Any], *, modality: str, num_texts: Sequence[int] =
         if modality == "text" and len(texts := _texts_in(one)) in num_texts:
             yield Item(f"input {number}", _raw(texts))
         elif modality == "image" and isinstance(one, PIL.Image.Image):
-            yield Item(f"input {number}", one.convert("RGB"))
+            yield _converted(one, name=f"input {number}")
         elif modality == "image" and isinstance(one, str | Path):
             yield _image_of(Path(one), io.BytesIO())
         else:
             wanted = _described(num_texts) if modality == "text" else "a PIL image or the path of an image file"
             raise InputError(f"input {number} is {type(one).__name__}; this run's model takes {wanted}")
+
+
+def _converted(image: PIL.Image.Image, *, name: str) -> Item:
+    try:
+        return Item(name, upright_rgb(image, where=name))
+    except DataError as error:
+        return Item(name, None, str(error))
 
 
 @dataclass(frozen=True)
@@ -271,7 +279,10 @@ def _lines_of(stdin: BinaryIO, *, wanted: _Wanted) -> Iterator[Item]:
 
 def _texts_of(file: Path, *, wanted: _Wanted) -> Iterator[Item]:
     try:
-        rows = list(_READERS[file.suffix.lower()](file.read_text(encoding="utf-8-sig")))
+        rows = list(_READERS[file.suffix.lower()](file))
+    except DataError as error:
+        yield Item(str(file), None, str(error))
+        return
     except (OSError, csv.Error, ValueError) as error:
         reason = f"{file} cannot be read as {file.suffix}: {error}; save it as UTF-8 and check its end"
         yield Item(str(file), None, reason)
@@ -329,35 +340,27 @@ def _columns_of(row: dict[str, Any], *, wanted: _Wanted, where: str) -> tuple[st
     )
 
 
-def _lines(content: str) -> Iterator[tuple[int, Any]]:
-    yield from enumerate(content.split("\n"), start=1)  # splitlines() would end a line at U+2028 too
+def _lines(file: Path) -> Iterator[tuple[int, Any]]:
+    yield from enumerate(read_text(file).split("\n"), start=1)  # splitlines() would end a line at U+2028 too
 
 
-def _json_lines(content: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(content.split("\n"), start=1):
+def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in _lines(file):
         if line.strip():
             yield number, json.loads(line)
 
 
-def _json(content: str) -> Iterator[tuple[int, Any]]:
-    rows = json.loads(content)
+def _json(file: Path) -> Iterator[tuple[int, Any]]:
+    rows = json.loads(read_text(file))
     if not isinstance(rows, list):
         raise ValueError(f"it must hold a list of texts or of objects, got {type(rows).__name__}")
     yield from enumerate(rows, start=1)
 
 
-def _comma_table(content: str) -> Iterator[tuple[int, Any]]:
-    yield from enumerate(csv.DictReader(io.StringIO(content)), start=1)
-
-
-def _tab_table(content: str) -> Iterator[tuple[int, Any]]:
-    yield from enumerate(csv.DictReader(io.StringIO(content), delimiter="\t"), start=1)
-
-
-_READERS: dict[str, Callable[[str], Iterator[tuple[int, Any]]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
     ".txt": _lines,
     ".jsonl": _json_lines,
     ".json": _json,
-    ".csv": _comma_table,
-    ".tsv": _tab_table,
+    ".csv": records,
+    ".tsv": records,
 }

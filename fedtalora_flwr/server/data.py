@@ -12,6 +12,7 @@ from fedtalora_flwr import wire
 from fedtalora_flwr.aggregation import GlobalState
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import ClassList, Share
+from fedtalora_flwr.data.remarks import on_shared
 from fedtalora_flwr.model.heads import Classifier
 from fedtalora_flwr.model.lora import AdaptedModel
 from fedtalora_flwr.model.session import data_of, test_examples
@@ -151,7 +152,11 @@ class SharedData:
         next_task: int,
     ) -> Holdings:
         """Say who holds what, which the settings tell."""
-        return holdings.of_shared(self.shares or (), self.classes)
+        data = data_of(self._config)
+        remarks = on_shared(data.source, data.stream)
+        for remark in remarks:
+            log.warning("%s", remark)
+        return holdings.of_shared(self.shares or (), self.classes, remarks=remarks)
 
     def settled(self, playing: int) -> range:
         """Give all tasks."""
@@ -237,8 +242,9 @@ class NodeData:
         """
         good, refused = holdings.compatible(hellos, classes, next_task=next_task, config=self._config)
         for partition, why in refused.items():
-            node = federation.roster.node_of.get(partition, "gone")
-            log.warning("partition %d (node %s) sits the task out: %s", partition, node, why)
+            node = federation.roster.node_of.get(partition)
+            called = "its node is gone" if node is None else federation.nodes.called(node)
+            log.warning("partition %d (%s) sits the task out: %s", partition, called, why)
         for partition, why in sorted({**absent, **refused}.items()):
             federation.tally.fail(partition, f"sits the task out: {why}")
         found = holdings.of_own(good, classes, next_task=next_task, config=self._config)

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedtalora_flwr.config import RunConfig
-from fedtalora_flwr.data import ClassList, DataError, Share, TooFewClasses
+from fedtalora_flwr.data import ClassList, DataError, HeldClass, Share, TooFewClasses
+from fedtalora_flwr.data.remarks import on_sizes, on_tasks
 from fedtalora_flwr.wire import Hello
 
 
@@ -41,7 +43,7 @@ class Holdings:
         return torch.stack(held).sum(0).tolist() if held else [0] * len(self.classes.names)
 
 
-def of_shared(shares: Sequence[Share], classes: ClassList) -> Holdings:
+def of_shared(shares: Sequence[Share], classes: ClassList, *, remarks: Sequence[str] = ()) -> Holdings:
     """Count who holds what of a data set that all processes read; the shares are in order of partition id."""
     counts = {}
     for partition, share in enumerate(shares):
@@ -49,7 +51,7 @@ def of_shared(shares: Sequence[Share], classes: ClassList) -> Holdings:
         for task_id, rows in enumerate(classes.tasks):
             counts[task_id, partition] = of_task = torch.zeros_like(held)
             of_task[list(rows)] = held[list(rows)]
-    return Holdings(classes, counts)
+    return Holdings(classes, counts, remarks=tuple(remarks))
 
 
 def of_own(hellos: Sequence[Hello], classes: ClassList, *, next_task: int, config: RunConfig) -> Holdings:
@@ -94,6 +96,7 @@ def of_own(hellos: Sequence[Hello], classes: ClassList, *, next_task: int, confi
             if one.num_test:
                 of_task = tests.setdefault(task_id, {})
                 of_task[hello.partition_id] = of_task.get(hello.partition_id, 0) + one.num_test
+    remarks += on_tasks(classes.names, classes.tasks) + _on_sizes(held)
     return Holdings(
         classes,
         counts,
@@ -101,6 +104,17 @@ def of_own(hellos: Sequence[Hello], classes: ClassList, *, next_task: int, confi
         told={hello.partition_id: classes.only(hello.own) for hello in hellos},
         remarks=tuple(remarks),
     )
+
+
+def _on_sizes(held: Sequence[HeldClass]) -> list[str]:
+    """Say which classes are too small on all nodes together."""
+    sums: dict[str, list[int]] = {}
+    for one in held:
+        of_class = sums.setdefault("/".join(filter(None, (one.task, one.name))), [0, 0])
+        of_class[0] += one.num_train
+        of_class[1] += one.num_test
+    counts = np.array([*sums.values()], dtype=np.int64).reshape(-1, 2)
+    return on_sizes([*sums], num_train=counts[:, 0], num_test=counts[:, 1])
 
 
 def compatible(

@@ -60,6 +60,7 @@ class Nodes:
         self.roster, self.exchange, self.tally = roster, exchange, tally
         self._shares = shares
         self._names: dict[int, str] = {}  # node id -> the name that its key was registered under, where it has one
+        self._called: dict[int, str] = {}  # node id -> the name that it says itself, for people to read
         self._since: dict[int, str] = {}  # node id -> since when it is connected, as of the last look
         self._heard: dict[int, str] = {}  # node id -> the same, as it said what it holds, or why it cannot
         self._holder: dict[int, int] = {}  # partition id -> the node that it belongs to, connected or not
@@ -139,8 +140,8 @@ class Nodes:
             elif (other := node_of.setdefault(hello.partition_id, node)) != node:
                 self._behind[node] = other
                 odd[node] = (
-                    f"partition {hello.partition_id} is held by node {other}, which is connected; give every node its "
-                    "own partition-id in its node config"
+                    f"partition {hello.partition_id} is held by {self.called(other)}, which is connected; give every "
+                    "node its own partition-id in its node config"
                 )
         return odd
 
@@ -229,6 +230,7 @@ class Nodes:
                     if node in self.grid.get_node_ids():
                         reasons[node] = "no reply in time"
                 elif not reply.has_error():
+                    self._called[node] = wire.claimed_name(reply)
                     if odd := wire.odd_reply(reply, most_bytes=_MOST_BYTES):
                         raise wire.WireError(f"its first reply {odd}")
                     if (claimed := wire.claimed_partition(reply)) is not None:
@@ -278,11 +280,15 @@ class Nodes:
         answers = ((asked.get(reply.metadata.reply_to_message_id), reply) for reply in replies)
         return {node: reply for node, reply in answers if node is not None}
 
+    def called(self, node: int) -> str:
+        """Name a node as people do: as it is registered, else as it calls itself, else by its number."""
+        return self._names.get(node) or self._called.get(node) or f"node {node}"
+
     def _name(self, node: int) -> str:
         """Name a node, and its partition as far as it is known."""
         partition_of = self.roster.partition_of
         partition = partition_of.get(node, self._claims.get(node))
-        return f"node {node}" if partition is None else f"node {node} (partition {partition})"
+        return self.called(node) if partition is None else f"{self.called(node)} (partition {partition})"
 
     def insist(self, exchange: Callable[[wire.RoundOrder], _Given], order: wire.RoundOrder) -> _Given:
         """Do an exchange; where so many nodes are gone that it has too few replies, do it again when they are back.
@@ -357,7 +363,7 @@ class Nodes:
                 reasons[node] = str(refusal)
             else:
                 self._holder[hello.partition_id] = node
-                log.info("node %d is back with partition %d", node, hello.partition_id)
+                log.info("%s is back with partition %d", self.called(node), hello.partition_id)
         for node, reason in reasons.items():
             log.warning("%s cannot take part: %s", self._name(node), reason)
             self.roster.dismiss(node, reason)
@@ -377,7 +383,7 @@ class Nodes:
             return
         if holder in self._since:
             self._behind[node] = holder
-            raise wire.WireError(f"partition {claimed} is held by node {holder}, which is connected")
+            raise wire.WireError(f"partition {claimed} is held by {self.called(holder)}, which is connected")
         if name := self._names.get(holder):
             if self._names.get(node) == name:  # whoever registers keys has put this one in its place
                 return

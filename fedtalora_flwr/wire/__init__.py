@@ -24,11 +24,13 @@ from fedtalora_flwr.wire.down import (
 from fedtalora_flwr.wire.errors import WireError, error_text, node_is_gone
 from fedtalora_flwr.wire.hello import (
     Hello,
+    claimed_name,
     claimed_partition,
     hello_reply,
     partition_of,
     read_classes,
     read_hello,
+    refusal_reply,
     tell_classes,
 )
 from fedtalora_flwr.wire.records import ARRAYS, HELLO, METRICS, ORDER, frozen_digest
@@ -62,6 +64,7 @@ __all__ = [
     "add_patch",
     "before_of",
     "bundle",
+    "claimed_name",
     "claimed_partition",
     "error_text",
     "fisher_reply",
@@ -88,6 +91,7 @@ __all__ = [
     "read_sums",
     "read_update",
     "read_version_missing",
+    "refusal_reply",
     "state_message",
     "sums_reply",
     "tell_classes",

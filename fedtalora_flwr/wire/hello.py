@@ -24,6 +24,7 @@ from fedtalora_flwr.wire.records import (
     whole_numbers,
 )
 
+_LONGEST_OWN_NAME = 32
 _LONGEST_NAME, _LONGEST_REMARK, _MOST_NAMES = 200, 500, 10_000  # of one node
 
 
@@ -45,6 +46,8 @@ class Hello:
         The classes of the data that it brings, by name.
     remarks
         What is odd about these data.
+    name
+        What people call the node, as its config says; nothing depends on it.
     """
 
     partition_id: int
@@ -54,12 +57,14 @@ class Hello:
     held: tuple[str, ...] = ()
     own: tuple[HeldClass, ...] = ()
     remarks: tuple[str, ...] = ()
+    name: str = ""
 
 
 def hello_reply(hello: Hello) -> RecordDict:
     """Build the content of the reply to the first exchange."""
     settings = ConfigRecord(
         {
+            "name": hello.name,
             "partition-id": hello.partition_id,
             "num-partitions": hello.num_partitions,
             "partition-hash": hello.partition_hash,
@@ -81,17 +86,26 @@ def hello_reply(hello: Hello) -> RecordDict:
     return content
 
 
+def refusal_reply(reason: str, *, partition_id: int | None, name: str = "") -> RecordDict:
+    """Build the content of the reply by which a node says that it cannot take part, and why."""
+    claim: dict[str, Any] = {} if partition_id is None else {"partition-id": partition_id}
+    settings = {**claim, "name": name, "refusal": reason, "library": fedtalora_flwr.build()}
+    return RecordDict({HELLO: ConfigRecord(settings)})
+
+
 def read_hello(message: Message) -> Hello:
     """Read the reply to the first exchange.
 
     Raises
     ------
     WireError
-        If the client runs another version of the library, or the reply cannot be read.
+        If the client runs another version of the library, says that it cannot take part, or cannot be understood.
     """
     try:
         settings = message.content.config_records[HELLO]
         check_library(_text(settings["library"]), whose="client")
+        if "refusal" in settings:
+            raise WireError(_text(settings["refusal"]))
         own: Mapping[str, Any] = message.content.config_records[HELD] if HELD in message.content else {}
         counts = read_arrays(message.content.array_records[ARRAYS], only={"counts/class"})["counts"]["class"]
         return Hello(
@@ -99,6 +113,7 @@ def read_hello(message: Message) -> Hello:
             num_partitions=_whole(settings["num-partitions"], what="num-partitions"),
             partition_hash=_name(settings["partition-hash"]),
             class_counts=_counts(whole_numbers(counts)),
+            name=_name(settings["name"]),
             held=tuple(_name(digest) for digest in _list(_text(settings["held"]).split())),
             own=_held_classes(own) if own else (),
             remarks=tuple(one_line(_text(r), most=_LONGEST_REMARK) for r in _list(own["remarks"])) if own else (),
@@ -116,6 +131,13 @@ def claimed_partition(message: Message) -> int | None:
     settings: Mapping[str, Any] = message.content.config_records.get(HELLO, {})
     claimed = settings.get("partition-id")
     return claimed if type(claimed) is int else None
+
+
+def claimed_name(message: Message) -> str:
+    """Give the name by which the node of a first reply calls itself, for people to read; empty where it has none."""
+    settings: Mapping[str, Any] = message.content.config_records.get(HELLO, {})
+    name = settings.get("name", "")
+    return one_line(name, most=_LONGEST_OWN_NAME) if isinstance(name, str) else ""
 
 
 def _held_classes(own: Mapping[str, Any]) -> tuple[HeldClass, ...]:

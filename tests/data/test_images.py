@@ -75,11 +75,32 @@ def test_a_mode_with_more_than_8_bits_is_an_error(mode):
         stack_images([PIL.Image.new("L", (3, 2)), PIL.Image.new(mode, (3, 2))], side=2)
 
 
-def test_a_palette_with_transparency_keeps_its_colours():
-    image = PIL.Image.new("P", (2, 2), 1)
-    image.putpalette([0, 0, 0, 10, 20, 30])
-    image.info["transparency"] = b"\xff\x80"
-    assert to_rgb(image, where="it").getpixel((0, 0)) == (10, 20, 30)
+def drawn_in_transparency(mode: str) -> PIL.Image.Image:
+    """One colour everywhere, and a shape, the left pixel of two, that is in the transparency alone."""
+    if mode in ("LA", "RGBA"):
+        image = PIL.Image.new(mode, (2, 1), 0)
+        image.putalpha(PIL.Image.frombytes("L", (2, 1), b"\xff\x00"))
+        return image
+    image = PIL.Image.frombytes("P", (2, 1), b"\0\1")  # two entries of the palette, of one colour
+    image.putpalette([0, 0, 0, 0, 0, 0])
+    image.info["transparency"] = b"\xff\x00"
+    return image
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
+def test_a_shape_that_is_in_the_transparency_alone_is_seen_on_grey(mode):
+    image = to_rgb(drawn_in_transparency(mode), where="it")
+    assert [image.getpixel((column, 0)) for column in range(2)] == [(0, 0, 0), (128, 128, 128)]
+
+
+def test_one_colour_that_stands_for_nothing_is_grey():
+    image = PIL.Image.frombytes("RGB", (2, 1), bytes([9, 8, 7, 1, 2, 3]))
+    image.info["transparency"] = (9, 8, 7)
+    assert [to_rgb(image, where="it").getpixel((column, 0)) for column in range(2)] == [(128, 128, 128), (1, 2, 3)]
+
+
+def test_half_transparent_is_half_way_to_grey():
+    assert to_rgb(PIL.Image.new("RGBA", (1, 1), (28, 228, 128, 128)), where="it").getpixel((0, 0)) == (78, 178, 128)
 
 
 def test_a_picture_taken_sideways_is_turned_upright():
@@ -89,6 +110,14 @@ def test_a_picture_taken_sideways_is_turned_upright():
     content = io.BytesIO()
     sideways.save(content, "JPEG", exif=exif)
     assert decode_image(content.getvalue(), where="it").size == (4, 6)
+
+
+def test_of_several_frames_or_pages_the_first_is_the_picture():
+    frames = [PIL.Image.new("RGB", (3, 2), (value, 0, 0)) for value in (200, 100, 0)]
+    for kind in ("GIF", "TIFF"):
+        content = io.BytesIO()
+        frames[0].save(content, kind, save_all=True, append_images=frames[1:])
+        assert decode_image(content.getvalue(), where="it").getpixel((0, 0)) == (200, 0, 0)
 
 
 def _png(size: int) -> bytes:

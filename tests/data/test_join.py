@@ -205,8 +205,15 @@ def test_columns_that_are_no_pair_of_texts_are_refused_by_name(settings, tmp_pat
 def test_a_row_without_its_second_text_is_an_error_that_names_the_column(settings, tmp_path):
     rows = [{"premise": "a", "hypothesis": text, "label": label} for text, label in (("b", "x"), (None, "y"))]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"row 1 of .* holds no text in column 'hypothesis'; remove the row"):
-        texts(settings, tmp_path / "a.jsonl").train.read(np.arange(2))
+    with pytest.raises(DataError, match=r"column 'hypothesis' of .* holds no text in line 2; correct or remove"):
+        texts(settings, tmp_path / "a.jsonl")
+
+
+def test_a_pair_may_have_one_blank_text_and_not_two(settings, tmp_path):
+    write(tmp_path / "a.csv", ("premise", "hypothesis", "label"), [("a", "", "x"), ("", "b", "y"), (" ", "", "y")])
+    with pytest.raises(DataError, match=r"column 'premise' and 'hypothesis' of .* is blank in row 4; correct or"):
+        texts(settings, tmp_path / "a.csv")
+    assert len(texts(settings | {"bad_files": "skip"}, tmp_path / "a.csv").train) == 2
 
 
 def test_training_pairs_and_single_test_texts_are_refused(settings, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from fedtalora_flwr.config import registry
 from fedtalora_flwr.data import SOURCES, DataError, load_source, open_data, stored_side
+from fedtalora_flwr.data.hf_rows import source_from_splits
 
 TRAIN_LABELS, TEST_LABELS = [2, 0, 2, 0, 2, 0, 2], [0, 1, 2]  # of three classes, one never trained
 
@@ -162,7 +163,11 @@ def test_a_wrong_column_is_an_error_that_lists_the_columns(settings, write_image
         ({"text": ["a", "b"], "label": [0, -1]}, r"must be at least 0, got -1 in row 1"),
         ({"text": ["a", "b"], "label": [0, None]}, r"'label' .* is empty in row 1"),
         ({"text": ["a", "b"], "label": ["x", ""]}, r"'label' .* is empty in row 1"),
-        ({"text": ["a", "b"], "label": [0.5, 1.0]}, r"'label' .* holds double"),
+        (
+            {"text": ["a", "b"], "label": [0.5, 1.0]},
+            r"'label' .* holds 0\.5 in row 0: a number with a fraction names no",
+        ),
+        ({"text": ["a", None], "label": [0, 1]}, r"column 'text' of .* holds no text in row 1"),
         ({"text": ["a", "b"], "label": [[0], [1]]}, r"'label' .* one class a row"),
         ({"text": [], "label": []}, r"has no rows|cannot be read"),
     ],
@@ -241,16 +246,17 @@ def test_words_that_look_like_missing_values_are_kept(settings, tmp_path):
     assert list(source.train.read(np.arange(2))) == ["null", "nan"]
 
 
-def test_a_row_without_text_is_an_error_that_names_it(settings, tmp_path):
-    path = write_text(tmp_path / "a.jsonl", [*sentences(["x", "y"]), {"text": None, "label": "x"}])
-    source = load_source("text", {**settings, "data_path": str(path), "test_fraction": 0.0})
-    with pytest.raises(DataError, match=r"row 2 of .* holds no text in column 'text'"):
-        source.train.read(np.array([0, 2]))
+def test_a_row_of_a_known_data_set_without_text_is_an_error_when_it_is_read():
+    rows = datasets.Dataset.from_dict({"text": ["a", None, ""], "label": ["x", "y", "y"]})
+    source = source_from_splits("known", {"train": rows}, input_column="", label_column="")
+    assert list(source.train.read(np.array([0, 2]))) == ["a", ""]
+    with pytest.raises(DataError, match=r"row 1 of known \(train\) holds no text in column 'text'"):
+        source.train.read(np.array([0, 1]))
 
 
 def test_unquoted_commas_in_every_text_are_an_error_instead_of_cut_texts(settings, tmp_path):
     (tmp_path / "a.csv").write_text("text,label\nhello, you,hi\nsee you, then,bye\n")
-    with pytest.raises(DataError, match=r"a\.csv have more fields than the header"):
+    with pytest.raises(DataError, match=r"a\.csv have more fields than the header: row 2 has 3 fields"):
         load_source("text", {**settings, "data_path": str(tmp_path / "a.csv")})
 
 

@@ -3,13 +3,17 @@
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from flwr.common.config import parse_config_args
 from flwr.supercore.cli.flower_superexec import _parse_args as superexec_parser
 from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink as superlink_parser
 from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode as supernode_parser
+from typer.testing import CliRunner
 
+from fedtalora_flwr.cli.app import cli
 from fedtalora_flwr.deploy.commands import environment, superexec_command, superlink_command, supernode_command
 from fedtalora_flwr.deploy.folder import DeployError, FederationFolder
+from fedtalora_flwr.deploy.processes import note_line, other_line
 
 FOLDER = FederationFolder(Path("/srv/fl"))
 NODE = {"superlink": "superlink.lab:9092", "partition_id": 3}
@@ -85,3 +89,38 @@ def test_no_proxy_comes_between_a_node_and_its_server(monkeypatch):
     env = environment(FOLDER, superlink="superlink.lab:9092", data="/data")
     assert env["no_proxy"] == env["NO_PROXY"] == "intranet,127.0.0.1,localhost,superlink.lab"
     assert env["FLWR_HOME"] == "/srv/fl/flwr" and env["FEDTALORA_DATA"] == "/data"
+
+
+def asked(*words: str) -> Result:
+    return CliRunner().invoke(cli, [*words])
+
+
+NODE_WORDS = ("supernode", "site0", "--superlink", "localhost:9092", "--partition-id", "0", "--insecure")
+
+
+@pytest.mark.parametrize("option", ["--data", "--data-path"])
+def test_a_folder_that_is_not_there_or_is_a_file_is_refused_before_a_node_starts(tmp_path, option):
+    (tmp_path / "a.csv").touch()
+    found = asked(*NODE_WORDS, "--dir", str(tmp_path / "fl"), option, str(tmp_path / "nowhere"))
+    assert isinstance(found.exception, DeployError)
+    assert str(found.exception).startswith(f"{option} {tmp_path}/nowhere: there is no folder {tmp_path}/nowhere here;")
+    found = asked(*NODE_WORDS, "--dir", str(tmp_path / "fl"), option, str(tmp_path / "a.csv"))
+    assert f"{option} {tmp_path}/a.csv is a file; give the folder" in str(found.exception)
+    assert not (tmp_path / "fl").exists()
+
+
+def test_a_server_s_data_that_are_not_there_are_refused_before_it_starts(tmp_path):
+    found = asked("superlink", "--insecure", "--dir", str(tmp_path / "fl"), "--data", str(tmp_path / "nowhere"))
+    assert isinstance(found.exception, DeployError) and "--data" in str(found.exception)
+
+
+def test_a_command_line_is_told_by_what_differs_from_the_one_before(tmp_path):
+    folder = FederationFolder(tmp_path)
+    line = supernode_command("site0", folder, **NODE, insecure=True)
+    assert other_line(folder, "site0", line) == ""  # nobody knows
+    note_line(folder, "site0", line)
+    assert other_line(folder, "site0", line) == ""
+    another = supernode_command("site0", folder, **NODE, data_path="/mnt/scans", insecure=True)
+    was, _, now = other_line(folder, "site0", another).partition(" is now ")
+    assert "partition-id=3" in was and "scans" not in was and 'data-path="/mnt/scans"' in now
+    assert other_line(folder, "site0", [*line, "--verbose"]) == "nothing is now --verbose"

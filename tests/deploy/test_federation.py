@@ -239,6 +239,21 @@ def test_the_same_node_does_not_start_twice_on_its_machine(played):
     assert "site0 runs already, as process" in refused(*words)
 
 
+def test_a_node_with_another_command_line_is_started_again_and_says_so(played, tmp_path):
+    described = yaml.safe_load(Path(played.file).read_text())
+    before = {name: pid_of(FederationFolder(played.folder / name), name) for name in ("superlink", "site0", "site1")}
+    (scans := tmp_path / "scans").mkdir()
+    described["nodes"][1]["data-path"] = str(scans)
+    Path(played.file).write_text(yaml.safe_dump(described))
+    again = said("lab", "up", played.file)
+    assert "site1 is started again, for its command line is another: " in again and str(scans) in again
+    after = {name: pid_of(FederationFolder(played.folder / name), name) for name in before}
+    assert {name for name in before if before[name] != after[name]} == {"site1"}
+    assert f'data-path="{scans}"' in " ".join(psutil.Process(after["site1"]).cmdline())
+    assert f"site1 runs already, as process {after['site1']}" in said("lab", "up", played.file)
+    assert played.statuses()["site1"] == "online"
+
+
 @pytest.mark.parametrize("seconds", [10, -400])
 def test_a_node_whose_clock_is_off_is_told_so_in_the_foreground_and_in_its_log(played, tmp_path, seconds):
     said("node", "key", "site5", "--dir", str(tmp_path), "--ca", str(played.server.ca_certificate))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fedtalora_flwr.data.faults import Fault, image_fault, left_out
 from fedtalora_flwr.data.images import decode_image, image_endings
 from fedtalora_flwr.data.locate import existing
 from fedtalora_flwr.data.source import NO_ROWS, DataError, Ints, Source, Split, join_classes
@@ -14,7 +15,7 @@ from fedtalora_flwr.data.source import NO_ROWS, DataError, Ints, Source, Split, 
 _TEST_FOLDERS = ("test", "val", "validation", "valid")
 
 
-def create(*, data_path: str, test_path: str) -> Source:
+def create(*, data_path: str, test_path: str, bad_files: str = "error") -> Source:
     """List the images; classes are the subfolders' names in alphabetical order.
 
     Parameters
@@ -23,10 +24,13 @@ def create(*, data_path: str, test_path: str) -> Source:
         A folder with one subfolder a class, or with such folders ``train`` and maybe ``test`` or ``val``.
     test_path
         A folder with one subfolder a class; empty: as `data_path` has it.
+    bad_files
+        ``skip`` decodes every image now, and leaves out those that cannot be.
     """
     root = existing(data_path, key="data-path")
     has_splits = bool(_class_folders(root / "train"))
-    train, train_names = _list_images(root / "train" if has_splits else root)
+    skips = bad_files == "skip"
+    train, names, remarks = _list_images(root / "train" if has_splits else root, skips=skips)
     if test_path:
         test_root = existing(test_path, key="test-path")
     else:
@@ -34,11 +38,11 @@ def create(*, data_path: str, test_path: str) -> Source:
         # ImageNet's test folder is flat, without classes: pass on to the validation folder.
         found = next((folder for folder in candidates if _class_folders(folder)), None)
         if found is None:
-            return Source(name=str(root), modality="image", class_names=train_names, train=train, test=NO_ROWS)
+            return Source(str(root), "image", class_names=names, train=train, test=NO_ROWS, remarks=remarks)
         test_root = found
-    test, test_names = _list_images(test_root)
-    class_names, test = join_classes(train_names, test, test_names)
-    return Source(name=str(root), modality="image", class_names=class_names, train=train, test=test)
+    test, test_names, test_remarks = _list_images(test_root, skips=skips)
+    class_names, test = join_classes(names, test, test_names)
+    return Source(str(root), "image", class_names, train=train, test=test, remarks=remarks + test_remarks)
 
 
 def _class_folders(root: Path) -> list[Path]:
@@ -47,9 +51,17 @@ def _class_folders(root: Path) -> list[Path]:
     return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _list_images(root: Path) -> tuple[Split, tuple[str, ...]]:
+def _list_images(root: Path, *, skips: bool) -> tuple[Split, tuple[str, ...], tuple[str, ...]]:
+    """List the images by class: the split, the classes' names, and what is left out."""
     folders = _class_folders(root)
     files = [image_files(folder) for folder in folders]
+    faults: list[Fault] = []
+    if skips:
+        found = [[image_fault(path, root=root) for path in paths] for paths in files]
+        faults = [fault for of_class in found for fault in of_class if fault]
+        files = [
+            [path for path, fault in zip(*pair, strict=True) if not fault] for pair in zip(files, found, strict=True)
+        ]
     paths = [path for found in files for path in found]
     if not paths:
         names = ", ".join(folder.name for folder in folders[:5]) or "none"
@@ -62,15 +74,20 @@ def _list_images(root: Path) -> tuple[Split, tuple[str, ...]]:
     def read(rows: Ints) -> Sequence[Any]:
         return [decode_image(paths[row], where=f"image {paths[row]}") for row in rows]
 
-    return Split(labels=labels, read=read), tuple(folder.name for folder in folders)
+    return Split(labels=labels, read=read), tuple(folder.name for folder in folders), left_out(faults)
 
 
 def image_files(folder: Path) -> list[Path]:
-    """List the pictures in a folder and below it, by their endings, in order of name; hidden ones are left out.
+    """List the pictures in a folder and below it, by their endings, as `files_below` does."""
+    endings = image_endings()
+    return [file for file in files_below(folder) if file.name.lower().endswith(endings)]
+
+
+def files_below(folder: Path) -> list[Path]:
+    """List the files in a folder and below it, in order of name; hidden ones are left out.
 
     Links to folders are followed, but none to a folder that was walked already or lies above: that would be a circle.
     """
-    endings = image_endings()
     found: list[Path] = []
     walked = {_identity(place) for place in folder.resolve().parents}
     for parent, subfolders, names in os.walk(folder, followlinks=True):
@@ -79,9 +96,7 @@ def image_files(folder: Path) -> list[Path]:
             continue
         walked.add(here)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found += [
-            Path(parent, name) for name in sorted(names) if name.lower().endswith(endings) and not name.startswith(".")
-        ]
+        found += [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
     return found
 
 

@@ -55,6 +55,7 @@ def create(*, argument: str, **settings: Any) -> Source:
         groups=tuple(tuple(range(*pair)) for pair in pairwise(bounds)),
         image_side=joint_side(sources),
         num_texts=tuple(sorted({number for source in sources for number in source.num_texts})),
+        remarks=tuple(remark for source in sources for remark in source.remarks),
     )
 
 

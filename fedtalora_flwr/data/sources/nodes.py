@@ -1,5 +1,6 @@
 """Every node brings its own folder, named by ``data-path`` in its node config; the server has no data."""
 
+from fedtalora_flwr.data.node_folder import BadFiles, Layout
 from fedtalora_flwr.data.own import OwnReader
 
 
@@ -11,6 +12,8 @@ def create(
     test_fraction: float,
     max_per_class: int,
     max_test_per_class: int = 0,
+    bad_files: BadFiles = "error",
+    folder_layout: Layout = "auto",
 ) -> OwnReader:
     """Build what reads a node's folder; nothing is read here.
 
@@ -18,7 +21,9 @@ def create(
     ----------
     data_path
         The folder of a node whose node config names none, with ``{partition-id}`` for the number; it is opened there.
-    input_column, label_column, test_fraction, max_per_class, max_test_per_class
+    input_column, label_column, test_fraction, max_per_class, max_test_per_class, bad_files, folder_layout
         As of `OwnReader`.
     """
-    return OwnReader(input_column, label_column, test_fraction, max_per_class, max_test_per_class)
+    return OwnReader(
+        input_column, label_column, test_fraction, max_per_class, max_test_per_class, bad_files, folder_layout
+    )

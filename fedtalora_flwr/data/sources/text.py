@@ -6,7 +6,15 @@ from fedtalora_flwr.data.locate import split_files
 from fedtalora_flwr.data.source import Source
 
 
-def create(*, data_path: str, test_path: str, input_column: str, label_column: str, answer_column: str = "") -> Source:
+def create(
+    *,
+    data_path: str,
+    test_path: str,
+    input_column: str,
+    label_column: str,
+    answer_column: str = "",
+    bad_files: str = "error",
+) -> Source:
     """Read text files; labels that are strings become classes in alphabetical order.
 
     Parameters
@@ -19,9 +27,17 @@ def create(*, data_path: str, test_path: str, input_column: str, label_column: s
         Columns to use; empty: found by their usual names.
     answer_column
         Column of answers, where the texts are instructions; empty: they are not.
+    bad_files
+        ``skip`` leaves out rows without a label or an input.
     """
     files = split_files(data_path, test_path, suffixes=[".json", ".jsonl", ".csv", ".tsv"])
     splits = {split: load_files(paths) for split, paths in files.items()}
     return source_from_splits(
-        data_path, splits, input_column=input_column, label_column=label_column, answer_column=answer_column
+        data_path,
+        splits,
+        input_column=input_column,
+        label_column=label_column,
+        answer_column=answer_column,
+        files=files,
+        bad_files=bad_files,
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedtalora_flwr.data import Source, Split, load_images, stored_side
-from fedtalora_flwr.data.images import CONVERTIBLE
+from fedtalora_flwr.data.images import BACKGROUND, CONVERTIBLE
 from fedtalora_flwr.model.backbones.base import Backbone, BackboneError, find_placement
 
 _BLOCKS = re.compile(r"blocks\.\d+|layers\.\d+\.blocks\.\d+")  # ViT; Swin, whose stages nest
@@ -118,11 +118,13 @@ class ImageBackbone(Backbone):
     def preparation(self) -> dict[str, Any]:
         """Give the model's side in pixels, the modes of images taken, mean and deviation of channels in [0, 1].
 
-        And whether timm's attention must be told to call its qkv layer, which an adapter wraps.
+        And the colour that shows where an image is transparent, and whether timm's attention must be told to call its
+        qkv layer, which an adapter wraps.
         """
         return {
             "image_size": self.image_size,
             "image_modes": sorted(CONVERTIBLE),
+            "background": list(BACKGROUND),
             "qkv_bias_separate": self._calls_qkv_apart,
             **self._normalisation(),
         }
