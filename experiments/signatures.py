@@ -8,7 +8,8 @@ the group of their task after Hungarian matching:
 - unit length: each signature scaled to it first;
 - directions: what `method = fl-tac` clusters but for `raw` (see `clustering.kernel.directions`).
 
-The last column is the mean cosine between adapters of one task, and between those of different tasks.
+The last columns are the mean cosine between adapters of one task, and between those of different tasks, and rho, which
+says whether the tasks stand out of the noise (docs/THEORY.md): well above 1 they do.
 
 Usage: fedtalora run --preset clinc150-fl-tac --set method=local-only --set rounds-per-task=1 --out RUN
        python experiments/signatures.py RUN
@@ -37,13 +38,16 @@ def main() -> None:
         parser.error(str(error))
     num_tasks = len(set(tasks))
     title = f"share of {len(tasks)} slots in the group of their task, of {num_tasks}"
-    table = Table("signature", "as it is", "unit length", "directions", "cosines, one task | different", title=title)
+    table = Table(
+        "signature", "as it is", "unit length", "directions", "cosines, one task | different", "rho", title=title
+    )
     for name, gram in grams.items():
         unit = cosines(gram)
         cuts = (embed(gram), embed(unit), directions(gram, num_dims=num_tasks))
-        table.add_row(
-            name, *(f"{found(points, tasks):.2f}" for points in cuts), "{:.3f} | {:.3f}".format(*apart(unit, tasks))
-        )
+        one, different, spread = apart(unit, tasks)
+        rho = len(tasks) ** 0.5 * (one - different) / (num_tasks * spread)
+        shares = (f"{found(points, tasks):.2f}" for points in cuts)
+        table.add_row(name, *shares, f"{one:.3f} | {different:.3f}", f"{rho:.2f}")
     Console().print(table)
 
 
@@ -75,11 +79,11 @@ def found(points: Matrix, tasks: list[int]) -> float:
     return float(np.mean(in_matched_group(groups.tolist(), tasks)))
 
 
-def apart(unit: Matrix, tasks: list[int]) -> tuple[float, float]:
-    """Average the cosines (n, n) between two slots of one task, and between two of different tasks."""
+def apart(unit: Matrix, tasks: list[int]) -> tuple[float, float, float]:
+    """Average the cosines (n, n) of two slots of one task, and of two of different tasks, with these' deviation."""
     same = np.equal.outer(tasks, tasks)
     others = ~np.eye(len(tasks), dtype=bool)
-    return float(unit[same & others].mean()), float(unit[~same].mean())
+    return float(unit[same & others].mean()), float(unit[~same].mean()), float(unit[~same].std())
 
 
 if __name__ == "__main__":
