@@ -165,8 +165,9 @@ def _changes(state: GlobalState, update: ClientUpdate) -> dict[str, float]:
 def update_norm(state: GlobalState, update: ClientUpdate) -> float:
     """Give the Frobenius norm of all that an update changes: the layers' effective weights, and the head's rows.
 
-    It is taken from the factors, ``scaling B A - scaling_0 B_0 A_0 = [scaling B, -scaling_0 B_0] [A; A_0]``, where the
-    pairs are not dense.
+    It is taken from the factors, where the pairs are not dense, and from what these changed by, so that a pair that
+    did not change gives zero and not what rounding leaves:
+    ``s B A - s_0 B_0 A_0 = [s B - s_0 B_0, s_0 B_0] [A; A - A_0]``.
     """
     energy = _weights_energy(state, update)
     for name, parameter in state.head.items():
@@ -181,8 +182,14 @@ def _weights_energy(state: GlobalState, update: ClientUpdate) -> float:
         if ours.is_dense and theirs.is_dense:
             energy += float((theirs.delta().double() - ours.delta().double()).square().sum())
             continue
-        left = torch.cat([theirs.scaling * theirs.lora_B.double(), -ours.scaling * ours.lora_B.double()], 1)
-        energy += max(0.0, Step(left, torch.cat([theirs.lora_A, ours.lora_A], 0)).energy())
+        before, after = ours.scaling * ours.lora_B.double(), theirs.scaling * theirs.lora_B.double()
+        if ours.rank == theirs.rank:
+            change = Step(
+                torch.cat([after - before, before], 1), torch.cat([theirs.lora_A, theirs.lora_A - ours.lora_A], 0)
+            )
+        else:
+            change = Step(torch.cat([after, -before], 1), torch.cat([theirs.lora_A, ours.lora_A], 0))
+        energy += max(0.0, change.energy())
     return energy
 
 

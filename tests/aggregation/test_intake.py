@@ -206,6 +206,14 @@ def test_update_that_says_the_same_in_other_factors_changes_nothing(state):
     assert update_norm(state, same) < 1e-5
 
 
+def test_pairs_that_most_clients_left_as_they_were_make_nobody_an_outlier(state):
+    """Class rows begin at zero, so a client with one step moves no pair: zero, and not what rounding leaves of it."""
+    moved, *others = round_of(state, 5)
+    still = [replace(update, adapters=state.adapters, head=moved.head) for update in others]
+    assert update_norm(state, replace(still[0], head=state.head)) == 0
+    assert not found_of(state, [moved, *still], limit=10.0)
+
+
 @pytest.mark.parametrize("scaling", [0.0, -1.0, float("nan"), float("inf")])
 def test_scaling_that_is_no_positive_number_is_refused(state, update, scaling):
     with pytest.raises(BadUpdate, match=r"scaling .* is not a positive number"):
