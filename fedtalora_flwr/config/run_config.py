@@ -127,6 +127,9 @@ class RunConfig:
     penalty: str
     penalty_weight: Annotated[float, NOT_NEGATIVE]
     augment: Annotated[str, one_of("none", "flip", "crop-flip")]
+    dp_epsilon: Annotated[float, Rule(lambda value: value == 0 or 0.1 <= value <= 100, "0, or from 0.1 to 100")]
+    dp_delta: Annotated[float, Rule(lambda value: 0 < value < 0.1, "above 0 and below 0.1")]
+    dp_clip: Annotated[float, POSITIVE]
     backbone: str
     backbone_checkpoint: str
     image_size: Annotated[int, between(0, 2048)]
