@@ -4,9 +4,11 @@ A handler keeps nothing in Flower's context, so the process that does the work n
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,10 +21,18 @@ from fedtalora_flwr.client.node_data import LocalFolder, SharedPartition, node_d
 from fedtalora_flwr.client.reach import require_within_reach
 from fedtalora_flwr.client.redact import redacted
 from fedtalora_flwr.client.versions import version_store
-from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.config import ConfigError, RunConfig
 from fedtalora_flwr.model import heads, penalties
 from fedtalora_flwr.model.heads import Classifier, FeatureRoot
 from fedtalora_flwr.model.lora import AdaptedModel
+from fedtalora_flwr.model.private import (
+    Privacy,
+    fit_privately,
+    require_possible,
+    sample_rate,
+    secret_normal,
+    steps_of_round,
+)
 from fedtalora_flwr.model.router import sum_slots
 from fedtalora_flwr.model.session import device_of, model_of, slots_of
 from fedtalora_flwr.model.train import (
@@ -61,20 +71,25 @@ def _asks_for_the_version(handler: _Handler) -> _Handler:
 @redacted
 def hello(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
     """Say which partition this node holds; a bad file or setting is found here, before the first round."""
-    config, _, data = _settings(message, run_config, node_config)
+    config, _, data = _settings(message, run_config, node_config, private=True)
     if config.check_data:
         data.check()
     device = device_of(config)
     log.info("computes in %s on %s", precision_of(device, config.precision), device)
-    return wire.hello_reply(data.hello(num_partitions=int(str(node_config.get("num-partitions", config.num_clients)))))
+    told = data.hello(num_partitions=int(str(node_config.get("num-partitions", config.num_clients))))
+    if config.dp_epsilon and isinstance(data, LocalFolder):
+        told = replace(told, partition_hash=_budgets().sealed(told.partition_hash))
+    return wire.hello_reply(told)
 
 
 @redacted
 @_asks_for_the_version
 def train(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
     """Set the model to the server's state, train on this node's data of the task, send the pairs and rows back."""
-    config, partition_id, data = _settings(message, run_config, node_config)
+    config, partition_id, data = _settings(message, run_config, node_config, private=True)
     model, state, order = _loaded(message, config, data)
+    if config.dp_epsilon:
+        return _privately_trained(model, state, order, config=config, partition_id=partition_id, data=data)
     result, counts = _trained(message, model, state, order, config=config, partition_id=partition_id, data=data)
     update = _update(state, result.adapters, result.head, counts, partition_id=partition_id)
     return _reply(update, state, mean_loss=result.mean_loss, config=config)
@@ -158,22 +173,16 @@ def _trained(
     """
     method = aggregation.resolve(config.method, config.settings)
     number, task_id = slot or (None, order.task_id)
-    tasks = data.tasks
     examples = data.training(task_id)
     class_counts = torch.bincount(examples.labels, minlength=len(state.head["bias"]))
     result = fit(
         model,
         state.head,
         examples,
-        classes=compared_classes(
-            config.loss_classes,
-            task_classes=tasks[task_id],
-            present=class_counts.nonzero().flatten().tolist(),
-            seen=[c for task in tasks[: order.task_id + 1] for c in task],
-        ),
+        classes=_compared(class_counts, order, config=config, data=data, task_id=task_id),
         trainable=method.trainable,
         penalty=penalties.resolve(config.penalty, config.settings),
-        old_classes=[c for task in tasks[: order.task_id] for c in task],
+        old_classes=[c for task in data.tasks[: order.task_id] for c in task],
         config=config,
         task_id=order.task_id,
         round_in_task=order.round_in_task,
@@ -181,6 +190,73 @@ def _trained(
         memory=wire.read_memory(message, room=_room(model, config, data)),
     )
     return result, class_counts
+
+
+def _privately_trained(
+    model: AdaptedModel,
+    state: GlobalState,
+    order: wire.RoundOrder,
+    *,
+    config: RunConfig,
+    partition_id: int,
+    data: SharedPartition | LocalFolder,
+) -> RecordDict:
+    """Train a loaded model by private steps within the task's budget; the same order gets the same answer again."""
+    method = aggregation.resolve(config.method, config.settings)
+    require_possible(config, model, method=method, head=heads.resolve(config.head, config.settings))
+    budgets = _budgets()
+    budget = budgets.Budget.of(config, order, partition_id=partition_id, examples=f"train-{order.task_id}")
+    digest = budgets.digest_of(order, state)
+    if (kept := budget.kept(digest)) is not None:
+        log.info("answers once more what it has answered to round %d, and spends nothing", order.server_round)
+        return kept
+    examples = data.training(order.task_id)
+    class_counts = torch.bincount(examples.labels, minlength=len(state.head["bias"]))
+    num_steps = steps_of_round(config, len(examples))
+    spent = budget.spend(
+        sample_rate=sample_rate(config, len(examples)),
+        num_steps=num_steps,
+        planned_steps=num_steps * config.rounds_per_task,
+    )
+    log.info("task %d has spent an epsilon of %.3g of %g", order.task_id + 1, spent.epsilon, config.dp_epsilon)
+    result = fit_privately(
+        model,
+        state.head,
+        examples,
+        classes=_compared(class_counts, order, config=config, data=data, task_id=order.task_id),
+        trainable=method.trainable,
+        config=config,
+        task_id=order.task_id,
+        round_in_task=order.round_in_task,
+        privacy=Privacy(spent.noise_multiplier, config.dp_clip),
+    )
+    update = _update(state, result.adapters, result.head, class_counts, partition_id=partition_id)
+    answer = _reply(update, state, mean_loss=result.mean_loss, config=config, epsilon_spent=spent.epsilon)
+    budget.keep(answer, to=digest)
+    return answer
+
+
+def _compared(
+    class_counts: Tensor,
+    order: wire.RoundOrder,
+    *,
+    config: RunConfig,
+    data: SharedPartition | LocalFolder,
+    task_id: int,
+) -> list[int]:
+    """Choose the classes that the loss on a task compares."""
+    tasks = data.tasks
+    return compared_classes(
+        config.loss_classes,
+        task_classes=tasks[task_id],
+        present=class_counts.nonzero().flatten().tolist(),
+        seen=[c for task in tasks[: order.task_id + 1] for c in task],
+    )
+
+
+def _budgets() -> ModuleType:
+    """Give the ledgers of privacy; opacus, which counts for them, takes seconds to import, and few runs need it."""
+    return import_module("fedtalora_flwr.client.budget")
 
 
 def _update(
@@ -201,7 +277,9 @@ def _update(
     )
 
 
-def _reply(update: ClientUpdate, state: GlobalState, *, mean_loss: float, config: RunConfig) -> RecordDict:
+def _reply(
+    update: ClientUpdate, state: GlobalState, *, mean_loss: float, config: RunConfig, epsilon_spent: float | None = None
+) -> RecordDict:
     """Build the reply about what was trained from a state."""
     return wire.update_reply(
         update,
@@ -210,6 +288,7 @@ def _reply(update: ClientUpdate, state: GlobalState, *, mean_loss: float, config
         mean_loss=mean_loss,
         scaling=next((pair.scaling for pair in state.adapters.values()), 1.0),
         wire_dtype=config.wire_dtype,
+        epsilon_spent=epsilon_spent,
     )
 
 
@@ -268,7 +347,7 @@ def fisher(message: Message, run_config: Mapping[str, Any], node_config: Mapping
 @_asks_for_the_version
 def evaluate(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
     """Count the hits of the server's classifier on what this node has held out of the tasks so far."""
-    config, _, data = _settings(message, run_config, node_config)
+    config, partition_id, data = _settings(message, run_config, node_config, private=True)
     if not isinstance(data, LocalFolder):
         raise wire.WireError("this node holds no test data; the server evaluates where all read one data set")
     model, state, order = _loaded(message, config, data)
@@ -279,13 +358,53 @@ def evaluate(message: Message, run_config: Mapping[str, Any], node_config: Mappi
         count_correct(model, [classifier], examples, classes=seen, config=config)[0] if len(examples) else 0
         for examples in held_out
     ]
+    if config.dp_epsilon:
+        return _privately_told(correct, held_out, state, order, config=config, partition_id=partition_id)
     return wire.hits_reply(correct, [len(examples) for examples in held_out])
 
 
+def _privately_told(
+    correct: Sequence[int],
+    held_out: Sequence[Examples],
+    state: GlobalState,
+    order: wire.RoundOrder,
+    *,
+    config: RunConfig,
+    partition_id: int,
+) -> RecordDict:
+    """Tell hits with noise: an example changes those of its task by 1, and those held out have a budget as well."""
+    budgets = _budgets()
+    told = budgets.Budget.of(config, order, partition_id=partition_id, examples="hits")
+    digest = budgets.digest_of(order, state)
+    if (kept := told.kept(digest)) is not None:
+        return kept
+    each_task = sum(config.evaluates(number) for number in range(config.rounds_per_task))
+    noisy = [0] * len(correct)
+    for task_id, (hits, examples) in enumerate(zip(correct, held_out, strict=True)):
+        if not len(examples):
+            continue
+        budget = budgets.Budget.of(config, order, partition_id=partition_id, examples=f"held-out-{task_id}")
+        spent = budget.spend(sample_rate=1.0, num_steps=1, planned_steps=each_task * (config.last_task - task_id))
+        noisy[task_id] = min(len(examples), max(0, round(hits + spent.noise_multiplier * float(secret_normal(1)))))
+    answer = wire.hits_reply(noisy, [len(examples) for examples in held_out])
+    told.keep(answer, to=digest)
+    return answer
+
+
 def _settings(
-    message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]
+    message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any], *, private: bool = False
 ) -> tuple[RunConfig, int, SharedPartition | LocalFolder]:
+    """Read the settings and open this node's data, for a message whose answer is `private` where the run asks for it.
+
+    Raises
+    ------
+    ConfigError
+        If the run asks for privacy and the answer would have none.
+    """
     config = RunConfig.parse(run_config)
+    if config.dp_epsilon and not private:
+        asked = message.metadata.message_type
+        raise ConfigError(f"dp-epsilon {config.dp_epsilon:g}: what {asked} asks for would leave without noise")
     torch.set_num_threads(config.threads)
     partition_id, classes = wire.partition_of(node_config, config), wire.read_classes(message)
     require_within_reach(config, node_config, partition_id=partition_id)

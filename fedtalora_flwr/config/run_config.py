@@ -203,6 +203,11 @@ class RunConfig:
         """Number of tasks that are run: `stop_after_task`, or all of them."""
         return self.stop_after_task or self.num_tasks
 
+    def evaluates(self, round_in_task: int) -> bool:
+        """Tell whether a round, from 0, ends with an evaluation: every `eval_every`, and the last of a task."""
+        ends = round_in_task + 1 == max(1, self.rounds_per_task)
+        return ends or bool(self.eval_every and (round_in_task + 1) % self.eval_every == 0)
+
 
 def kebab(name: str) -> str:
     """Turn a field's name into its key."""

@@ -56,6 +56,16 @@ class Privacy:
     clip: float
 
 
+def privacy_of(config: RunConfig) -> str:
+    """Say in a word or a line what privacy the examples of a run have, for its manifest, report and card."""
+    if not config.dp_epsilon:
+        return "none"
+    return (
+        f"differential privacy of each training example at its client: epsilon {config.dp_epsilon:g} at most, delta "
+        f"{config.dp_delta:g}, gradients clipped at {config.dp_clip:g}; numbers of examples are public"
+    )
+
+
 def sample_rate(config: RunConfig, num_examples: int) -> float:
     """Give q, the chance of an example to be in a batch."""
     return min(1.0, config.batch_size / num_examples)
@@ -73,6 +83,11 @@ def secret_uniform(size: int) -> Tensor:
     """
     words = torch.frombuffer(bytearray(os.urandom(8 * size)), dtype=torch.int64) if size else torch.zeros(0).long()
     return ((words & (2**53 - 1)).double() + 0.5) * 2.0**-53
+
+
+def secret_normal(size: int, *, uniform: Uniform = secret_uniform) -> Tensor:
+    """Draw numbers of N(0, 1), float64."""
+    return torch.special.ndtri(uniform(size))
 
 
 def fit_privately(
@@ -266,7 +281,7 @@ def _of_pair(layer: FusedLinear, x: Tensor, gradient: Tensor) -> dict[str, Tenso
 
 
 def _normal(like: Tensor, uniform: Uniform) -> Tensor:
-    return torch.special.ndtri(uniform(like.numel())).view(like.shape).to(like)
+    return secret_normal(like.numel(), uniform=uniform).view(like.shape).to(like)
 
 
 def require_possible(config: RunConfig, model: AdaptedModel, *, method: Method, head: Head) -> None:

@@ -53,10 +53,14 @@ class UsualNorm:
 
 @dataclass(frozen=True)
 class Taken:
-    """The good updates of a round, with the weights that they count with, and the mean loss over their examples."""
+    """The good updates of a round, with the weights that they count with, and the mean loss over their examples.
+
+    Of private training no loss is told; by partition id, what it has cost of the task's budget.
+    """
 
     updates: list[ClientUpdate]
-    mean_loss: float
+    mean_loss: float | None
+    epsilon_spent: Mapping[int, float]
 
 
 class Intake:
@@ -95,9 +99,12 @@ class Intake:
         """
         updates: list[ClientUpdate] = []
         losses: dict[int, float] = {}
+        spent: dict[int, float] = {}
         for partition, reply in replies:
             try:
                 update, losses[partition] = self.update(partition, reply, like=state, method=method, task_id=task_id)
+                if self._config.dp_epsilon:
+                    spent[partition] = wire.read_epsilon(reply, budget=self._config.dp_epsilon)
             except BadUpdate as refusal:
                 self._tally.fail(partition, f"refused: {refusal}")
                 continue
@@ -111,9 +118,8 @@ class Intake:
         self.require(len(updates))
         updates = self._weighed(state, updates)
         weights = [update.num_examples for update in updates]
-        return Taken(
-            updates, mean_loss=float(np.average([losses[update.partition_id] for update in updates], weights=weights))
-        )
+        mean_loss = float(np.average([losses[update.partition_id] for update in updates], weights=weights))
+        return Taken(updates, mean_loss=None if self._config.dp_epsilon else mean_loss, epsilon_spent=spent)
 
     def update(
         self, partition: int, reply: Message, *, like: GlobalState, method: Method, task_id: int
@@ -125,7 +131,8 @@ class Intake:
         BadUpdate
             If it cannot be right.
         """
-        update, mean_loss = wire.read_update(reply, like=like, trainable=method.trainable)
+        private = bool(self._config.dp_epsilon)
+        update, mean_loss = wire.read_update(reply, like=like, trainable=method.trainable, private=private)
         if update.partition_id != partition:
             raise BadUpdate(f"speaks for partition {update.partition_id}, holds {partition}")
         check_update(like, update, trainable=method.trainable, norm_limit=self._config.norm_limit)

@@ -45,7 +45,7 @@ from fedtalora_flwr.wire.sums import (
     sums_reply,
 )
 from fedtalora_flwr.wire.traffic import message_bytes, odd_reply
-from fedtalora_flwr.wire.update import read_update, update_reply
+from fedtalora_flwr.wire.update import read_epsilon, read_update, update_reply
 
 __all__ = [
     "ARRAYS",
@@ -77,6 +77,7 @@ __all__ = [
     "partition_of",
     "read_classes",
     "read_drift",
+    "read_epsilon",
     "read_fisher",
     "read_hello",
     "read_hits",
