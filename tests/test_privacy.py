@@ -12,6 +12,7 @@ from fedtalora_flwr import wire
 from fedtalora_flwr.client import budget as budgets
 from fedtalora_flwr.client.budget import Budget, BudgetSpent, LedgerError, sealed
 from fedtalora_flwr.config import ConfigError
+from fedtalora_flwr.inference.export import export
 from fedtalora_flwr.model.accountant import Spending, epsilon_of
 from fedtalora_flwr.model.backbones import vit_mini
 
@@ -74,6 +75,8 @@ def test_a_private_run_is_exact_spends_its_budget_and_tells_it(tmp_path, cache):
         assert all(epsilon > 7.9 for epsilon in last.values())
         assert read(out, "metrics.json")["epsilon_spent"][str(task_id)] == last
     assert "epsilon 8 at most, delta 1e-05" in read(out, "manifest.json")["privacy"]
+    card = (export(out, to="merged").folder / "README.md").read_text()
+    assert "epsilon 8 at most" in card and "Most that a client has spent on a task: task 1 epsilon" in card
     of_first = [Spending(*row) for row in ledgers(cache)["0-train-0.json"]]
     assert len(of_first) == 2 and epsilon_of(of_first, delta=1e-5) == lines[1]["epsilon_spent"]["0"]
     assert {(each.sample_rate, each.num_steps) for each in of_first} == {(0.8, 2)}  # 10 examples in batches of 8
@@ -102,7 +105,7 @@ def test_a_client_whose_budget_is_spent_trains_the_task_no_more_and_says_so(tmp_
     out = tmp_path / "run"
     with pytest.raises(Killed):
         tiny_run(out, killed_in(2), **PRIVATE)
-    for path in (cache / "privacy").glob("*-2-train-0.answer"):
+    for path in (cache / "privacy").glob("*-2-train.answer"):
         path.unlink()
     tiny_run(out, **PRIVATE, resume=True)
     (failure,) = rounds(out)[1]["failures"]

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from encoders import WIDTH, encoder, save_encoder
 from local_grid import defaults
 from torch import Tensor
 
@@ -98,14 +99,13 @@ def clipped(model, rows, examples, kept, clip) -> dict[str, Tensor]:
     return _clipped_sum(model, rows, examples.inputs[kept], targets[kept], COMPARED, config=configured(), clip=clip)
 
 
-@pytest.mark.parametrize("trainable", [BOTH, frozenset({"lora_B"})])
-def test_gradients_of_an_example_are_those_of_it_alone(model, rows, examples, trainable):
-    model.train_only(trainable)
+def assert_each_has_its_own(model, rows, examples):
     targets = torch.searchsorted(COMPARED, examples.labels)
     of_pairs, of_scores, features = example_gradients(
         model, rows, examples.inputs, targets, COMPARED, config=configured()
     )
-    assert of_pairs.keys() == {key for key in model.named_factors() if key.split("/")[0] in trainable}
+    trained = {key for key, factor in model.named_factors().items() if factor.requires_grad}
+    assert of_pairs.keys() == trained
     for row in range(len(examples)):
         wanted = alone(model, rows, examples, row)
         got = {key: value[row] for key, value in of_pairs.items()} | {
@@ -115,6 +115,27 @@ def test_gradients_of_an_example_are_those_of_it_alone(model, rows, examples, tr
         for key, value in wanted.items():
             assert value.abs().max() > 0
             torch.testing.assert_close(got[key], value, rtol=1e-3, atol=1e-5 * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("trainable", [BOTH, frozenset({"lora_B"})])
+def test_gradients_of_an_example_are_those_of_it_alone(model, rows, examples, trainable):
+    model.train_only(trainable)
+    assert_each_has_its_own(model, rows, examples)
+
+
+@pytest.mark.parametrize("family", ["albert", "modernbert"])
+def test_gradients_of_a_text_are_those_of_it_alone_in_a_layer_that_is_used_twice_too(tmp_path, family):
+    """ALBERT's blocks are one and the same."""
+    backbone = encoder(save_encoder(tmp_path, family))
+    texts = AdaptedModel(backbone, rank=3, alpha=3.0, blocks="all", targets="attn+mlp").eval()
+    generator = torch.Generator().manual_seed(3)
+    for factor in texts.named_factors().values():
+        factor.data = 0.3 * torch.randn(factor.shape, generator=generator)
+    tokens = torch.randint(1, 1000, (4, 9), generator=generator).int()
+    tokens[1, 5:] = tokens[2, 3:] = 0  # shorter ones
+    rows = {"weight": torch.randn(NUM_CLASSES, WIDTH, generator=generator), "bias": torch.zeros(NUM_CLASSES)}
+    rows = {name: torch.nn.Parameter(value) for name, value in rows.items()}
+    assert_each_has_its_own(texts, rows, Examples(tokens, torch.tensor([1, 4, 4, 2])))
 
 
 def test_one_example_more_changes_the_clipped_sum_by_the_clip_at_most(model, rows, examples):

@@ -75,7 +75,7 @@ class Budget:
 
     @classmethod
     def of(cls, config: RunConfig, order: wire.RoundOrder, *, partition_id: int, examples: str) -> "Budget":
-        """Open that of a task; `examples` are its ``train`` or ``held-out`` ones, and its number."""
+        """Open that of some `examples`: ``train-0``, ``held-out-2``; of a part alone to keep the last answer on it."""
         return cls(f"{order.run}-{partition_id}-{examples}", config.dp_epsilon, config.dp_delta)
 
     def spend(self, *, sample_rate: float, num_steps: int, planned_steps: int) -> Spent:

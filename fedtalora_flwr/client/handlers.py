@@ -205,14 +205,15 @@ def _privately_trained(
     method = aggregation.resolve(config.method, config.settings)
     require_possible(config, model, method=method, head=heads.resolve(config.head, config.settings))
     budgets = _budgets()
-    budget = budgets.Budget.of(config, order, partition_id=partition_id, examples=f"train-{order.task_id}")
+    told = budgets.Budget.of(config, order, partition_id=partition_id, examples="train")
     digest = budgets.digest_of(order, state)
-    if (kept := budget.kept(digest)) is not None:
+    if (kept := told.kept(digest)) is not None:
         log.info("answers once more what it has answered to round %d, and spends nothing", order.server_round)
         return kept
     examples = data.training(order.task_id)
     class_counts = torch.bincount(examples.labels, minlength=len(state.head["bias"]))
     num_steps = steps_of_round(config, len(examples))
+    budget = budgets.Budget.of(config, order, partition_id=partition_id, examples=f"train-{order.task_id}")
     spent = budget.spend(
         sample_rate=sample_rate(config, len(examples)),
         num_steps=num_steps,
@@ -232,7 +233,7 @@ def _privately_trained(
     )
     update = _update(state, result.adapters, result.head, class_counts, partition_id=partition_id)
     answer = _reply(update, state, mean_loss=result.mean_loss, config=config, epsilon_spent=spent.epsilon)
-    budget.keep(answer, to=digest)
+    told.keep(answer, to=digest)
     return answer
 
 
