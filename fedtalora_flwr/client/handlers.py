@@ -207,7 +207,8 @@ def _privately_trained(
     budgets = _budgets()
     told = budgets.Budget.of(config, order, partition_id=partition_id, examples="train")
     digest = budgets.digest_of(order, state)
-    if (kept := told.kept(digest)) is not None:
+    kept: RecordDict | None = told.kept(digest)
+    if kept is not None:
         log.info("answers once more what it has answered to round %d, and spends nothing", order.server_round)
         return kept
     examples = data.training(order.task_id)
@@ -377,7 +378,8 @@ def _privately_told(
     budgets = _budgets()
     told = budgets.Budget.of(config, order, partition_id=partition_id, examples="hits")
     digest = budgets.digest_of(order, state)
-    if (kept := told.kept(digest)) is not None:
+    kept: RecordDict | None = told.kept(digest)
+    if kept is not None:
         return kept
     each_task = sum(config.evaluates(number) for number in range(config.rounds_per_task))
     noisy = [0] * len(correct)

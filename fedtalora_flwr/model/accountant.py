@@ -75,6 +75,6 @@ def noise_multiplier(*, epsilon: float, delta: float, sample_rate: float, num_st
 def _epsilon(history: tuple[tuple[float, float, int], ...], delta: float) -> float:
     if not history:
         return 0.0
-    accountant = PRVAccountant()  # type: ignore[no-untyped-call]
+    accountant = PRVAccountant()
     accountant.history = list(history)
     return float(accountant.get_epsilon(delta))

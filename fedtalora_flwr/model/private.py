@@ -87,7 +87,8 @@ def secret_uniform(size: int) -> Tensor:
 
 def secret_normal(size: int, *, uniform: Uniform = secret_uniform) -> Tensor:
     """Draw numbers of N(0, 1), float64."""
-    return torch.special.ndtri(uniform(size))
+    normal: Tensor = torch.special.ndtri(uniform(size))
+    return normal
 
 
 def fit_privately(
@@ -189,7 +190,7 @@ def example_gradients(
         with autocast(inputs.device, config.precision):
             features = model.backbone(inputs, augment=config.augment).float()
         scores = logits(rows, features, compared)
-        scores.retain_grad()  # type: ignore[no-untyped-call]
+        scores.retain_grad()
         F.cross_entropy(scores, targets, reduction="sum").backward()  # type: ignore[no-untyped-call]
     assert scores.grad is not None
     return of_pairs, scores.grad, features.detach()

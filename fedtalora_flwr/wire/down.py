@@ -148,13 +148,15 @@ def read_state(
         },
         version=cast(int, settings["version"]),
     )
-    clock = (cast(int, settings[key]) for key in ("server-round", "task-id", "round-in-task"))
+    server_round, task_id, round_in_task = (
+        cast(int, settings[key]) for key in ("server-round", "task-id", "round-in-task")
+    )
     run = str(settings.get("run", ""))
     if run and not _RUN.fullmatch(run):  # it is part of a file's name
         raise WireError(f"a run is named by 16 hexadecimal digits, not {run[:40]!r}")
     if room is not None:
         room.require_pairs(state.adapters)
-    return state, read_patch(message, room=room), RoundOrder(*clock, run)
+    return state, read_patch(message, room=room), RoundOrder(server_round, task_id, round_in_task, run)
 
 
 def read_memory(message: Message, *, room: Room | None = None) -> Memory:
