@@ -595,7 +595,7 @@ def test_a_private_run_tells_hits_with_noise_and_no_digest_by_which_a_guess_can_
     out = run(tmp_path / "run", paths, dp_epsilon=8.0)
     assert not any(line["failures"] for line in rounds(out)) and read(out, "metrics.json")["faa"] == 1
     steps = {
-        path.stem.partition("-")[2]: [row[1:] for row in json.loads(path.read_text())]
+        path.stem.partition("-")[2]: [row[2:] for row in json.loads(path.read_text())]
         for path in (tmp_path / "cache" / "privacy").glob("*-0-*.json")
     }
     assert steps.keys() == {"0-train-0", "0-train-1", "0-held-out-0", "0-held-out-1"}

@@ -13,7 +13,7 @@ from fedtalora_flwr.client import budget as budgets
 from fedtalora_flwr.client.budget import Budget, BudgetSpent, LedgerError, sealed
 from fedtalora_flwr.config import ConfigError
 from fedtalora_flwr.inference.export import export
-from fedtalora_flwr.model.accountant import Spending, epsilon_of
+from fedtalora_flwr.model.accountant import Spending, epsilon_of, noise_multiplier
 from fedtalora_flwr.model.backbones import vit_mini
 
 PRIVATE = {"head": "linear", "dp_epsilon": 8.0, "verify": True}
@@ -77,7 +77,7 @@ def test_a_private_run_is_exact_spends_its_budget_and_tells_it(tmp_path, cache):
     assert "epsilon 8 at most, delta 1e-05" in read(out, "manifest.json")["privacy"]
     card = (export(out, to="merged").folder / "README.md").read_text()
     assert "epsilon 8 at most" in card and "Most that a client has spent on a task: task 1 epsilon" in card
-    of_first = [Spending(*row) for row in ledgers(cache)["0-train-0.json"]]
+    of_first = [Spending(*row[1:]) for row in ledgers(cache)["0-train-0.json"]]
     assert len(of_first) == 2 and epsilon_of(of_first, delta=1e-5) == lines[1]["epsilon_spent"]["0"]
     assert {(each.sample_rate, each.num_steps) for each in of_first} == {(0.8, 2)}  # 10 examples in batches of 8
 
@@ -86,6 +86,20 @@ def test_a_run_without_it_says_none(tmp_path, cache):
     out = tiny_run(tmp_path / "run", num_tasks=1, rounds_per_task=1, head="linear")
     assert read(out, "manifest.json")["privacy"] == "none" and "epsilon_spent" not in read(out, "metrics.json")
     assert "epsilon_spent" not in rounds(out)[0] and not (cache / "privacy").exists()
+
+
+@pytest.mark.parametrize(("head", "rounds_per_task"), [("ridge", 2), ("lda", 2), ("ridge", 0)])
+def test_sums_and_training_share_one_budget(tmp_path, cache, head, rounds_per_task):
+    settings = PRIVATE | {"head": head, "rounds_per_task": rounds_per_task, "num_tasks": 1, "verify": False}
+    out = tiny_run(tmp_path / "run", **settings, follow_drift=False)
+    line = rounds(out)[-1]
+    assert not line["failures"] and line["accuracy_seen"] is not None
+    assert line["epsilon_spent"].keys() == {"0", "1", "2"}
+    assert all(7.9 < epsilon <= 8 for epsilon in line["epsilon_spent"].values())
+    rows = ledgers(cache)["0-train-0.json"]
+    assert [what for what, *_ in rows] == ["training"] * rounds_per_task + ["sums"]
+    alone = epsilon_of([Spending(*rows[-1][1:])], delta=1e-5)
+    assert alone == pytest.approx(4 if rounds_per_task else 8, abs=0.05)
 
 
 def test_a_round_that_a_kill_repeats_is_answered_as_before_and_spends_nothing(tmp_path, cache):
@@ -116,14 +130,17 @@ def test_a_client_whose_budget_is_spent_trains_the_task_no_more_and_says_so(tmp_
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"head": "ridge"}, "head=ridge sends sums"), ({"method": "full"}, "method=full trains more than pairs")],
+    [
+        ({"head": "ridge"}, "follow-drift sends sums over how features have moved"),
+        ({"method": "full"}, "method=full trains more than pairs"),
+    ],
 )
 def test_a_run_that_would_send_more_is_refused_before_it_begins(tmp_path, changes, reason):
     with pytest.raises(ConfigError, match=reason):
         tiny_run(tmp_path / "run", **PRIVATE | changes)
 
 
-@pytest.mark.parametrize("handler", ["sums", "means", "fisher", "slots", "slot_sums"])
+@pytest.mark.parametrize("handler", ["means", "fisher", "slots", "slot_sums"])
 def test_a_node_answers_nothing_without_noise_whatever_the_server_asks(handler):
     from flwr.app import RecordDict
     from local_grid import TINY, defaults
@@ -138,30 +155,33 @@ def test_a_node_answers_nothing_without_noise_whatever_the_server_asks(handler):
 
 
 def test_a_budget_is_kept_over_restarts_and_never_exceeded():
-    taken = {"sample_rate": 1.0, "num_steps": 1, "planned_steps": 3}
+    noise = noise_multiplier(epsilon=4.0, delta=1e-5, sample_rate=1.0, num_steps=3)
+    asked: list[float] = []
+    taken = {"sample_rate": 1.0, "num_steps": 1, "noise": lambda: asked.append(noise) or noise}
     first = Budget("run-0-train-0", 4.0, 1e-5)
-    parts = [first.spend(**taken)] + [Budget("run-0-train-0", 4.0, 1e-5).spend(**taken) for _ in range(2)]
+    parts = [Budget("run-0-train-0", 4.0, 1e-5).spend("training", **taken) for _ in range(3)]
+    assert asked == [noise]
     assert len({part.noise_multiplier for part in parts}) == 1
     assert parts[0].epsilon < parts[1].epsilon < parts[2].epsilon <= 4.0
-    with pytest.raises(BudgetSpent, match=r"epsilon (4|3\.99) of dp-epsilon 4 at dp-delta 1e-05, with one round more"):
-        first.spend(**taken)
+    with pytest.raises(BudgetSpent, match=r"epsilon (4|3\.99) of dp-epsilon 4 at dp-delta 1e-05, with this answer"):
+        first.spend("training", **taken)
     with pytest.raises(BudgetSpent):  # the refusal has spent nothing, and opened nothing
-        first.spend(**taken)
-    assert Budget("run-1-train-0", 4.0, 1e-5).spend(**taken).epsilon == parts[0].epsilon
+        first.spend("training", **taken)
+    assert Budget("run-1-train-0", 4.0, 1e-5).spend("training", **taken).epsilon == parts[0].epsilon
 
 
 def test_a_ledger_that_cannot_be_read_or_written_stops_the_node(cache):
-    taken = {"sample_rate": 1.0, "num_steps": 1, "planned_steps": 1}
-    Budget("run-0-train-0", 4.0, 1e-5).spend(**taken)
+    taken = {"sample_rate": 1.0, "num_steps": 1, "noise": lambda: 5.0}
+    Budget("run-0-train-0", 4.0, 1e-5).spend("sums", **taken)
     (cache / "privacy" / "run-0-train-0.json").write_text("[[1.0")
     with pytest.raises(LedgerError, match="cannot be read, so that nobody knows what is left"):
-        Budget("run-0-train-0", 4.0, 1e-5).spend(**taken)
+        Budget("run-0-train-0", 4.0, 1e-5).spend("sums", **taken)
     for path in (cache / "privacy").iterdir():
         path.unlink()
     (cache / "privacy").rmdir()
     (cache / "privacy").write_text("a file in the way")
     with pytest.raises(LedgerError, match="nothing may be answered"):
-        Budget("run-0-train-0", 4.0, 1e-5).spend(**taken)
+        Budget("run-0-train-0", 4.0, 1e-5).spend("sums", **taken)
 
 
 def test_the_digest_of_own_data_is_sealed_by_a_key_that_stays(cache):

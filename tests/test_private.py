@@ -127,7 +127,7 @@ def test_gradients_of_an_example_are_those_of_it_alone(model, rows, examples, tr
 def test_gradients_of_a_text_are_those_of_it_alone_in_a_layer_that_is_used_twice_too(tmp_path, family):
     """ALBERT's blocks are one and the same."""
     backbone = encoder(save_encoder(tmp_path, family))
-    texts = AdaptedModel(backbone, rank=3, alpha=3.0, blocks="all", targets="attn+mlp").eval()
+    texts = AdaptedModel(backbone, rank=3, alpha=6.0, blocks="all", targets="attn+mlp").eval()
     generator = torch.Generator().manual_seed(3)
     for factor in texts.named_factors().values():
         factor.data = 0.3 * torch.randn(factor.shape, generator=generator)
@@ -226,7 +226,11 @@ def test_a_layer_that_mixes_examples_is_refused(model):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"head": "ridge"}, "head=ridge sends sums over features; set head=linear"),
+        ({"head": "ridge"}, "follow-drift sends sums over how features have moved; set follow-drift=false"),
+        (
+            {"head": "lda", "feature_norm": "none", "follow_drift": False},
+            "head=lda sums features, which feature-norm=none",
+        ),
         ({"rows_start": "means"}, "rows-start=means sends class means; set rows-start=zero"),
         ({"penalty": "lwf"}, "penalty=lwf has no part in an example's own gradient; set penalty=none"),
         ({"method": "fl-tac"}, "method=fl-tac trains slots; take one that trains one adapter"),

@@ -14,7 +14,7 @@ import hashlib
 import hmac
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.config.sources import cache_folder
 from fedtalora_flwr.config.whole import whole_file, write_text
 from fedtalora_flwr.model.accountant import Spending, epsilon_of, noise_multiplier
+from fedtalora_flwr.model.private import sample_rate, steps_of_round
 
 _DIGEST = 64  # characters of a SHA-256
 
@@ -58,6 +59,44 @@ class Spent:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """How the budget of a task's examples is parted: ``dp-sums-share`` for feature sums, the rest for training.
+
+    Parameters
+    ----------
+    config
+        The run's settings.
+    sums
+        Whether the head takes feature sums.
+    """
+
+    config: RunConfig
+    sums: bool
+
+    def noise_of_sums(self) -> float:
+        """Find the noise multiplier of a task's sums; without training they have all."""
+        share = self.config.dp_sums_share if self.config.rounds_per_task else 1.0
+        return self._noise(share * self.config.dp_epsilon, 1.0, self.config.evaluations_per_task)
+
+    def noise_of_training(self, num_examples: int) -> float:
+        """Find the noise multiplier of a task's steps, beside its sums."""
+        beside = Spending(self.noise_of_sums(), 1.0, self.config.evaluations_per_task) if self.sums else None
+        rate, num_steps = sample_rate(self.config, num_examples), steps_of_round(self.config, num_examples)
+        num_steps *= self.config.rounds_per_task
+        return self._noise(self.config.dp_epsilon, rate, num_steps, beside=() if beside is None else (beside,))
+
+    def noise_of_hits(self, task_id: int) -> float:
+        """Find the noise multiplier of the hits on what is held out of a task, from its end to that of the run."""
+        num_evaluations = self.config.evaluations_per_task * (self.config.last_task - task_id)
+        return self._noise(self.config.dp_epsilon, 1.0, num_evaluations)
+
+    def _noise(self, epsilon: float, rate: float, num_steps: int, beside: tuple[Spending, ...] = ()) -> float:
+        return noise_multiplier(
+            epsilon=epsilon, delta=self.config.dp_delta, sample_rate=rate, num_steps=num_steps, beside=beside
+        )
+
+
+@dataclass(frozen=True)
 class Budget:
     """The privacy that some examples of this node may spend in a run.
 
@@ -78,15 +117,19 @@ class Budget:
         """Open that of some `examples`: ``train-0``, ``held-out-2``; of a part alone to keep the last answer on it."""
         return cls(f"{order.run}-{partition_id}-{examples}", config.dp_epsilon, config.dp_delta)
 
-    def spend(self, *, sample_rate: float, num_steps: int, planned_steps: int) -> Spent:
+    def spend(self, on: str, *, sample_rate: float, num_steps: int, noise: Callable[[], float]) -> Spent:
         """Write down that steps are taken, before they are.
 
         Parameters
         ----------
+        on
+            What they are for: ``training``, ``sums`` or ``hits``.
         sample_rate
             The chance of an example to be in a step.
-        num_steps, planned_steps
-            Those of now, and all that are to be taken within the budget.
+        num_steps
+            Those of now.
+        noise
+            Finds the noise multiplier with which all that is planned is within the budget (see `Plan`); asked once.
 
         Raises
         ------
@@ -97,22 +140,21 @@ class Budget:
         """
         with _ledgers() as folder:
             path = folder / f"{self.name}.json"
-            taken = _read(path)
+            before = _read(path)
             # As was found for the first round: what a ledger holds of one kind adds up to what was planned.
-            sigma = next((each.noise_multiplier for each in taken if each.sample_rate == sample_rate), None)
-            if sigma is None:
-                sigma = noise_multiplier(
-                    epsilon=self.epsilon, delta=self.delta, sample_rate=sample_rate, num_steps=planned_steps
-                )
-            taken.append(Spending(sigma, sample_rate, num_steps))
-            if (epsilon := epsilon_of(taken, delta=self.delta)) > self.epsilon:
-                spent = epsilon_of(taken[:-1], delta=self.delta)
+            alike = (each for what, each in before if what == on and each.sample_rate == sample_rate)
+            first = next(alike, None)
+            sigma = noise() if first is None else first.noise_multiplier
+            taken = [*before, (on, Spending(sigma, sample_rate, num_steps))]
+            epsilon = epsilon_of((each for _, each in taken), delta=self.delta)
+            if epsilon > self.epsilon:
+                spent = epsilon_of((each for _, each in before), delta=self.delta)
                 raise BudgetSpent(
                     f"the privacy budget of these examples is spent: epsilon {spent:.3g} of dp-epsilon "
-                    f"{self.epsilon:g} at dp-delta {self.delta:g}, with one round more {epsilon:.3g}; this node "
+                    f"{self.epsilon:g} at dp-delta {self.delta:g}, with this answer {epsilon:.3g}; this node "
                     "answers for them no more in this run"
                 )
-            rows = [[each.noise_multiplier, each.sample_rate, each.num_steps] for each in taken]
+            rows = [[what, each.noise_multiplier, each.sample_rate, each.num_steps] for what, each in taken]
             write_text(path, json.dumps(rows))
         return Spent(sigma, epsilon)
 
@@ -148,10 +190,10 @@ def sealed(digest: str) -> str:
         return hmac.new(path.read_bytes(), digest.encode(), hashlib.sha256).hexdigest()
 
 
-def _read(path: Path) -> list[Spending]:
+def _read(path: Path) -> list[tuple[str, Spending]]:
     try:
         rows = json.loads(path.read_text()) if path.exists() else []
-        return [Spending(float(sigma), float(rate), int(steps)) for sigma, rate, steps in rows]
+        return [(str(what), Spending(float(sigma), float(rate), int(steps))) for what, sigma, rate, steps in rows]
     except (ValueError, TypeError) as error:
         raise LedgerError(
             f"the privacy ledger {path} cannot be read, so that nobody knows what is left; end the run, and remove the "

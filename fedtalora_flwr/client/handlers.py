@@ -4,9 +4,10 @@ A handler keeps nothing in Flower's context, so the process that does the work n
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -33,6 +34,7 @@ from fedtalora_flwr.model.private import (
     secret_normal,
     steps_of_round,
 )
+from fedtalora_flwr.model.private_sums import private_root
 from fedtalora_flwr.model.router import sum_slots
 from fedtalora_flwr.model.session import device_of, model_of, slots_of
 from fedtalora_flwr.model.train import (
@@ -202,8 +204,8 @@ def _privately_trained(
     data: SharedPartition | LocalFolder,
 ) -> RecordDict:
     """Train a loaded model by private steps within the task's budget; the same order gets the same answer again."""
-    method = aggregation.resolve(config.method, config.settings)
-    require_possible(config, model, method=method, head=heads.resolve(config.head, config.settings))
+    method, head = aggregation.resolve(config.method, config.settings), heads.resolve(config.head, config.settings)
+    require_possible(config, model, method=method, head=head)
     budgets = _budgets()
     told = budgets.Budget.of(config, order, partition_id=partition_id, examples="train")
     digest = budgets.digest_of(order, state)
@@ -213,12 +215,12 @@ def _privately_trained(
         return kept
     examples = data.training(order.task_id)
     class_counts = torch.bincount(examples.labels, minlength=len(state.head["bias"]))
-    num_steps = steps_of_round(config, len(examples))
     budget = budgets.Budget.of(config, order, partition_id=partition_id, examples=f"train-{order.task_id}")
     spent = budget.spend(
+        "training",
         sample_rate=sample_rate(config, len(examples)),
-        num_steps=num_steps,
-        planned_steps=num_steps * config.rounds_per_task,
+        num_steps=steps_of_round(config, len(examples)),
+        noise=lambda: budgets.Plan(config, head.collects_sums).noise_of_training(len(examples)),
     )
     log.info("task %d has spent an epsilon of %.3g of %g", order.task_id + 1, spent.epsilon, config.dp_epsilon)
     result = fit_privately(
@@ -298,8 +300,11 @@ def _reply(
 @_asks_for_the_version
 def sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
     """Sum this node's features of the task under the server's state, beside those of an earlier one if told."""
-    config, partition_id, data = _settings(message, run_config, node_config)
+    config, partition_id, data = _settings(message, run_config, node_config, private=True)
     head, num_classes = heads.resolve(config.head, config.settings), data.num_classes
+    if config.dp_epsilon:
+        model, state, order = _loaded(message, config, data)
+        return _privately_summed(model, state, order, config=config, partition_id=partition_id, data=data)
     earlier = wire.before_of(message)
     if earlier is None:
         model, _, order = _loaded(message, config, data)
@@ -312,6 +317,41 @@ def sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[s
         views.append(lifted_views(model, examples, head=head, config=config, seed=seed))
     sums = FeatureRoot.of(views[1][: len(examples)], examples.labels, num_classes=num_classes)
     return wire.sums_reply(sums, sum_drift(*views))
+
+
+def _privately_summed(
+    model: AdaptedModel,
+    state: GlobalState,
+    order: wire.RoundOrder,
+    *,
+    config: RunConfig,
+    partition_id: int,
+    data: SharedPartition | LocalFolder,
+) -> RecordDict:
+    """Sum the features with noise, within the budget of the task's examples; see `_privately_trained`."""
+    method, head = aggregation.resolve(config.method, config.settings), heads.resolve(config.head, config.settings)
+    require_possible(config, model, method=method, head=head)
+    budgets = _budgets()
+    told = budgets.Budget.of(config, order, partition_id=partition_id, examples="sums")
+    digest = budgets.digest_of(order, state)
+    kept: RecordDict | None = told.kept(digest)
+    if kept is not None:
+        return kept
+    examples = _summed(data, order, config)
+    budget = budgets.Budget.of(config, order, partition_id=partition_id, examples=f"train-{order.task_id}")
+    plan = budgets.Plan(config, sums=True)
+    spent = budget.spend("sums", sample_rate=1.0, num_steps=1, noise=plan.noise_of_sums)
+    features = lifted_views(model, examples, head=head, config=config, seed=[0])[: len(examples)]
+    root = private_root(
+        features,
+        examples.labels,
+        num_classes=data.num_classes,
+        radius=math.sqrt(head.usual_norm(model.backbone.feature_dim) ** 2 - 1),
+        noise_multiplier=spent.noise_multiplier,
+    )
+    answer = wire.sums_reply(root, epsilon_spent=spent.epsilon)
+    told.keep(answer, to=digest)
+    return answer
 
 
 @redacted
@@ -381,13 +421,13 @@ def _privately_told(
     kept: RecordDict | None = told.kept(digest)
     if kept is not None:
         return kept
-    each_task = sum(config.evaluates(number) for number in range(config.rounds_per_task))
+    plan = budgets.Plan(config, sums=False)
     noisy = [0] * len(correct)
     for task_id, (hits, examples) in enumerate(zip(correct, held_out, strict=True)):
         if not len(examples):
             continue
         budget = budgets.Budget.of(config, order, partition_id=partition_id, examples=f"held-out-{task_id}")
-        spent = budget.spend(sample_rate=1.0, num_steps=1, planned_steps=each_task * (config.last_task - task_id))
+        spent = budget.spend("hits", sample_rate=1.0, num_steps=1, noise=partial(plan.noise_of_hits, task_id))
         noisy[task_id] = min(len(examples), max(0, round(hits + spent.noise_multiplier * float(secret_normal(1)))))
     answer = wire.hits_reply(noisy, [len(examples) for examples in held_out])
     told.keep(answer, to=digest)

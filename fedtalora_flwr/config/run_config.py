@@ -130,6 +130,7 @@ class RunConfig:
     dp_epsilon: Annotated[float, Rule(lambda value: value == 0 or 0.1 <= value <= 100, "0, or from 0.1 to 100")]
     dp_delta: Annotated[float, Rule(lambda value: 0 < value < 0.1, "above 0 and below 0.1")]
     dp_clip: Annotated[float, POSITIVE]
+    dp_sums_share: Annotated[float, Rule(lambda value: 0 < value < 1, "between 0 and 1")]
     backbone: str
     backbone_checkpoint: str
     image_size: Annotated[int, between(0, 2048)]
@@ -207,6 +208,11 @@ class RunConfig:
         """Tell whether a round, from 0, ends with an evaluation: every `eval_every`, and the last of a task."""
         ends = round_in_task + 1 == max(1, self.rounds_per_task)
         return ends or bool(self.eval_every and (round_in_task + 1) % self.eval_every == 0)
+
+    @property
+    def evaluations_per_task(self) -> int:
+        """Number of rounds of a task that end with an evaluation, and with feature sums where the head takes them."""
+        return sum(self.evaluates(number) for number in range(max(1, self.rounds_per_task)))
 
 
 def kebab(name: str) -> str:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from opacus.accountants import PRVAccountant
-from scipy.optimize import root_scalar
+from scipy.optimize import brentq
 
-_CLOSE = 1e-3  # relative, of a noise multiplier that is looked for
+_CLOSE, _STRIDE = 1e-3, 1.0  # in the logarithm of a noise multiplier that is looked for
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ def epsilon_of(spendings: Iterable[Spending], *, delta: float) -> float:
 
 
 @lru_cache
-def noise_multiplier(*, epsilon: float, delta: float, sample_rate: float, num_steps: int) -> float:
+def noise_multiplier(
+    *, epsilon: float, delta: float, sample_rate: float, num_steps: int, beside: tuple[Spending, ...] = ()
+) -> float:
     """Find the least noise (nearly) with which so many steps cost `epsilon` at most.
 
     Parameters
@@ -57,15 +59,20 @@ def noise_multiplier(*, epsilon: float, delta: float, sample_rate: float, num_st
         The budget.
     sample_rate, num_steps
         As of `Spending`.
+    beside
+        What is spent of the same budget on other things; below `epsilon`.
     """
 
     def excess(log_sigma: float) -> float:
-        return math.log(_epsilon(((math.exp(log_sigma), sample_rate, num_steps),), delta) / epsilon)
+        steps = Spending(math.exp(log_sigma), sample_rate, num_steps)
+        return math.log(epsilon_of([*beside, steps], delta=delta) / epsilon)
 
-    # About epsilon ~ 1 / sigma, so that the logarithms lie near a line.
-    second = min(3.0, max(-1.0, excess(0.0))) or 0.1
-    found = root_scalar(excess, method="secant", x0=0.0, x1=second, xtol=_CLOSE)
-    log_sigma = float(found.root)
+    low = high = 0.0
+    while excess(low) < 0:
+        low -= _STRIDE
+    while excess(high) > 0:
+        high += _STRIDE
+    log_sigma = float(brentq(excess, low, high, xtol=_CLOSE)) if low < high else 0.0
     while excess(log_sigma) > 0:
         log_sigma += _CLOSE
     return math.exp(log_sigma)

@@ -294,7 +294,11 @@ def require_possible(config: RunConfig, model: AdaptedModel, *, method: Method, 
         If there are such; the message names the setting and what to take in its place.
     """
     odd = {
-        f"head={config.head} sends sums over features; set head=linear": head.collects_sums,
+        "follow-drift sends sums over how features have moved; set follow-drift=false": (
+            head.collects_sums and config.follow_drift and config.rounds_per_task > 0
+        ),
+        f"head={config.head} sums features, which feature-norm={config.feature_norm} leaves of any length; set "
+        "feature-norm=rms": head.collects_sums and config.feature_norm != "rms",
         f"rows-start={config.rows_start} sends class means; set rows-start=zero": config.rows_start != "zero",
         f"penalty={config.penalty} has no part in an example's own gradient; set penalty=none": (
             config.penalty != "none"

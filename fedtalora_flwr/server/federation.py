@@ -1,7 +1,7 @@
 """The parts through which a server deals with its clients, and what each round of training gives back."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flwr.app import Message, RecordDict
@@ -85,7 +85,6 @@ class Trained:
     residual_norm: float = 0.0
     kept_energy: float | None = None
     exactness_error: float | None = None
-    epsilon_spent: Mapping[int, float] = field(default_factory=dict)
     cluster_accuracy: float | None = None
     slots: Sequence[SlotLog] = ()
 

@@ -55,12 +55,11 @@ class UsualNorm:
 class Taken:
     """The good updates of a round, with the weights that they count with, and the mean loss over their examples.
 
-    Of private training no loss is told; by partition id, what it has cost of the task's budget.
+    Of private training no loss is told.
     """
 
     updates: list[ClientUpdate]
     mean_loss: float | None
-    epsilon_spent: Mapping[int, float]
 
 
 class Intake:
@@ -99,12 +98,10 @@ class Intake:
         """
         updates: list[ClientUpdate] = []
         losses: dict[int, float] = {}
-        spent: dict[int, float] = {}
         for partition, reply in replies:
             try:
                 update, losses[partition] = self.update(partition, reply, like=state, method=method, task_id=task_id)
-                if self._config.dp_epsilon:
-                    spent[partition] = wire.read_epsilon(reply, budget=self._config.dp_epsilon)
+                self._note_spent(partition, reply)
             except BadUpdate as refusal:
                 self._tally.fail(partition, f"refused: {refusal}")
                 continue
@@ -119,7 +116,7 @@ class Intake:
         updates = self._weighed(state, updates)
         weights = [update.num_examples for update in updates]
         mean_loss = float(np.average([losses[update.partition_id] for update in updates], weights=weights))
-        return Taken(updates, mean_loss=None if self._config.dp_epsilon else mean_loss, epsilon_spent=spent)
+        return Taken(updates, mean_loss=None if self._config.dp_epsilon else mean_loss)
 
     def update(
         self, partition: int, reply: Message, *, like: GlobalState, method: Method, task_id: int
@@ -199,6 +196,7 @@ class Intake:
 
         def read(partition: int, reply: Message) -> tuple[FeatureSums, Tensor, float]:
             sums = wire.read_sums(reply, like=like)
+            self._note_spent(partition, reply)
             self._check_counts(task_id, partition, sums.moment[:, -1], least=self._config.min_class_examples)
             norm, drift = self._check_sums(sums, usual_norm), like.gram.new_zeros(())
             if views:
@@ -373,6 +371,11 @@ class Intake:
             self._tally.fail(partition, f"refused: {what} are {times:.3g} times as large as is usual, {limit}")
             del heard[partition]
         yield from heard.items()
+
+    def _note_spent(self, partition: int, reply: Message) -> None:
+        """Take down what a client of a private run says that the task has cost it."""
+        if self._config.dp_epsilon:
+            self._tally.epsilon_spent[partition] = wire.read_epsilon(reply, budget=self._config.dp_epsilon)
 
     def _check_tested(self, partition: int, total: Sequence[int]) -> None:
         """Refuse hits on other examples than the node said that it has held out; its data may have grown since."""

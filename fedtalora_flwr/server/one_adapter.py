@@ -112,7 +112,6 @@ class OneAdapter:
         self._residuals.advance(new)
         return replace(point, state=new), Trained(
             mean_loss=taken.mean_loss,
-            epsilon_spent=taken.epsilon_spent,
             residual_norm=sum(float(r.norm()) ** 2 for r in new.residual.values()) ** 0.5,
             kept_energy=kept_energy(new.step, new.owed) if self._config.residual_energy < 1 else None,
             exactness_error=exactness_error(state, updates, new) if self._config.verify else None,

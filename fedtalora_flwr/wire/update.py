@@ -12,6 +12,7 @@ from fedtalora_flwr.aggregation import FACTORS, BadUpdate, ClientUpdate, GlobalS
 from fedtalora_flwr.wire.records import (
     ARRAYS,
     COUNTS,
+    EPSILON,
     METRICS,
     array_record,
     class_numbers,
@@ -22,8 +23,6 @@ from fedtalora_flwr.wire.records import (
     read_counts,
     read_factors,
 )
-
-_EPSILON = "epsilon-spent"
 
 
 def update_reply(
@@ -63,7 +62,7 @@ def update_reply(
         "num-examples": update.num_examples,
         "base-version": update.base_version,
         "scaling": scaling,
-        **({"mean-loss": mean_loss} if epsilon_spent is None else {_EPSILON: epsilon_spent}),
+        **({"mean-loss": mean_loss} if epsilon_spent is None else {EPSILON: epsilon_spent}),
     }
     if wire_dtype == "fp16":
         origin = _trained(like.adapters, like.head, trained, factors=trainable)
@@ -125,7 +124,7 @@ def read_epsilon(message: Message, *, budget: float) -> float:
         If it says nothing, or something that is not within the budget.
     """
     try:
-        epsilon = float(cast(float, message.content.metric_records[METRICS][_EPSILON]))
+        epsilon = float(cast(float, message.content.metric_records[METRICS][EPSILON]))
     except (KeyError, TypeError, ValueError) as error:
         raise BadUpdate(f"says not what it has spent of its privacy: {type(error).__name__} {error}") from error
     if not 0 < epsilon <= budget:
