@@ -1,7 +1,8 @@
 """What averaging the factors loses in a round, its bound and the round's step: the measurements of docs/THEORY.md.
 
 The module is a method, Fed-TaLoRA (or FedIT) that notes four numbers of every round, and a program that plays it on
-the demo's first task (digits, 20 a class, `vit_mini`, five clients) over learning rates and local epochs. Over all layers l,
+the demo's first task (digits, 20 a class, `vit_mini`, five clients) over learning rates and local epochs. Over all
+layers l,
 
     lost^2   =  sum_l ||s sum_k p_k (B_k - Bbar)(A_k - Abar)||^2
     bound^2  =  sum_l (s spread_B spread_A)^2,   spread_B^2 = sum_k p_k ||B_k - Bbar||^2, spread_A the same of A

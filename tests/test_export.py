@@ -252,6 +252,7 @@ def test_the_card_tells_the_residual_the_measured_difference_and_the_head(export
     assert f"differ from the run's by at most {done.logit_difference:.1e}" in card
     assert "after all 4 rounds" in card and "as extra rank" in card and "`base/`" in card
     assert "30 random features" in card and "do not take a softmax" in card
+    assert "Privacy: none." in card and "has spent" not in card
     facts = json.loads((done.folder / "fedtalora.json").read_text())
     assert facts["finished"] and facts["logit_difference"] == done.logit_difference
     config = json.loads((done.folder / "adapter_config.json").read_text())

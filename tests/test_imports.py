@@ -30,7 +30,7 @@ ALLOWED = {
     "model/heads": TORCH | {"scipy"} | ours("aggregation.class_rows", "config.registry"),
     "model/penalties": {"torch"} | ours("config.registry", "model.heads"),
     "model/backbones": TORCH | {"timm", "transformers", "peft", "safetensors"} | ours("config.registry", "data"),
-    "model": TORCH | {"peft", "cachetools"} | ours("aggregation", "config", "data"),
+    "model": TORCH | {"peft", "cachetools", "opacus", "scipy"} | ours("aggregation", "config", "data"),
     "wire": {"flwr", "torch", "safetensors"} | ours("__version__", "aggregation", "config", "data", "residual") | HEADS,
     "run_folder": TORCH | {"safetensors"} | ours("aggregation", "config", "data", "metrics") | HEADS,
     "report": {"jinja2", "markupsafe", "numpy", "rich", "matplotlib"}

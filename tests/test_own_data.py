@@ -24,6 +24,7 @@ from tensors import opened
 
 from client_app import app as client_module
 from fedtalora_flwr import wire
+from fedtalora_flwr.client import handlers
 from fedtalora_flwr.data import DataError, HeldClass, OwnReader
 from fedtalora_flwr.inference.model import open_trained
 from fedtalora_flwr.inference.predict import predict, read_items
@@ -637,3 +638,20 @@ def test_data_that_grew_while_a_node_was_away_are_taken_from_the_same_node_alone
     other = "it holds other data than partition 2 showed last, and without a node key nothing else says that it is"
     assert (f"node 202 (partition 2) cannot take part: {other}" in caplog.text) == (new_id == 202)
     assert (2 in rounds(out)[1]["participants"]) == (new_id == 102)
+
+
+def test_a_private_run_tells_hits_with_noise_and_no_digest_by_which_a_guess_can_be_checked(
+    paths, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FEDTALORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(handlers, "secret_normal", lambda size: torch.full((size,), 100.0))  # hits alone draw by it
+    out = run(tmp_path / "run", paths, dp_epsilon=8.0)
+    assert not any(line["failures"] for line in rounds(out)) and read(out, "metrics.json")["faa"] == 1
+    steps = {
+        path.stem.partition("-")[2]: [row[2:] for row in json.loads(path.read_text())]
+        for path in (tmp_path / "cache" / "privacy").glob("*-0-*.json")
+    }
+    assert steps.keys() == {"0-train-0", "0-train-1", "0-held-out-0", "0-held-out-1"}
+    assert steps["0-held-out-0"] == [[1.0, 1], [1.0, 1]] and steps["0-held-out-1"] == [[1.0, 1]]
+    plain = OwnReader("", "", TINY["test-fraction"], 0).read(str(paths[0])).digest
+    assert plain not in read(out, "manifest.json")["partition_hashes"]

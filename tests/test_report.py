@@ -168,6 +168,16 @@ def report_of(folder: Path) -> tuple[str, Page]:
     return html, Page(html)
 
 
+def test_a_run_says_what_privacy_it_has_and_what_each_client_has_spent(run):
+    assert "Privacy\nNone." in report_of(run)[1].text
+    manifest = json.loads((run / "manifest.json").read_text()) | {"privacy": f"epsilon 8 at most {HOSTILE}"}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    rewrite_last_round(run, epsilon_spent={"0": 7.987, "10": 3.2})
+    html, page = report_of(run)
+    assert "Epsilon 8 at most" in page.text and HOSTILE not in html
+    assert "client 07.99\nclient 103.20" in page.text and "not of this run" in page.text
+
+
 def test_a_complete_run_shows_every_section_and_its_numbers(run):
     html, page = report_of(run)
     metrics = json.loads((run / "metrics.json").read_text())

@@ -4,9 +4,12 @@ A handler keeps nothing in Flower's context, so the process that does the work n
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,11 +22,20 @@ from fedtalora_flwr.client.node_data import LocalFolder, SharedPartition, node_d
 from fedtalora_flwr.client.reach import require_within_reach
 from fedtalora_flwr.client.redact import ClientError, redacted
 from fedtalora_flwr.client.versions import version_store
-from fedtalora_flwr.config import RunConfig
+from fedtalora_flwr.config import ConfigError, RunConfig
 from fedtalora_flwr.model import heads, penalties
 from fedtalora_flwr.model.grams import input_grams
 from fedtalora_flwr.model.heads import Classifier, FeatureRoot
 from fedtalora_flwr.model.lora import AdaptedModel
+from fedtalora_flwr.model.private import (
+    Privacy,
+    fit_privately,
+    require_possible,
+    sample_rate,
+    secret_normal,
+    steps_of_round,
+)
+from fedtalora_flwr.model.private_sums import private_root
 from fedtalora_flwr.model.router import sum_slots
 from fedtalora_flwr.model.session import device_of, model_of, slots_of
 from fedtalora_flwr.model.train import (
@@ -72,13 +84,16 @@ def hello(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
 @redacted
 def _hello(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
     """Say what is held; a bad file or setting is found here, before the first round."""
-    config, _, data = _settings(message, run_config, node_config)
+    config, _, data = _settings(message, run_config, node_config, private=True)
     if config.check_data:
         data.check()
     device = device_of(config)
     log.info("computes in %s on %s", precision_of(device, config.precision), device)
     num_partitions = int(str(node_config.get("num-partitions", config.num_clients)))
-    return wire.hello_reply(replace(data.hello(num_partitions=num_partitions), name=str(node_config.get("name", ""))))
+    told = replace(data.hello(num_partitions=num_partitions), name=str(node_config.get("name", "")))
+    if config.dp_epsilon and isinstance(data, LocalFolder):
+        told = replace(told, partition_hash=_budgets().sealed(told.partition_hash))
+    return wire.hello_reply(told)
 
 
 @redacted
@@ -88,12 +103,14 @@ def train(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
 
     Of the pairs it trains as many rows as were agreed with it (see `aggregation.ranks`).
     """
-    config, partition_id, data = _settings(message, run_config, node_config)
+    config, partition_id, data = _settings(message, run_config, node_config, private=True)
     model, rank = model_of(config), config.rank_of(partition_id)
     truncates = aggregation.resolve(config.method, config.settings).truncates
     state, order = _read(message, config, data, rank=rank if truncates else None)
     state = held(state, rank)
     model.load(state.adapters, state.residual)
+    if config.dp_epsilon:
+        return _privately_trained(model, state, order, config=config, partition_id=partition_id, data=data)
     result, counts = _trained(message, model, state, order, config=config, partition_id=partition_id, data=data)
     update = _update(state, result.adapters, result.head, counts, partition_id=partition_id)
     method = aggregation.resolve(config.method, config.settings)
@@ -181,22 +198,16 @@ def _trained(
     """
     method = aggregation.resolve(config.method, config.settings)
     number, task_id = slot or (None, order.task_id)
-    tasks = data.tasks
     examples = data.training(task_id)
     class_counts = torch.bincount(examples.labels, minlength=len(state.head["bias"]))
     result = fit(
         model,
         state.head,
         examples,
-        classes=compared_classes(
-            config.loss_classes,
-            task_classes=tasks[task_id],
-            present=class_counts.nonzero().flatten().tolist(),
-            seen=[c for task in tasks[: order.task_id + 1] for c in task],
-        ),
+        classes=_compared(class_counts, order, config=config, data=data, task_id=task_id),
         trainable=method.trains(state.version),
         penalty=penalties.resolve(config.penalty, config.settings),
-        old_classes=[c for task in tasks[: order.task_id] for c in task],
+        old_classes=[c for task in data.tasks[: order.task_id] for c in task],
         config=config,
         task_id=order.task_id,
         round_in_task=order.round_in_task,
@@ -204,6 +215,75 @@ def _trained(
         memory=wire.read_memory(message, room=_room(model, config, data)),
     )
     return result, class_counts
+
+
+def _privately_trained(
+    model: AdaptedModel,
+    state: GlobalState,
+    order: wire.RoundOrder,
+    *,
+    config: RunConfig,
+    partition_id: int,
+    data: SharedPartition | LocalFolder,
+) -> RecordDict:
+    """Train a loaded model by private steps within the task's budget; the same order gets the same answer again."""
+    method, head = aggregation.resolve(config.method, config.settings), heads.resolve(config.head, config.settings)
+    require_possible(config, model, method=method, head=head)
+    budgets = _budgets()
+    told = budgets.Budget.of(config, order, partition_id=partition_id, examples="train")
+    digest = budgets.digest_of(order, state)
+    kept: RecordDict | None = told.kept(digest)
+    if kept is not None:
+        log.info("answers once more what it has answered to round %d, and spends nothing", order.server_round)
+        return kept
+    examples = data.training(order.task_id)
+    class_counts = torch.bincount(examples.labels, minlength=len(state.head["bias"]))
+    budget = budgets.Budget.of(config, order, partition_id=partition_id, examples=f"train-{order.task_id}")
+    spent = budget.spend(
+        "training",
+        sample_rate=sample_rate(config, len(examples)),
+        num_steps=steps_of_round(config, len(examples)),
+        noise=lambda: budgets.Plan(config, head.collects_sums).noise_of_training(len(examples)),
+    )
+    log.info("task %d has spent an epsilon of %.3g of %g", order.task_id + 1, spent.epsilon, config.dp_epsilon)
+    result = fit_privately(
+        model,
+        state.head,
+        examples,
+        classes=_compared(class_counts, order, config=config, data=data, task_id=order.task_id),
+        trainable=method.trains(state.version),
+        config=config,
+        task_id=order.task_id,
+        round_in_task=order.round_in_task,
+        privacy=Privacy(spent.noise_multiplier, config.dp_clip),
+    )
+    update = _update(state, result.adapters, result.head, class_counts, partition_id=partition_id)
+    answer = _reply(update, state, mean_loss=result.mean_loss, config=config, epsilon_spent=spent.epsilon)
+    told.keep(answer, to=digest)
+    return answer
+
+
+def _compared(
+    class_counts: Tensor,
+    order: wire.RoundOrder,
+    *,
+    config: RunConfig,
+    data: SharedPartition | LocalFolder,
+    task_id: int,
+) -> list[int]:
+    """Choose the classes that the loss on a task compares."""
+    tasks = data.tasks
+    return compared_classes(
+        config.loss_classes,
+        task_classes=tasks[task_id],
+        present=class_counts.nonzero().flatten().tolist(),
+        seen=[c for task in tasks[: order.task_id + 1] for c in task],
+    )
+
+
+def _budgets() -> ModuleType:
+    """Give the ledgers of privacy; opacus, which counts for them, takes seconds to import, and few runs need it."""
+    return import_module("fedtalora_flwr.client.budget")
 
 
 def _update(
@@ -224,7 +304,9 @@ def _update(
     )
 
 
-def _reply(update: ClientUpdate, state: GlobalState, *, mean_loss: float, config: RunConfig) -> RecordDict:
+def _reply(
+    update: ClientUpdate, state: GlobalState, *, mean_loss: float, config: RunConfig, epsilon_spent: float | None = None
+) -> RecordDict:
     """Build the reply about what was trained from a state."""
     return wire.update_reply(
         update,
@@ -233,6 +315,7 @@ def _reply(update: ClientUpdate, state: GlobalState, *, mean_loss: float, config
         mean_loss=mean_loss,
         scaling=next((pair.scaling for pair in state.adapters.values()), 1.0),
         wire_dtype=config.wire_dtype,
+        epsilon_spent=epsilon_spent,
     )
 
 
@@ -240,8 +323,11 @@ def _reply(update: ClientUpdate, state: GlobalState, *, mean_loss: float, config
 @_asks_for_the_version
 def sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
     """Sum this node's features of the task under the server's state, beside those of an earlier one if told."""
-    config, partition_id, data = _settings(message, run_config, node_config)
+    config, partition_id, data = _settings(message, run_config, node_config, private=True)
     head, num_classes = heads.resolve(config.head, config.settings), data.num_classes
+    if config.dp_epsilon:
+        model, state, order = _loaded(message, config, data)
+        return _privately_summed(model, state, order, config=config, partition_id=partition_id, data=data)
     earlier = wire.before_of(message)
     if earlier is None:
         model, _, order = _loaded(message, config, data)
@@ -254,6 +340,41 @@ def sums(message: Message, run_config: Mapping[str, Any], node_config: Mapping[s
         views.append(lifted_views(model, examples, head=head, config=config, seed=seed))
     sums = FeatureRoot.of(views[1][: len(examples)], examples.labels, num_classes=num_classes)
     return wire.sums_reply(sums, sum_drift(*views))
+
+
+def _privately_summed(
+    model: AdaptedModel,
+    state: GlobalState,
+    order: wire.RoundOrder,
+    *,
+    config: RunConfig,
+    partition_id: int,
+    data: SharedPartition | LocalFolder,
+) -> RecordDict:
+    """Sum the features with noise, within the budget of the task's examples; see `_privately_trained`."""
+    method, head = aggregation.resolve(config.method, config.settings), heads.resolve(config.head, config.settings)
+    require_possible(config, model, method=method, head=head)
+    budgets = _budgets()
+    told = budgets.Budget.of(config, order, partition_id=partition_id, examples="sums")
+    digest = budgets.digest_of(order, state)
+    kept: RecordDict | None = told.kept(digest)
+    if kept is not None:
+        return kept
+    examples = _summed(data, order, config)
+    budget = budgets.Budget.of(config, order, partition_id=partition_id, examples=f"train-{order.task_id}")
+    plan = budgets.Plan(config, sums=True)
+    spent = budget.spend("sums", sample_rate=1.0, num_steps=1, noise=plan.noise_of_sums)
+    features = lifted_views(model, examples, head=head, config=config, seed=[0])[: len(examples)]
+    root = private_root(
+        features,
+        examples.labels,
+        num_classes=data.num_classes,
+        radius=math.sqrt(head.usual_norm(model.backbone.feature_dim) ** 2 - 1),
+        noise_multiplier=spent.noise_multiplier,
+    )
+    answer = wire.sums_reply(root, epsilon_spent=spent.epsilon)
+    told.keep(answer, to=digest)
+    return answer
 
 
 @redacted
@@ -291,7 +412,7 @@ def fisher(message: Message, run_config: Mapping[str, Any], node_config: Mapping
 @_asks_for_the_version
 def evaluate(message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> RecordDict:
     """Count the hits of the server's classifier on what this node has held out of the tasks so far."""
-    config, _, data = _settings(message, run_config, node_config)
+    config, partition_id, data = _settings(message, run_config, node_config, private=True)
     if not isinstance(data, LocalFolder):
         raise wire.WireError("this node holds no test data; the server evaluates where all read one data set")
     model, state, order = _loaded(message, config, data)
@@ -302,13 +423,54 @@ def evaluate(message: Message, run_config: Mapping[str, Any], node_config: Mappi
         count_correct(model, [classifier], examples, classes=seen, config=config)[0] if len(examples) else 0
         for examples in held_out
     ]
+    if config.dp_epsilon:
+        return _privately_told(correct, held_out, state, order, config=config, partition_id=partition_id)
     return wire.hits_reply(correct, [len(examples) for examples in held_out])
 
 
+def _privately_told(
+    correct: Sequence[int],
+    held_out: Sequence[Examples],
+    state: GlobalState,
+    order: wire.RoundOrder,
+    *,
+    config: RunConfig,
+    partition_id: int,
+) -> RecordDict:
+    """Tell hits with noise: an example changes those of its task by 1, and those held out have a budget as well."""
+    budgets = _budgets()
+    told = budgets.Budget.of(config, order, partition_id=partition_id, examples="hits")
+    digest = budgets.digest_of(order, state)
+    kept: RecordDict | None = told.kept(digest)
+    if kept is not None:
+        return kept
+    plan = budgets.Plan(config, sums=False)
+    noisy = [0] * len(correct)
+    for task_id, (hits, examples) in enumerate(zip(correct, held_out, strict=True)):
+        if not len(examples):
+            continue
+        budget = budgets.Budget.of(config, order, partition_id=partition_id, examples=f"held-out-{task_id}")
+        spent = budget.spend("hits", sample_rate=1.0, num_steps=1, noise=partial(plan.noise_of_hits, task_id))
+        noisy[task_id] = min(len(examples), max(0, round(hits + spent.noise_multiplier * float(secret_normal(1)))))
+    answer = wire.hits_reply(noisy, [len(examples) for examples in held_out])
+    told.keep(answer, to=digest)
+    return answer
+
+
 def _settings(
-    message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any]
+    message: Message, run_config: Mapping[str, Any], node_config: Mapping[str, Any], *, private: bool = False
 ) -> tuple[RunConfig, int, SharedPartition | LocalFolder]:
+    """Read the settings and open this node's data, for a message whose answer is `private` where the run asks for it.
+
+    Raises
+    ------
+    ConfigError
+        If the run asks for privacy and the answer would have none.
+    """
     config = RunConfig.parse(run_config)
+    if config.dp_epsilon and not private:
+        asked = message.metadata.message_type
+        raise ConfigError(f"dp-epsilon {config.dp_epsilon:g}: what {asked} asks for would leave without noise")
     torch.set_num_threads(config.threads)
     partition_id, classes = wire.partition_of(node_config, config), wire.read_classes(message)
     require_within_reach(config, node_config, partition_id=partition_id)

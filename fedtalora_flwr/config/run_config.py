@@ -135,6 +135,10 @@ class RunConfig:
     penalty: str
     penalty_weight: Annotated[float, NOT_NEGATIVE]
     augment: Annotated[str, one_of("none", "flip", "crop-flip")]
+    dp_epsilon: Annotated[float, Rule(lambda value: value == 0 or 0.1 <= value <= 100, "0, or from 0.1 to 100")]
+    dp_delta: Annotated[float, Rule(lambda value: 0 < value < 0.1, "above 0 and below 0.1")]
+    dp_clip: Annotated[float, POSITIVE]
+    dp_sums_share: Annotated[float, Rule(lambda value: 0 < value < 1, "between 0 and 1")]
     backbone: str
     backbone_checkpoint: str
     image_size: Annotated[int, between(0, 2048)]
@@ -223,6 +227,16 @@ class RunConfig:
     def last_task(self) -> int:
         """Number of tasks that are run: `stop_after_task`, or all of them."""
         return self.stop_after_task or self.num_tasks
+
+    def evaluates(self, round_in_task: int) -> bool:
+        """Tell whether a round, from 0, ends with an evaluation: every `eval_every`, and the last of a task."""
+        ends = round_in_task + 1 == max(1, self.rounds_per_task)
+        return ends or bool(self.eval_every and (round_in_task + 1) % self.eval_every == 0)
+
+    @property
+    def evaluations_per_task(self) -> int:
+        """Number of rounds of a task that end with an evaluation, and with feature sums where the head takes them."""
+        return sum(self.evaluates(number) for number in range(max(1, self.rounds_per_task)))
 
 
 def kebab(name: str) -> str:

@@ -39,6 +39,7 @@ from fedtalora_flwr.inference.weight_delta import Change, changes_of
 from fedtalora_flwr.model import backbones
 from fedtalora_flwr.model.backbones import Backbone
 from fedtalora_flwr.model.backbones.lm import LanguageBackbone
+from fedtalora_flwr.model.private import privacy_of
 
 KINDS = ("merged", "peft")
 NUM_PROBES = 200
@@ -142,6 +143,8 @@ def _write_model(
         "backbone": config.backbone,
         "modality": backbone.modality,
         "head": config.head,
+        "privacy": privacy_of(config),
+        "epsilon_spent": trained.record.epsilon_spent,
         "class_names": list(trained.class_names),
         "feature_norm": backbone.feature_norm,
         "random_features": head["projection"].shape[1] if "projection" in head else 0,

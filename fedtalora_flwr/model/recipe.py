@@ -60,11 +60,15 @@ class Recipe:
 
     def step(self, loss: Tensor) -> None:
         """Follow the gradient of `loss`, a scalar, by one step."""
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.follow()
+
+    def follow(self) -> None:
+        """Follow the gradients that the parameters hold by one step."""
         share = self._share()
         for group in self._optimizer.param_groups:
             group["lr"] = share * group["peak"]
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
         if self._config.clip_norm and self._lora:
             nn.utils.clip_grad_norm_(self._lora, self._config.clip_norm, foreach=True)
         self._optimizer.step()

@@ -55,6 +55,7 @@ def write_report(path: Path | str, *, pictures: Path | None = None) -> Path:
         cards=_cards(run),
         sections=[{"title": title, "pictures": drawn} for title, drawn in sections.items()],
         answers=_answers(run),
+        privacy=_privacy(run),
         failures=failures[:_MOST_FAILURES_SHOWN],
         num_failures=len(failures),
         parameters=_parameters(run),
@@ -194,6 +195,21 @@ def _answers(run: RunRecord) -> dict[str, Any]:
         here = [one for one in run.answers["answers"] if one["task_id"] == task["task_id"]]
         shown += here[:_MOST_ANSWERS_SHOWN]
     return {"tasks": tasks, "shown": shown, "scored": any("score" in task for task in tasks)}
+
+
+def _privacy(run: RunRecord) -> dict[str, Any]:
+    """Say what privacy examples have, and what each client has spent of it on each task."""
+    spent = run.epsilon_spent
+    clients = sorted({int(client) for task in spent.values() for client in task})
+    tasks = sorted(spent, key=int)
+    return {
+        "what": run.manifest.get("privacy") or "none",
+        "tasks": [f"task {int(task) + 1}" for task in tasks],
+        "clients": [
+            (client, [f"{number(spent[task].get(str(client))):.2f}".replace("nan", "–") for task in tasks])
+            for client in clients
+        ],
+    }
 
 
 def _clock(run: RunRecord) -> dict[str, Any]:

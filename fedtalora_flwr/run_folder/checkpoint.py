@@ -63,6 +63,8 @@ class Checkpoint:
         What tells the cluster of an input (see `routing`), once it has been summed.
     before
         The state that the current task began with, where the sums follow the features.
+    run
+        The name under which clients keep a ledger of their privacy; empty where they keep none.
     """
 
     server_round: int
@@ -78,6 +80,7 @@ class Checkpoint:
     clustered: ClusteredState | None = None
     routes: FeatureSums | None = None
     before: GlobalState | None = None
+    run: str = ""
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> None:
@@ -123,6 +126,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> None:
         "partition_hashes": list(checkpoint.partition_hashes),
         "classes": asdict(checkpoint.classes),
     }
+    if checkpoint.run:
+        facts["run"] = checkpoint.run
     if clustered is not None:
         facts["clustered"] = {
             "version": clustered.version,
@@ -212,6 +217,7 @@ def load(folder: Path, server_round: int = 0) -> Checkpoint:
         clustered=_clustered(tensors, facts, start=state) if "clustered" in facts else None,
         routes=FeatureSums(tensors["routes/gram"], tensors["routes/moment"]) if "routes/gram" in tensors else None,
         before=before,
+        run=facts.get("run", ""),
     )
 
 

@@ -121,6 +121,11 @@ class RunRecord:
         """Return whether the run is of a language model, whose accuracy is that of the answers' tokens."""
         return self.config.get("head") == "lm"
 
+    @property
+    def epsilon_spent(self) -> Mapping[str, Mapping[str, float]]:
+        """Return what private training has cost each client of each task, by task id and partition id; else empty."""
+        return round_lines.epsilon_spent(self.rounds)
+
     def seconds(self, part: str) -> NDArray[np.float64]:
         """Return the seconds each round spent on `part`, (num_rounds,), NaN where a round does not say."""
         return np.array([number((line.get("seconds") or {}).get(part)) for line in self.rounds])

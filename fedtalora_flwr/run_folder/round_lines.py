@@ -8,7 +8,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,16 @@ def read(path: Path) -> tuple[list[Line], list[Damage]]:
                 why = "is cut off, as if the run was stopped while it wrote" if cut else f"is damaged: {error}"
                 damages.append(Damage(path.name, number, why, cut))
     return lines, damages
+
+
+def epsilon_spent(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Give what private training has cost each client of each task, by task id and partition id; empty without."""
+    spent: dict[str, dict[str, float]] = {}
+    for line in lines:
+        for partition, epsilon in (line.get("epsilon_spent") or {}).items():
+            task = spent.setdefault(str(line["task_id"]), {})
+            task[partition] = max(epsilon, task.get(partition, 0.0))
+    return spent
 
 
 def append(path: Path, values: Mapping[str, Any]) -> None:

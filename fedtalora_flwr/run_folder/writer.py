@@ -21,10 +21,10 @@ from fedtalora_flwr.config.sources import with_later
 from fedtalora_flwr.config.whole import write_text
 from fedtalora_flwr.metrics import TaskMatrix, measured
 from fedtalora_flwr.run_folder import names, round_lines
-from fedtalora_flwr.run_folder.round_lines import Damage
+from fedtalora_flwr.run_folder.round_lines import Damage, epsilon_spent
 
 _OPTIONAL = (
-    *("resent", "weights", "kept_energy", "exactness_error", "accuracy_seen_linear", "answer_losses"),
+    *("resent", "weights", "kept_energy", "exactness_error", "epsilon_spent", "accuracy_seen_linear", "answer_losses"),
     *("cluster_accuracy", "routing_accuracy", "accuracy_routed", "slots"),
 )
 _LIBRARIES = ("torch", "flwr", "timm", "peft", "transformers", "datasets", "numpy", "ray")
@@ -59,7 +59,8 @@ class RoundLog:
 
     ``resent`` are partitions that had lost the base and got it once more; ``kept_energy`` is the share of the
     residual's energy that was sent, where ``residual-energy`` is below 1. ``weights`` are the clients that counted
-    less than their examples say, as a share of that. ``accuracy_seen_linear`` is what the
+    less than their examples say, as a share of that. ``epsilon_spent`` is what private training has cost each client of
+    the task's budget so far. ``accuracy_seen_linear`` is what the
     trained class rows alone would give, where the head is another one. Of a language model accuracies are those of the
     answers' tokens, and ``answer_losses`` the mean cross-entropy of these by task, in nats.
 
@@ -82,6 +83,7 @@ class RoundLog:
     weights: Mapping[int, float] = field(default_factory=dict)
     kept_energy: float | None = None
     exactness_error: float | None = None
+    epsilon_spent: Mapping[int, float] = field(default_factory=dict)
     accuracy_seen: float | None = None
     accuracy_seen_linear: float | None = None
     answer_losses: Sequence[float] = ()
@@ -198,7 +200,9 @@ class RunFolder:
     def write_metrics(
         self, matrix: TaskMatrix, *, bytes_up: int, bytes_down: int, wall_seconds: float, num_rounds: int
     ) -> None:
-        """Write ``metrics.json``, the result of a finished run."""
+        """Write ``metrics.json``, the result of a finished run, and what it has cost each client of its privacy."""
+        lines, _ = round_lines.read(self.path / names.ROUNDS)
+        spent = epsilon_spent(line.values for line in lines)
         self._write(
             names.METRICS,
             {
@@ -207,6 +211,7 @@ class RunFolder:
                 "bytes_down_total": bytes_down,
                 "wall_seconds": wall_seconds,
                 "num_rounds": num_rounds,
+                **({"epsilon_spent": spent} if spent else {}),
             },
         )
 

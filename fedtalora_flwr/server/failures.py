@@ -37,6 +37,8 @@ class Tally:
         Partitions that had lost the base and were sent it once more.
     weights
         Partitions that counted less than their examples say, relative to the one that counted most, and how much.
+    epsilon_spent
+        What the task has cost each partition of its privacy so far, where the run is private.
     """
 
     server_round: int = 0
@@ -47,6 +49,7 @@ class Tally:
     wait_seconds: float = 0.0
     resent: set[int] = field(default_factory=set)
     weights: dict[int, float] = field(default_factory=dict)
+    epsilon_spent: dict[int, float] = field(default_factory=dict)
 
     def begin(self, server_round: int, *, keep_failures: bool = False) -> None:
         """Begin a round with nothing in it, but for failures that were found before the first one."""
@@ -85,4 +88,5 @@ class Tally:
             "bytes_down": self.bytes_down,
             "resent": sorted(self.resent),
             "weights": self.weights,
+            "epsilon_spent": dict(sorted(self.epsilon_spent.items())),
         }

@@ -56,10 +56,13 @@ class UsualNorm:
 
 @dataclass(frozen=True)
 class Taken:
-    """The good updates of a round, with the weights that they count with, and the mean loss over their examples."""
+    """The good updates of a round, with the weights that they count with, and the mean loss over their examples.
+
+    Of private training no loss is told.
+    """
 
     updates: list[ClientUpdate]
-    mean_loss: float
+    mean_loss: float | None
 
 
 class Intake:
@@ -103,6 +106,7 @@ class Intake:
             try:
                 update, losses[partition] = self.update(partition, reply, like=like, method=method, task_id=task_id)
                 _check_rank(update, like)
+                self._note_spent(partition, reply)
             except BadUpdate as refusal:
                 self._tally.fail(partition, f"refused: {refusal}")
                 continue
@@ -119,9 +123,8 @@ class Intake:
         if method.truncates:
             updates = [self._of_its_rank(update) for update in updates]
         weights = [update.num_examples for update in updates]
-        return Taken(
-            updates, mean_loss=float(np.average([losses[update.partition_id] for update in updates], weights=weights))
-        )
+        mean_loss = float(np.average([losses[update.partition_id] for update in updates], weights=weights))
+        return Taken(updates, mean_loss=None if self._config.dp_epsilon else mean_loss)
 
     def _of_its_rank(self, update: ClientUpdate) -> ClientUpdate:
         rank = self._config.rank_of(update.partition_id)
@@ -137,8 +140,10 @@ class Intake:
         BadUpdate
             If it cannot be right.
         """
-        trained = method.trains(like.version)
-        update, mean_loss = wire.read_update(reply, like=like, trainable=trained, grams=method.sends_grams)
+        trained, private = method.trains(like.version), bool(self._config.dp_epsilon)
+        update, mean_loss = wire.read_update(
+            reply, like=like, trainable=trained, grams=method.sends_grams, private=private
+        )
         if update.partition_id != partition:
             raise BadUpdate(f"speaks for partition {update.partition_id}, holds {partition}")
         check_update(like, update, trainable=trained, norm_limit=self._config.norm_limit)
@@ -205,6 +210,7 @@ class Intake:
 
         def read(partition: int, reply: Message) -> tuple[FeatureSums, Tensor, float]:
             sums = wire.read_sums(reply, like=like)
+            self._note_spent(partition, reply)
             self._check_counts(task_id, partition, sums.moment[:, -1], least=self._config.min_class_examples)
             norm, drift = self._check_sums(sums, usual_norm), like.gram.new_zeros(())
             if views:
@@ -380,6 +386,11 @@ class Intake:
             self._tally.fail(partition, f"refused: {what} are {times:.3g} times as large as is usual, {limit}")
             del heard[partition]
         yield from heard.items()
+
+    def _note_spent(self, partition: int, reply: Message) -> None:
+        """Take down what a client of a private run says that the task has cost it."""
+        if self._config.dp_epsilon:
+            self._tally.epsilon_spent[partition] = wire.read_epsilon(reply, budget=self._config.dp_epsilon)
 
     def _check_tested(self, partition: int, total: Sequence[int]) -> None:
         """Refuse hits on other examples than the node said that it has held out; its data may have grown since."""

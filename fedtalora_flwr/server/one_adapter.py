@@ -136,10 +136,9 @@ class OneAdapter:
         """Evaluate where it is time to; what a task's end settles is kept, what its middle shows is only told."""
         rounds_per_task = max(1, self._config.rounds_per_task)
         ends = order.round_in_task + 1 == rounds_per_task
-        due = self._config.eval_every and (order.round_in_task + 1) % self._config.eval_every == 0
         if ends and order.task_id + 1 < self._config.last_task and self._config.rounds_per_task:
             point = replace(point, memory=self._remembered(point, order))
-        if not ends and not due:
+        if not self._config.evaluates(order.round_in_task):
             return point, Scored()
         sums = point.sums
         if self._head.collects_sums:

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from fedtalora_flwr.config import ConfigError, RunConfig
 from fedtalora_flwr.metrics import TaskMatrix
 from fedtalora_flwr.model import heads, penalties
 from fedtalora_flwr.model.heads import FeatureSums
+from fedtalora_flwr.model.private import privacy_of, require_possible
 from fedtalora_flwr.model.session import device_of, model_of, own_reader, slots_of
 from fedtalora_flwr.model.train import precision_of
 from fedtalora_flwr.run_folder import checkpoint, names
@@ -69,6 +71,8 @@ class ServerRun:
         self.model = model_of(config)  # first: a model that cannot be is refused before any data are read
         self.data: RunData = NodeData(config, self.model) if own_reader(config) else SharedData(config, self.model)
         self.head = heads.resolve(config.head, config.settings)
+        if config.dp_epsilon:
+            require_possible(config, self.model, method=method, head=self.head)
         if config.check_data:  # a bad file is found before training, not at the first evaluation
             self.data.check()
         self.point = self._resumed() if config.resume else self._fresh(method)
@@ -128,7 +132,7 @@ class ServerRun:
     def play_round(self, server_round: int) -> None:
         """Play one round and everything that belongs to it, then checkpoint: a kill repeats the whole round."""
         began, tally = time.monotonic(), self.federation.tally
-        order = wire.RoundOrder(server_round, *divmod(server_round - 1, self._rounds_per_task))
+        order = wire.RoundOrder(server_round, *divmod(server_round - 1, self._rounds_per_task), self.point.run)
         is_first = server_round == self._first_round  # who sits it out was found when the nodes were met
         tally.begin(server_round, keep_failures=is_first)
         if order.round_in_task == 0 and not is_first:
@@ -237,6 +241,7 @@ class ServerRun:
             "class_counts": [found.of_partition(partition) for partition in range(self.config.num_clients)],
             "parameters": self.training.parameters(self.point),
             "precision": precision_of(device_of(self.config), self.config.precision),
+            "privacy": privacy_of(self.config),
             "adapted_modules": {name: list(weight.shape) for name, weight in self.model.frozen_weights().items()},
             **remarks,
             **self.training.facts(),
@@ -260,6 +265,7 @@ class ServerRun:
             wall_seconds=0.0,
             partition_hashes=(),
             classes=self.data.classes,
+            run=secrets.token_hex(8) if self.config.dp_epsilon else "",
         )
 
     def _resumed(self) -> Checkpoint:

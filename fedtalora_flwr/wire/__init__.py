@@ -47,7 +47,7 @@ from fedtalora_flwr.wire.sums import (
     sums_reply,
 )
 from fedtalora_flwr.wire.traffic import message_bytes, odd_reply
-from fedtalora_flwr.wire.update import gram_size, read_update, update_reply
+from fedtalora_flwr.wire.update import gram_size, read_epsilon, read_update, update_reply
 
 __all__ = [
     "ARRAYS",
@@ -81,6 +81,7 @@ __all__ = [
     "partition_of",
     "read_classes",
     "read_drift",
+    "read_epsilon",
     "read_fisher",
     "read_hello",
     "read_hits",

@@ -39,11 +39,14 @@ class RoundOrder:
         From 1, over the whole run.
     task_id, round_in_task
         From 0.
+    run
+        Names the run to clients that keep a ledger of their privacy, and stays when it is resumed; else empty.
     """
 
     server_round: int
     task_id: int
     round_in_task: int
+    run: str = ""
 
 
 def pack_state(
@@ -94,6 +97,8 @@ def state_message(
         "frozen": frozen,
         "library": fedtalora_flwr.build(),
     }
+    if order.run:
+        settings["run"] = order.run
     return RecordDict({ARRAYS: arrays, ORDER: ConfigRecord(settings)})
 
 
@@ -116,8 +121,8 @@ def read_state(
     Raises
     ------
     WireError
-        If the server runs another version of the library, its pairs started otherwise than this side's, or it speaks of
-        sizes that this side does not have.
+        If the server runs another version of the library, its pairs started otherwise than this side's, it speaks of
+        sizes that this side does not have, or its run has no possible name.
     """
     settings = message.content.config_records[ORDER]
     check_library(str(settings["library"]), whose="server")
@@ -143,10 +148,15 @@ def read_state(
         },
         version=cast(int, settings["version"]),
     )
-    clock = (cast(int, settings[key]) for key in ("server-round", "task-id", "round-in-task"))
+    server_round, task_id, round_in_task = (
+        cast(int, settings[key]) for key in ("server-round", "task-id", "round-in-task")
+    )
+    run = str(settings.get("run", ""))
+    if run and not _RUN.fullmatch(run):  # it is part of a file's name
+        raise WireError(f"a run is named by 16 hexadecimal digits, not {run[:40]!r}")
     if room is not None:
         room.require_pairs(state.adapters)
-    return state, read_patch(message, room=room), RoundOrder(*clock)
+    return state, read_patch(message, room=room), RoundOrder(server_round, task_id, round_in_task, run)
 
 
 def read_memory(message: Message, *, room: Room | None = None) -> Memory:
@@ -165,7 +175,7 @@ def read_memory(message: Message, *, room: Room | None = None) -> Memory:
     return memory
 
 
-_DIGEST = re.compile("[0-9a-f]{64}")
+_DIGEST, _RUN = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{16}")
 _LONGEST_HELD = 65 * 10_000  # characters: far more digests than a client keeps bases
 _BEFORE = ".before"  # behind the names of the records that speak of an earlier state
 

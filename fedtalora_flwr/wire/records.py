@@ -16,6 +16,7 @@ from torch import Tensor
 from fedtalora_flwr.aggregation import FACTORS, LoraFactors
 
 ARRAYS, ORDER, METRICS, HELLO, BASE, BASE_ARRAYS = "arrays", "order", "metrics", "hello", "base", "base-arrays"
+EPSILON = "epsilon-spent"  # in the metrics of a private answer
 CLASSES, HELD, DRIFT = "classes", "held", "drift"
 TENSORS = "tensors"  # the one array of a record
 _FORMAT = "safetensors"

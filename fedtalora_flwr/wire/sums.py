@@ -13,6 +13,7 @@ from fedtalora_flwr.wire.records import (
     ARRAYS,
     COUNTS,
     DRIFT,
+    EPSILON,
     METRICS,
     MOST_EXAMPLES,
     array_record,
@@ -24,7 +25,7 @@ from fedtalora_flwr.wire.records import (
 )
 
 
-def sums_reply(root: FeatureRoot, drift: Tensor | None = None) -> RecordDict:
+def sums_reply(root: FeatureRoot, drift: Tensor | None = None, *, epsilon_spent: float | None = None) -> RecordDict:
     """Build the content of a reply with feature sums: roots from their diagonal on, and the rows that are not zero.
 
     Parameters
@@ -33,12 +34,16 @@ def sums_reply(root: FeatureRoot, drift: Tensor | None = None) -> RecordDict:
         Of the features.
     drift
         The root of features before and now, (k, 2 d + 1); see `FeatureSums.followed`.
+    epsilon_spent
+        What the task has cost the client so far, where the sums are private.
     """
     held = root.moment[:, -1].nonzero().flatten()  # the last feature is the constant 1: it counts the examples
     tensors = {"sums/root": _upper(root.root), "sums/moment": root.moment[held], "sums/class": held.int()}
     content = RecordDict({ARRAYS: array_record(tensors)})
     if drift is not None:
         content[DRIFT] = array_record({"drift/root": _upper(drift)})
+    if epsilon_spent is not None:
+        content[METRICS] = MetricRecord({EPSILON: epsilon_spent})
     return content
 
 

@@ -12,6 +12,7 @@ from fedtalora_flwr.aggregation import FACTORS, BadUpdate, ClientUpdate, GlobalS
 from fedtalora_flwr.wire.records import (
     ARRAYS,
     COUNTS,
+    EPSILON,
     METRICS,
     array_record,
     class_numbers,
@@ -32,6 +33,7 @@ def update_reply(
     scaling: float,
     trainable: frozenset[str] = FACTORS,
     wire_dtype: str = "fp32",
+    epsilon_spent: float | None = None,
 ) -> RecordDict:
     """Build the content of a training reply: the trained factors, and the head rows of the classes trained on.
 
@@ -50,6 +52,8 @@ def update_reply(
     wire_dtype
         ``fp32`` sends the numbers as they are. ``fp16`` sends their change since `like`, each tensor times a
         power of two that takes its largest number near the top of half precision.
+    epsilon_spent
+        What the client's training on the task has cost so far, where it is private; its loss is not told then.
     """
     trained = update.class_counts.nonzero().flatten()
     tensors = _trained(update.adapters, update.head, trained, factors=trainable)
@@ -58,7 +62,7 @@ def update_reply(
         "num-examples": update.num_examples,
         "base-version": update.base_version,
         "scaling": scaling,
-        "mean-loss": mean_loss,
+        **({"mean-loss": mean_loss} if epsilon_spent is None else {EPSILON: epsilon_spent}),
     }
     if wire_dtype == "fp16":
         origin = _trained(like.adapters, like.head, trained, factors=trainable)
@@ -71,9 +75,14 @@ def update_reply(
 
 
 def read_update(
-    message: Message, *, like: GlobalState, trainable: frozenset[str] = FACTORS, grams: bool = False
+    message: Message,
+    *,
+    like: GlobalState,
+    trainable: frozenset[str] = FACTORS,
+    grams: bool = False,
+    private: bool = False,
 ) -> tuple[ClientUpdate, float]:
-    """Read a training reply: the update and its mean loss.
+    """Read a training reply: the update and its mean loss, NaN where training is `private`.
 
     Head rows that were not sent are those of `like`, and so are factors other than the `trainable` ones. With `grams`
     there is a Gram matrix for each module.
@@ -106,12 +115,12 @@ def read_update(
             base_version=_whole(metrics, "base-version"),
             grams={name: _from_upper(half, gram_size(like.adapters[name], trainable)) for name, half in halved.items()},
         )
-        mean_loss = float(cast(float, metrics["mean-loss"]))
+        mean_loss = math.nan if private else float(cast(float, metrics["mean-loss"]))
     except BadUpdate:
         raise
     except Exception as error:  # whatever a foreign reply trips over, it is that reply which is refused
         raise BadUpdate(f"reply cannot be read: {type(error).__name__} {error}") from error
-    if not math.isfinite(mean_loss):
+    if not (private or math.isfinite(mean_loss)):
         raise BadUpdate(f"mean-loss is {mean_loss}")
     return update, mean_loss
 
@@ -135,6 +144,23 @@ def _from_upper(half: Tensor, size: int) -> Tensor:
     whole[rows, columns] = half
     whole[columns, rows] = half
     return whole
+
+
+def read_epsilon(message: Message, *, budget: float) -> float:
+    """Read from a reply of private training what the client says that it has spent on the task.
+
+    Raises
+    ------
+    BadUpdate
+        If it says nothing, or something that is not within the budget.
+    """
+    try:
+        epsilon = float(cast(float, message.content.metric_records[METRICS][EPSILON]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadUpdate(f"says not what it has spent of its privacy: {type(error).__name__} {error}") from error
+    if not 0 < epsilon <= budget:
+        raise BadUpdate(f"says that it has spent an epsilon of {epsilon:g}, dp-epsilon is {budget:g}")
+    return epsilon
 
 
 def _trained(

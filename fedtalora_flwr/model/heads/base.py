@@ -169,17 +169,17 @@ class FeatureRoot:
         """Take in a batch, as `FeatureSums.of`."""
         f = F.pad(features.double(), (0, 1), value=1.0)  # (N, d + 1)
         moment = f.new_zeros(num_classes, f.shape[1]).index_add_(0, labels, f)
-        return cls(_triangular(f), moment)
+        return cls(triangular(f), moment)
 
     def sums(self) -> FeatureSums:
         """Form the sums."""
         return FeatureSums(self.root.T @ self.root, self.moment)
 
     def __add__(self, other: "FeatureRoot") -> "FeatureRoot":
-        return FeatureRoot(_triangular(torch.cat([self.root, other.root])), self.moment + other.moment)
+        return FeatureRoot(triangular(torch.cat([self.root, other.root])), self.moment + other.moment)
 
 
-def _triangular(rows: Tensor) -> Tensor:
+def triangular(rows: Tensor) -> Tensor:
     """Turn rows (n, m) so that those below the diagonal vanish (QR): (min(n, m), m) with the same gram matrix."""
     triangular: Tensor = torch.linalg.qr(rows, mode="r").R
     return triangular
