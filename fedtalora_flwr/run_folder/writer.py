@@ -195,9 +195,16 @@ class RunFolder:
         return damages
 
     def write_metrics(
-        self, matrix: TaskMatrix, *, bytes_up: int, bytes_down: int, wall_seconds: float, num_rounds: int
+        self,
+        matrix: TaskMatrix,
+        *,
+        bytes_up: int,
+        bytes_down: int,
+        wall_seconds: float,
+        num_rounds: int,
+        evaluation: Mapping[str, Any],
     ) -> None:
-        """Write ``metrics.json``, the result of a finished run."""
+        """Write ``metrics.json``, the result of a finished run; an empty evaluation is left out."""
         self._write(
             names.METRICS,
             {
@@ -206,6 +213,7 @@ class RunFolder:
                 "bytes_down_total": bytes_down,
                 "wall_seconds": wall_seconds,
                 "num_rounds": num_rounds,
+                **({"evaluation": evaluation} if evaluation else {}),
             },
         )
 

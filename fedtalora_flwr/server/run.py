@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from fedtalora_flwr import aggregation, wire
 from fedtalora_flwr.aggregation import Aggregator, GlobalState, SlotAggregator
 from fedtalora_flwr.config import ConfigError, RunConfig
 from fedtalora_flwr.metrics import TaskMatrix
+from fedtalora_flwr.metrics.judged import of_clients
 from fedtalora_flwr.model import heads, penalties
 from fedtalora_flwr.model.heads import FeatureSums
 from fedtalora_flwr.model.session import device_of, model_of, own_reader, slots_of
@@ -138,6 +140,7 @@ class ServerRun:
         aggregate_seconds = time.monotonic() - began - tally.wait_seconds
         self._show("evaluating", server_round, mean_loss=trained.mean_loss)
         point, scored = self.training.score(point, order)
+            evaluation=self._evaluation(),
         total_seconds = time.monotonic() - began
         line = _line(
             order,
@@ -216,6 +219,20 @@ class ServerRun:
             self.point, state=state, sums=self.point.sums.with_classes(num_classes), classes=found.classes
         )
         self.federation.roster.take_stock(found, settled=self.data.settled(playing), at_once=self.training.at_once)
+    def _evaluation(self) -> dict[str, Any]:
+        """Give what the last evaluation showed of each class and client, as far as the server can tell."""
+        classes, judged = self.point.classes, self.point.judged
+        if judged is None:
+            return of_clients(self.point.hits_of_clients)
+        seen = classes.seen(self.config.last_task - 1)
+        found, everyone = self.federation.roster.holdings, range(self.config.num_clients)
+        expected = judged.accuracy_on([found.of_partition(partition) for partition in everyone])
+        clients = [
+            {"partition_id": p, "accuracy": None if math.isnan(a) else float(a)}
+            for p, a in zip(everyone, expected, strict=True)
+        ]
+        return {**judged.summary(classes.names, classes=seen), "clients": clients}
+
 
     def _facts(self) -> dict[str, Any]:
         """Give what the manifest says of classes, partitions and sizes."""
