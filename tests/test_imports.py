@@ -34,10 +34,10 @@ ALLOWED = {
     "wire": {"flwr", "torch", "safetensors"} | ours("__version__", "aggregation", "config", "data", "residual") | HEADS,
     "run_folder": TORCH | {"safetensors"} | ours("aggregation", "config", "data", "metrics") | HEADS,
     "report": {"jinja2", "markupsafe", "numpy", "rich", "matplotlib"}
-    | ours("config.units", "config.whole", "run_folder"),
+    | ours("config.sources", "config.units", "config.whole", "run_folder"),
     "inference": TORCH
     | {"PIL", "peft", "safetensors", "jinja2", "rouge_score"}
-    | ours("__version__", "aggregation", "config", "data", "model", "run_folder"),
+    | ours("__version__", "aggregation", "config", "data", "metrics", "model", "run_folder"),
     "client/warm": ours("__version__"),
     "client": TORCH | {"flwr"} | ours("aggregation", "config", "data", "model", "residual", "wire"),
     "server": TORCH
