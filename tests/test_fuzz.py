@@ -442,7 +442,7 @@ def test_bad_hits_are_refused_with_a_reason_and_those_of_the_others_are_counted(
     for name, reply in bad_replies([good], HITS, number=NUM_HITS, kind="evaluate"):
         tally.begin(1)
         replies = [(0, reply), (1, Message(copied(good), reply_to=order))]
-        assert intake.hits(replies, num_tasks=2) == ([3, 2], [4, 2]), name
+        assert intake.hits(replies, num_tasks=2)[:2] == ([3, 2], [4, 2]), name
         (failure,) = tally.failures
         assert re.match("(refused: .{10})", failure.reason) and len(failure.reason) <= 200, name
 
@@ -496,7 +496,7 @@ def test_no_node_counts_for_more_of_the_accuracy_than_max_weight(max_weight, wan
     intake, _ = own_data_intake(**{"max-weight": max_weight})
     said = [([40], [100]), ([40], [100]), ([200], [200])]
     replies = [(p, answered(wire.hits_reply(*hits), kind="evaluate")) for p, hits in enumerate(said)]
-    assert intake.hits(replies, num_tasks=1) == wanted
+    assert intake.hits(replies, num_tasks=1)[:2] == wanted
 
 
 @pytest.mark.parametrize(("changes", "num_classes"), [(SHARED, NUM_CLASSES), (OWN, None)], ids=["shared", "own"])

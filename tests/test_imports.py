@@ -33,11 +33,12 @@ ALLOWED = {
     "model": TORCH | {"peft", "cachetools", "opacus", "scipy"} | ours("aggregation", "config", "data"),
     "wire": {"flwr", "torch", "safetensors"} | ours("__version__", "aggregation", "config", "data", "residual") | HEADS,
     "run_folder": TORCH | {"safetensors"} | ours("aggregation", "config", "data", "metrics") | HEADS,
+    "report/live": {"numpy", "starlette"} | ours("report", "run_folder"),
     "report": {"jinja2", "markupsafe", "numpy", "rich", "matplotlib"}
-    | ours("config.units", "config.whole", "run_folder"),
+    | ours("config.sources", "config.units", "config.whole", "run_folder"),
     "inference": TORCH
     | {"PIL", "peft", "safetensors", "jinja2", "rouge_score"}
-    | ours("__version__", "aggregation", "config", "data", "model", "run_folder"),
+    | ours("__version__", "aggregation", "config", "data", "metrics", "model", "run_folder"),
     "client/warm": ours("__version__"),
     "client": TORCH | {"flwr"} | ours("aggregation", "config", "data", "model", "residual", "wire"),
     "server": TORCH
@@ -48,7 +49,16 @@ ALLOWED = {
     "launch/ray_probe.py": {"ray"},  # a program likewise
     "launch": {"flwr", "torch", "tomli_w", "pandas"} | ours("config", "inference", "report", "run_folder"),
     "deploy": {"cryptography", "grpc", "flwr", "yaml", "tomli_w"} | ours("config.whole"),
-    "cli": {"rich", "typer", "tomli_w", "torch", "torchvision", "packaging", "fedtalora_flwr"},  # the outermost room
+    "cli": {
+        "rich",
+        "typer",
+        "uvicorn",
+        "tomli_w",
+        "torch",
+        "torchvision",
+        "packaging",
+        "fedtalora_flwr",
+    },  # the outermost room
 }
 # Beyond Flower's two apps and the wire, those that stand in for Flower's grid, its probe of the clock and its watch.
 KNOW_FLOWER = {"wire", "server", "client", "strategy", "launch/in_process.py", "deploy/probe.py", "deploy/watched.py"}

@@ -140,6 +140,10 @@ def test_run_on_the_nodes_own_folders_learns_their_classes_by_name(paths, tmp_pa
     held_out = np.array(sizes(NODES)) - np.sum(manifest["class_counts"], axis=0)
     assert point.matrix.total[1].tolist() == [held_out[:2].sum(), held_out[2:].sum()]
     assert metrics["faa"] > least_faa  # a guess gives 0.25
+    found = metrics["evaluation"]
+    assert found["accuracy"] == metrics["faa"] and "classes" not in found and "not known here" in found["remark"]
+    brought = [sum(sizes([node])) for node in NODES]
+    assert [c["num_examples"] for c in found["clients"]] == (brought - np.sum(manifest["class_counts"], 1)).tolist()
     losses = [line["mean_loss"] for line in rounds(out)]
     assert losses[1] < losses[0] and losses[3] < losses[2]
 

@@ -494,3 +494,58 @@ def test_a_figure_is_well_formed_and_holds_its_text_as_text():
 def test_exactness_error_has_a_scale_whatever_the_errors_are(error):
     figure = figures.exactness_error(error, rounds=[1, 2], task_ids=[0, 1])
     assert "exactness error" in figures.to_svg(figure, name="e", title="t")
+
+
+def shapes_with_tips(svg: str) -> list[str]:
+    root = ET.fromstring(svg)
+    return [title.text or "" for title in root.iter("{http://www.w3.org/2000/svg}title")]
+
+
+def test_cells_points_and_bars_say_what_they_are_where_a_pointer_rests(tmp_path):
+    matrix = figures.accuracy_matrix([[0.5, np.nan], [0.25, 1.0]])
+    told = shapes_with_tips(figures.to_svg(matrix, name="m", title="t"))
+    assert told == ["task 1 after task 1: 50.00 %", "not measured", "task 1 after task 2: 25.00 %", *told[3:]]
+    loss = figures.loss([0.5, np.nan, 0.125], rounds=[1, 2, 3], task_ids=[0, 0, 0])
+    assert shapes_with_tips(figures.to_svg(loss, name="l", title="t")) == ["round 1: 0.5", "round 3: 0.125"]
+    held = figures.class_map(COUNTS, tasks=TASKS, class_names=["cat", HOSTILE, "elk"])
+    assert any(HOSTILE in tip for tip in shapes_with_tips(figures.to_svg(held, name="c", title="t")))
+    figures.to_file(matrix, tmp_path / "matrix.svg", "svg")
+    assert shapes_with_tips((tmp_path / "matrix.svg").read_text()) == told
+
+
+def test_a_picture_takes_ground_and_text_from_its_page_and_alone_stands_on_white(tmp_path):
+    figure = figures.accuracy_over_tasks({"a": [0.9, 0.8]}, num_tasks=2)
+    inside = figures.to_svg(figure, name="a", title="t")
+    assert "var(--paper)" in inside and "var(--ink)" in inside and "#ffffff" not in inside and "#222222" not in inside
+    figures.to_file(figure, tmp_path / "a.svg", "svg")
+    alone = (tmp_path / "a.svg").read_text()
+    assert "#ffffff" in alone and "var(" not in alone
+
+
+def test_text_on_a_tone_keeps_its_colour_on_a_dark_page():
+    svg = figures.to_svg(figures.accuracy_matrix([[0.99]]), name="m", title="t")
+    (text,) = (one for one in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text") if one.text == "99.0")
+    assert "#fdfdfd" in text.attrib["style"].lower()
+
+
+def test_a_page_has_a_style_for_dark_screens_and_every_colour_that_its_pictures_ask_for(run):
+    html, _ = report_of(run)
+    dark = re.search(r"@media screen and \(prefers-color-scheme: dark\) \{\s*:root \{([^}]*)\}", html)
+    asked = set(re.findall(r"var\((--[\w-]+)\)", html))
+    assert dark and asked <= set(re.findall(r"(--[\w-]+):", dark[1]))
+
+
+def test_an_axis_shows_the_part_of_the_scale_where_the_runs_are():
+    close = {"a": [0.95, 0.94, 0.93], "b": [0.96, 0.95, 0.94]}
+    low, high = figures.accuracy_over_tasks(close, num_tasks=3).axes[0].get_ylim()
+    assert low > 0.85 and high < 1.01 and low < 0.93 and high > 0.96
+    low, high = figures.accuracy_over_tasks({"a": [0.05, 0.99]}, num_tasks=2).axes[0].get_ylim()
+    assert low == 0 and high >= 1
+    assert figures.accuracy_over_tasks({"a": [np.nan]}, num_tasks=2).axes[0].get_ylim() == (0, 1)
+
+
+def test_settings_of_this_run_stand_before_those_at_their_defaults(tmp_path):
+    _, page = report_of(synthetic_run(tmp_path / "run", rank=5))
+    before, _, after = page.text.partition("At their defaults")
+    assert "rank5" in re.sub(r"\s", "", before.partition("Set for this run")[2])
+    assert re.sub(r"\s", "", after).find("methodfedtalora") > 0

@@ -16,6 +16,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType
 from local_grid import defaults, run_server, tiny_run
 from PIL import Image
+from sklearn import metrics as sklearn_metrics
 from tensors import opened, packed
 
 import fedtalora_flwr
@@ -26,7 +27,9 @@ from fedtalora_flwr.client import handlers, redact
 from fedtalora_flwr.client.versions import _version_store, version_store
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import DataError
+from fedtalora_flwr.inference.model import open_trained
 from fedtalora_flwr.model.backbones import BackboneError, vit_mini
+from fedtalora_flwr.model.session import test_examples as held_out
 from fedtalora_flwr.run_folder import checkpoint
 from fedtalora_flwr.run_folder.writer import FolderTaken, RunFolder
 from fedtalora_flwr.server.failures import RunFailed, Tally
@@ -175,12 +178,32 @@ def test_metrics_hold_what_the_contract_names(undisturbed):
     metrics = read(undisturbed, "metrics.json")
     assert set(metrics) == {
         *("accuracy_matrix", "accuracy_seen", "faa", "aia", "forgetting", "backward_transfer"),
-        *("bytes_up_total", "bytes_down_total", "wall_seconds", "num_rounds"),
+        *("bytes_up_total", "bytes_down_total", "wall_seconds", "num_rounds", "evaluation"),
     }
     assert metrics["num_rounds"] == 4
     (first, empty), (earlier, later) = metrics["accuracy_matrix"]
     assert empty is None and all(0 <= a <= 1 for a in (first, earlier, later))
     assert metrics["accuracy_seen"][1] == metrics["faa"]
+
+
+def test_figures_by_class_are_those_of_the_model_that_the_run_came_to(undisturbed):
+    found, manifest = read(undisturbed, "metrics.json")["evaluation"], read(undisturbed, "manifest.json")
+    trained = open_trained(undisturbed, device="cpu")
+    tests = [held_out(trained.config, task_id=task_id) for task_id in range(2)]
+    scores = trained.logits(torch.cat([examples.inputs for examples in tests]))
+    sure, said = trained.head.probabilities(scores).max(1)
+    labels = torch.cat([examples.labels for examples in tests])
+    assert trained.classes == tuple(range(10))  # a column is its class
+    wanted = sklearn_metrics.confusion_matrix(labels, said, labels=range(10))
+    assert found["confusion"] == wanted.tolist() and np.trace(wanted) < wanted.sum()
+    assert found["accuracy"] == read(undisturbed, "metrics.json")["faa"]
+    assert found["macro_f1"] == pytest.approx(sklearn_metrics.f1_score(labels, said, average="macro"))
+    assert found["balanced_accuracy"] == pytest.approx(sklearn_metrics.balanced_accuracy_score(labels, said))
+    in_bins = sum(one["confidence"] * one["num_examples"] for one in found["calibration"])
+    assert in_bins == pytest.approx(float(sure.sum()), rel=1e-5)
+    recall = wanted.diagonal() / wanted.sum(1)
+    for client, counts in zip(found["clients"], manifest["class_counts"], strict=True):
+        assert client["accuracy"] == pytest.approx(np.average(recall, weights=counts))
 
 
 def test_each_round_has_a_line_with_what_the_contract_names(undisturbed):

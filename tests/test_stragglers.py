@@ -1,6 +1,7 @@
 """Rounds that close without a node that is late: what is there counts exactly, what comes later counts nowhere."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from local_grid import LocalGrid, tiny_run
 from tensors import opened
 
 from client_app.app import app as client_app
+from fedtalora_flwr.run_folder.writer import RunFolder
 from fedtalora_flwr.server import exchange
 from fedtalora_flwr.server.failures import RunFailed
 
@@ -62,6 +64,32 @@ def failures(out: Path) -> list[list[tuple[int, str]]]:
 def result(out: Path) -> tuple[Any, bytes]:
     matrix = json.loads((out / "metrics.json").read_text())["accuracy_matrix"]
     return matrix, next((out / "checkpoint").glob("*.safetensors")).read_bytes()
+
+
+def test_who_trains_is_told_while_a_round_waits(monkeypatch, tmp_path):
+    class Lazy(LocalGrid):
+        """Keeps the reply of node 101 to its training for some two seconds."""
+
+        def pull_messages(self, message_ids):
+            kept = self.__dict__.get("kept_until", {})
+            return super().pull_messages([n for n in message_ids if time.monotonic() > kept.get(n, 0)])
+
+        def push_messages(self, messages):
+            messages = list(messages)
+            numbers = list(super().push_messages(messages))
+            to = {n: (m.metadata.dst_node_id, m.metadata.message_type) for n, m in zip(numbers, messages, strict=True)}
+            self.kept_until = {n: time.monotonic() + 2.5 for n, where in to.items() if where == (LATE, "train")}
+            return numbers
+
+    told: list[dict[str, Any]] = []
+    write = RunFolder.write_status
+    monkeypatch.setattr(RunFolder, "write_status", lambda self, **values: told.append(values) or write(self, **values))
+    monkeypatch.setattr(local_grid, "LocalGrid", Lazy)
+    tiny_run(tmp_path / "run", lora_targets="proj", head="linear", stop_after_task=1, rounds_per_task=1)
+    waits = [status for status in told if status.get("waiting")]
+    assert waits and all(status["asked"] == [0, 1, 2] and status["waiting"] == [1] for status in waits)
+    assert {status["phase"] for status in waits} == {"training"} and "waiting" not in told[-1]
+    assert time.time() - 600 < waits[0]["asked_at"] < time.time()
 
 
 def silent_in(*silent: str):

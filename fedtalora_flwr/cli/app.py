@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedtalora_flwr.cli import check, deploy, results, run, settings, sweep
+from fedtalora_flwr.cli import check, deploy, results, run, serve, settings, sweep
 from fedtalora_flwr.cli.console import console, errors, escaped
 
 cli = typer.Typer(
@@ -16,7 +16,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for commands in (run, sweep, results, settings, check):
+for commands in (run, sweep, results, serve, settings, check):
     commands.add_to(cli)
 
 

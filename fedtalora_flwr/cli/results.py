@@ -1,4 +1,4 @@
-"""What is done with a run that was played: ``fedtalora report``, ``compare``, ``export``, ``predict``, ``answers``."""
+"""What is done with a run that was played: ``fedtalora report``, ``compare``, ``export``, ``predict`` and so on."""
 
 import sys
 from pathlib import Path
@@ -24,7 +24,7 @@ SlotName = Annotated[
 
 def add_to(cli: typer.Typer) -> None:
     """Add the commands."""
-    for command in (report, compare, export, predict, answers):
+    for command in (report, compare, export, predict, evaluate, answers):
         cli.command()(command)
 
 
@@ -155,6 +155,53 @@ def predict(
         texts = [" ".join(text.split()) for text in prediction.item.texts]
         print(prediction.item.name, *ranking, *texts, sep="\t")
     if failed:
+        raise typer.Exit(1)
+
+
+def evaluate(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
+    data: Annotated[Path, typer.Argument(metavar="FOLDER|TABLE", help="Labelled examples, of the run's kind.")],
+    out: Annotated[Path | None, typer.Option(help="Also write the figures: a .json file, or an .html page.")] = None,
+    input_column: Annotated[str, typer.Option(help="Of tables; by default the run's, or a usual name.")] = "",
+    label_column: Annotated[str, typer.Option(help="Of tables; by default the run's, or a usual name.")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    cluster: Cluster = None,
+    slot: SlotName = "",
+) -> None:
+    """Score a run's model on labelled data of your own: by class, mix-ups, macro F1, balanced accuracy, calibration.
+
+    A folder holds a subfolder of images, or a text file, for each class; a table (.csv, .tsv, .json, .jsonl,
+    .parquet) a column of labels. Classes are matched by name; examples of one that the model does not know are left
+    out, and counted.
+
+    An example that cannot be read is named on standard error, and the exit status is 1.
+    """
+    import json
+
+    from fedtalora_flwr.inference.evaluation import evaluate as judge
+    from fedtalora_flwr.inference.evaluation import read_labelled
+    from fedtalora_flwr.inference.model import open_trained
+    from fedtalora_flwr.report import evaluation_tables, write_evaluation
+    from fedtalora_flwr.report.html import write_whole
+
+    if out and out.suffix.lower() not in (".json", ".html"):
+        fail(f"--out takes a .json or an .html file, got {out.name}")
+    trained = open_trained(run_folder, device=device, place=_place(cluster, slot))
+    labelled = read_labelled(data, trained, input_column=input_column, label_column=label_column)
+    found = judge(trained, labelled).to_json()
+    console.print(f"model {trained.standing}", highlight=False, soft_wrap=True)
+    console.print(evaluation_tables(found))
+    if out and out.suffix.lower() == ".json":
+        said = {"run": str(trained.record.path), "data": str(data), "server_round": trained.server_round, **found}
+        write_whole(out, json.dumps(said, indent=1) + "\n")
+    elif out:
+        title, subtitle = f"{trained.record.name} on {data.name}", f"model {trained.standing} · {data.resolve()}"
+        write_evaluation(out, found, title=title, subtitle=subtitle)
+    if out:
+        console.print(f"evaluation {out.resolve()}", highlight=False, markup=False, soft_wrap=True)
+    for reason in found["unread"]:
+        errors.print(f"[red]error:[/red] {escaped(reason)}", highlight=False, soft_wrap=True)
+    if found["unread"]:
         raise typer.Exit(1)
 
 

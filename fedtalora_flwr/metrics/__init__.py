@@ -1,11 +1,15 @@
-"""Metrics of a stream of tasks: pure functions of a matrix of counts. A file here with ``create`` is one more."""
+"""Metrics of a run, made of counts: a stream's matrix of hits, and what was said of each class.
+
+A file here with ``create`` is one more pure function of the matrix.
+"""
 
 from typing import Any
 
 from fedtalora_flwr.config import registry
+from fedtalora_flwr.metrics.judged import Judged
 from fedtalora_flwr.metrics.matrix import TaskMatrix
 
-__all__ = ["TaskMatrix", "available", "measured"]
+__all__ = ["Judged", "TaskMatrix", "available", "measured"]
 
 
 def available() -> tuple[str, ...]:

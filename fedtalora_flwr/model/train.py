@@ -157,14 +157,47 @@ def count_correct(
     config: RunConfig,
 ) -> list[int]:
     """Count, for each classifier, the examples whose class scores highest among `classes`."""
+    verdicts = judge(model, classifiers, examples, classes=classes, config=config)
+    return [int((verdict.said == examples.labels).sum()) for verdict in verdicts]
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What a classifier says of some examples, on the CPU.
+
+    Parameters
+    ----------
+    said
+        (N,) int64, the class that scores highest.
+    confidence
+        (N,) float32, its probability in [0, 1].
+    """
+
+    said: Tensor
+    confidence: Tensor
+
+
+@torch.inference_mode()
+def judge(
+    model: AdaptedModel,
+    classifiers: Sequence[Classifier],
+    examples: Examples,
+    *,
+    classes: Sequence[int],
+    config: RunConfig,
+) -> list[Verdicts]:
+    """Let each classifier say the class of each example, among `classes`; the features are computed once."""
     device = next(model.parameters()).device
     on_device = [classifier.to(device) for classifier in classifiers]
     compared = torch.tensor(sorted(classes), device=device)
-    hits = [0] * len(classifiers)
-    for features, labels, _ in _features(model, examples, config=config):
-        for index, classifier in enumerate(on_device):
-            hits[index] += int((compared[classifier.logits(features, compared).argmax(1)] == labels).sum())
-    return hits
+    verdicts = [Verdicts(torch.empty(len(examples), dtype=torch.int64), torch.empty(len(examples))) for _ in on_device]
+    for features, _, rows in _features(model, examples, config=config):
+        for classifier, verdict in zip(on_device, verdicts, strict=True):
+            scores = classifier.logits(features, compared)
+            best = scores.argmax(1, keepdim=True)  # (n, 1)
+            verdict.said[rows.cpu()] = compared[best[:, 0]].cpu()
+            verdict.confidence[rows.cpu()] = classifier.probabilities(scores).gather(1, best)[:, 0].cpu()
+    return verdicts
 
 
 @dataclass(frozen=True)
@@ -179,11 +212,14 @@ class Score:
         What was judged: examples, or tokens of answers.
     loss_sum
         Of a language model: the cross-entropy, summed over these tokens, in nats.
+    verdicts
+        Of each classifier, on every example; none of a language model.
     """
 
     correct: tuple[int, ...]
     total: int
     loss_sum: float | None = None
+    verdicts: Sequence[Verdicts] = ()
 
 
 def score(
@@ -197,8 +233,9 @@ def score(
     """Judge a loaded model as `count_correct` does, or a language model by the answers of the examples."""
     if isinstance(model.backbone, LanguageBackbone):
         return _score_answers(model, model.backbone, examples, config=config)
-    hits = count_correct(model, classifiers, examples, classes=classes, config=config)
-    return Score(tuple(hits), len(examples))
+    verdicts = judge(model, classifiers, examples, classes=classes, config=config)
+    hits = [int((verdict.said == examples.labels).sum()) for verdict in verdicts]
+    return Score(tuple(hits), len(examples), verdicts=verdicts)
 
 
 @torch.inference_mode()
@@ -221,12 +258,8 @@ def classify(
     model: AdaptedModel, classifier: Classifier, examples: Examples, *, classes: Sequence[int], config: RunConfig
 ) -> Tensor:
     """Give the class of `classes` that scores highest for each example: (N,) int64 on the CPU."""
-    device = next(model.parameters()).device
-    on_device, compared = classifier.to(device), torch.tensor(sorted(classes), device=device)
-    best = torch.empty(len(examples), dtype=torch.int64)
-    for features, _, rows in _features(model, examples, config=config):
-        best[rows.cpu()] = compared[on_device.logits(features, compared).argmax(1)].cpu()
-    return best
+    (verdict,) = judge(model, [classifier], examples, classes=classes, config=config)
+    return verdict.said
 
 
 @torch.inference_mode()

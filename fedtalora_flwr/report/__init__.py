@@ -7,6 +7,7 @@ Tasks count from 1 on a page and in a table, from 0 in the files.
 from fedtalora_flwr.report.comparison import Comparison, compare
 from fedtalora_flwr.report.holdings import data_table, write_data_page
 from fedtalora_flwr.report.page import write_report
+from fedtalora_flwr.report.quality import evaluation_tables, write_evaluation
 from fedtalora_flwr.report.study import Study, study, study_table, write_study
 from fedtalora_flwr.report.terminal import print_table
 from fedtalora_flwr.run_folder.reader import RunRecord, read_run
@@ -17,11 +18,13 @@ __all__ = [
     "Study",
     "compare",
     "data_table",
+    "evaluation_tables",
     "print_table",
     "read_run",
     "study",
     "study_table",
     "write_data_page",
+    "write_evaluation",
     "write_report",
     "write_study",
 ]

@@ -145,7 +145,7 @@ def compare(
     differing = tuple((key, row) for key, row in values.items() if len(set(row)) > 1)
     comparison = Comparison(runs, names, differing, tuple(notes))
     if out is not None:
-        write_whole(Path(out), _comparison_page(comparison))
+        write_whole(Path(out), comparison_page(comparison))
     return comparison
 
 
@@ -159,7 +159,8 @@ def _distinct_names(runs: Sequence[RunRecord]) -> tuple[str, ...]:
     raise ValueError(f"compare needs different runs, got {runs[0].path} more than once")
 
 
-def _comparison_page(comparison: Comparison) -> str:
+def comparison_page(comparison: Comparison) -> str:
+    """Give a page of runs side by side, as HTML."""
     curves = {n: r.accuracy_seen() for n, r in zip(comparison.names, comparison.runs, strict=True)}
     num_tasks = max(run.num_tasks for run in comparison.runs)
     return render(
@@ -176,7 +177,8 @@ def _comparison_page(comparison: Comparison) -> str:
                 name="seen",
                 title="Accuracy over the stream",
                 caption="Per cent of the test data of all classes seen so far that each run's model gets "
-                "right after each task. The last point of a line is its FAA, the mean of its points its AIA.",
+                "right after each task. The last point of a line is its FAA, the mean of its points its AIA. "
+                "The axis shows the part of the scale where they are.",
                 wide=True,
             )
         ],

@@ -108,10 +108,10 @@ def class_picture(class_counts: ArrayLike, tasks: Sequence[Sequence[int]], class
     names = [*class_names, *(f"class {c}" for c in range(len(class_names), counts.shape[1]))]
     caption = (
         "Rows are clients, columns are classes, grouped by the task that brings them. A cell is the number "
-        "of training examples of the class that the client holds; white means none."
+        "of training examples of the class that the client holds; an empty cell is none."
         if figures.shows_classes(counts, tasks=tasks)
         else "Rows are clients, columns are tasks. A cell is the number of training examples of the task's "
-        "classes that the client holds, in brackets of how many of its classes; white means none."
+        "classes that the client holds, in brackets of how many of its classes; an empty cell is none."
     )
     figure = figures.class_map(counts, tasks=tasks, class_names=names)
     return picture(figure, name="classes", title="Classes by client and task", caption=caption, wide=True)

@@ -1,5 +1,6 @@
 """Fill in and write the pages, each one file that opens offline."""
 
+import importlib.resources
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(values)
+
+
+def template_text(name: str) -> str:
+    """Give a file of this package's templates as it stands."""
+    return importlib.resources.files("fedtalora_flwr.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def write_whole(path: Path, content: str) -> Path:

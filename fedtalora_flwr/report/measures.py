@@ -27,6 +27,11 @@ def count(number: float) -> str:
     return "–" if math.isnan(number) else f"{number:,.0f}"
 
 
+def finite(number: float) -> float | None:
+    """Give a number as JSON has it: None for NaN."""
+    return None if math.isnan(number) else number
+
+
 @dataclass(frozen=True)
 class Measure:
     """Say how a number of a run is named, written and judged."""

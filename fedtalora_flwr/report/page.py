@@ -1,21 +1,25 @@
 """Write the page of one run."""
 
 import shlex
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedtalora_flwr.config.sources import app_folder, defaults
 from fedtalora_flwr.config.units import human_bytes
 from fedtalora_flwr.report import figures
 from fedtalora_flwr.report.holdings import class_picture
 from fedtalora_flwr.report.html import Picture, picture, render, save, write_whole
 from fedtalora_flwr.report.measures import count, duration, percent, points
+from fedtalora_flwr.report.quality import quality_in_words, quality_pictures
 from fedtalora_flwr.run_folder.reader import NOT_A_SETTING_OF_THE_METHOD, RunRecord, number, read_run, setting_text
 
 _LONGEST_ON_A_COMMAND_LINE = 80
 _MOST_FAILURES_SHOWN = 200
+_BY_CLASS = "By class and client"
 
 
 def write_report(path: Path | str, *, pictures: Path | None = None) -> Path:
@@ -34,26 +38,46 @@ def write_report(path: Path | str, *, pictures: Path | None = None) -> Path:
         As `read_run`.
     """
     run = read_run(path)
-    failures = _failures(run)
-    command, left_out = _command(run)
-    sections = {
+    sections = _sections(run)
+    if pictures:
+        for drawn in chain.from_iterable(sections.values()):
+            save(drawn, pictures)
+    return write_whole(run.path / "report.html", _page(run, sections))
+
+
+def report_page(run: RunRecord) -> str:
+    """Give the page of a run as HTML."""
+    return _page(run, _sections(run))
+
+
+def _sections(run: RunRecord) -> dict[str, list[Picture]]:
+    return {
         "Accuracy": _accuracy_pictures(run),
+        _BY_CLASS: quality_pictures(_evaluation(run)),
         "Answers": _answer_pictures(run),
         "Training": _training_pictures(run),
         "Clusters": _cluster_pictures(run),
         "Who held which classes": _class_pictures(run),
         "Communication and time": _cost_pictures(run),
     }
-    if pictures:
-        for drawn in chain.from_iterable(sections.values()):
-            save(drawn, pictures)
-    content = render(
+
+
+def _evaluation(run: RunRecord) -> dict[str, Any]:
+    return (run.metrics or {}).get("evaluation") or {}
+
+
+def _page(run: RunRecord, sections: Mapping[str, Sequence[Picture]]) -> str:
+    failures = _failures(run)
+    command, left_out = _command(run)
+    return render(
         "report.html.j2",
         title=f"{run.name} · fedtalora",
         run=run,
         subtitle=_subtitle(run),
         cards=_cards(run),
         sections=[{"title": title, "pictures": drawn} for title, drawn in sections.items()],
+        quality=quality_in_words(_evaluation(run)),
+        by_class=_BY_CLASS,
         answers=_answers(run),
         privacy=_privacy(run),
         failures=failures[:_MOST_FAILURES_SHOWN],
@@ -63,13 +87,12 @@ def write_report(path: Path | str, *, pictures: Path | None = None) -> Path:
             {"name": name, "shape": " × ".join(str(size) for size in shape)}
             for name, shape in (run.manifest.get("adapted_modules") or {}).items()
         ],
-        settings=[(key, setting_text(value) or '""') for key, value in sorted(run.config.items())],
+        settings=_settings(run),
         command=command,
         left_out=left_out,
         provenance=_provenance(run),
         partition_hashes=run.manifest.get("partition_hashes") or [],
     )
-    return write_whole(run.path / "report.html", content)
 
 
 def _subtitle(run: RunRecord) -> str:
@@ -154,7 +177,7 @@ def _accuracy_pictures(run: RunRecord) -> list[Picture]:
                 title="Accuracy over the stream",
                 caption=f"Per cent of the {'tokens of test answers' if run.writes else 'test data'} of all "
                 f"{'tasks' if run.writes else 'classes'} seen so far that the model gets right after each task. The "
-                "last point is FAA, the mean of the points is AIA.",
+                "last point is FAA, the mean of the points AIA. The axis shows the part of the scale where they are.",
             )
         )
     return pictures
@@ -345,6 +368,17 @@ def _parameters(run: RunRecord) -> list[dict[str, str]]:
             "share": "–" if not total > 0 else f"{100 * number(num) / total:.2f} %",
         }
         for key, num in counts.items()
+    ]
+
+
+def _settings(run: RunRecord) -> list[dict[str, Any]]:
+    """Give all settings in two parts: those of this run, and those that are as they come."""
+    usual = defaults(app_folder())
+    pairs = [(key, setting_text(value) or '""') for key, value in sorted(run.config.items())]
+    own = [pair for pair in pairs if setting_text(usual.get(pair[0], "")) != setting_text(run.config[pair[0]])]
+    return [
+        {"title": "Set for this run", "pairs": own, "open": True},
+        {"title": "At their defaults", "pairs": [pair for pair in pairs if pair not in own], "open": False},
     ]
 
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
@@ -22,7 +23,7 @@ from torch import Tensor
 from fedtalora_flwr.aggregation import ClusteredState, GlobalState, LoraFactors, Slot, Step
 from fedtalora_flwr.config.whole import whole_file, write_text
 from fedtalora_flwr.data import ClassList
-from fedtalora_flwr.metrics import TaskMatrix
+from fedtalora_flwr.metrics import Judged, TaskMatrix
 from fedtalora_flwr.model.heads import FeatureSums
 from fedtalora_flwr.model.penalties import Memory
 from fedtalora_flwr.run_folder import names
@@ -65,6 +66,10 @@ class Checkpoint:
         The state that the current task began with, where the sums follow the features.
     run
         The name under which clients keep a ledger of their privacy; empty where they keep none.
+    judged
+        What the last task's end showed of each class, where the server has test data.
+    hits_of_clients
+        Hits and examples of each client then, by partition id, where each has its own.
     """
 
     server_round: int
@@ -81,6 +86,8 @@ class Checkpoint:
     routes: FeatureSums | None = None
     before: GlobalState | None = None
     run: str = ""
+    judged: Judged | None = None
+    hits_of_clients: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> None:
@@ -105,6 +112,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> None:
         tensors |= _tensors(checkpoint.before, prefix=_BEFORE)
     if checkpoint.routes is not None:
         tensors |= {"routes/gram": checkpoint.routes.gram, "routes/moment": checkpoint.routes.moment}
+    if (judged := checkpoint.judged) is not None:
+        tensors |= {"judged/cells": torch.from_numpy(judged.cells()), "judged/bins": torch.from_numpy(judged.bins)}
     name = _tensors_of(checkpoint.server_round)
     with whole_file(folder / name) as part:
         try:
@@ -125,6 +134,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> None:
         "wall_seconds": checkpoint.wall_seconds,
         "partition_hashes": list(checkpoint.partition_hashes),
         "classes": asdict(checkpoint.classes),
+        "hits_of_clients": {str(partition): list(hits) for partition, hits in checkpoint.hits_of_clients.items()},
     }
     if checkpoint.run:
         facts["run"] = checkpoint.run
@@ -218,6 +228,8 @@ def load(folder: Path, server_round: int = 0) -> Checkpoint:
         routes=FeatureSums(tensors["routes/gram"], tensors["routes/moment"]) if "routes/gram" in tensors else None,
         before=before,
         run=facts.get("run", ""),
+        judged=_judged(tensors, num_classes=len(facts["classes"]["names"])),
+        hits_of_clients={int(p): (hits[0], hits[1]) for p, hits in facts.get("hits_of_clients", {}).items()},
     )
 
 
@@ -286,6 +298,13 @@ def _clustered(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], *, start
         shared=shared,
         changes=tensors.get("slots/changes"),
     )
+
+
+def _judged(tensors: Mapping[str, Tensor], *, num_classes: int) -> Judged | None:
+    if "judged/cells" not in tensors:
+        return None
+    cells, bins = tensors["judged/cells"].numpy(), tensors["judged/bins"].numpy()
+    return Judged.from_cells(cells, bins, num_classes=num_classes)
 
 
 def _class_list(facts: dict[str, Any]) -> ClassList:

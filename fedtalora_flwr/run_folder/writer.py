@@ -198,9 +198,19 @@ class RunFolder:
         return damages
 
     def write_metrics(
-        self, matrix: TaskMatrix, *, bytes_up: int, bytes_down: int, wall_seconds: float, num_rounds: int
+        self,
+        matrix: TaskMatrix,
+        *,
+        bytes_up: int,
+        bytes_down: int,
+        wall_seconds: float,
+        num_rounds: int,
+        evaluation: Mapping[str, Any],
     ) -> None:
-        """Write ``metrics.json``, the result of a finished run, and what it has cost each client of its privacy."""
+        """Write ``metrics.json``, the result of a finished run, and what it has cost each client of its privacy.
+
+        An empty evaluation is left out.
+        """
         lines, _ = round_lines.read(self.path / names.ROUNDS)
         spent = epsilon_spent(line.values for line in lines)
         self._write(
@@ -212,6 +222,7 @@ class RunFolder:
                 "wall_seconds": wall_seconds,
                 "num_rounds": num_rounds,
                 **({"epsilon_spent": spent} if spent else {}),
+                **({"evaluation": evaluation} if evaluation else {}),
             },
         )
 

@@ -1,7 +1,7 @@
 """Whose data a run is on: a data set that all processes read, or what every node brings."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from logging import getLogger
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from fedtalora_flwr.aggregation import GlobalState
 from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import ClassList, Share
 from fedtalora_flwr.data.remarks import on_shared
+from fedtalora_flwr.metrics import Judged
 from fedtalora_flwr.model.heads import Classifier
 from fedtalora_flwr.model.lora import AdaptedModel
 from fedtalora_flwr.model.session import data_of, test_examples
@@ -33,13 +34,16 @@ AskToEvaluate = Callable[[GlobalState, Sequence[int], Sequence[int], str], Itera
 class Hits:
     """Hits and what was judged by task id, examples or a language model's tokens.
 
-    Where they are counted too: the hits of the trained rows alone, and the mean loss of a token.
+    Where they are counted too: the hits of the trained rows alone, and the mean loss of a token; what was said of each
+    class where the server has the examples, or hits and examples of each client where it does not.
     """
 
     correct: Sequence[int]
     total: Sequence[int]
     correct_linear: Sequence[int] | None = None
     answer_losses: Sequence[float] | None = None
+    judged: Judged | None = None
+    of_clients: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
 
 class RunData(Protocol):
@@ -180,13 +184,19 @@ class SharedData:
         """Count them here."""
         self._model.load(point.state.adapters, point.state.residual)
         seen = point.classes.seen(order.task_id)
-        scores = [
-            score(self._model, classifiers, test_examples(self._config, task_id=t), classes=seen, config=self._config)
-            for t in range(order.task_id + 1)
-        ]
+        tests = [test_examples(self._config, task_id=t) for t in range(order.task_id + 1)]
+        scores = [score(self._model, classifiers, one, classes=seen, config=self._config) for one in tests]
         correct, *others = (list(counts) for counts in zip(*(one.correct for one in scores), strict=True))
         losses = [one.loss_sum / one.total for one in scores if one.loss_sum is not None]
-        return Hits(correct, [one.total for one in scores], others[0] if others else None, losses or None)
+        judged = None
+        if all(one.verdicts for one in scores):
+            judged = Judged.of(
+                np.concatenate([examples.labels for examples in tests]),
+                np.concatenate([one.verdicts[0].said for one in scores]),
+                np.concatenate([one.verdicts[0].confidence for one in scores]),
+                num_classes=len(point.classes.names),
+            )
+        return Hits(correct, [one.total for one in scores], others[0] if others else None, losses or None, judged)
 
 
 class NodeData:
@@ -280,4 +290,5 @@ class NodeData:
             return Hits([0] * num_tasks, [0] * num_tasks)
         classified = replace(point.state, head=classifiers[0].rows)
         replies = ask(classified, point.classes.seen(order.task_id), testers, MessageType.EVALUATE)
-        return Hits(*federation.intake.hits(replies, num_tasks=num_tasks))
+        correct, total, of_clients = federation.intake.hits(replies, num_tasks=num_tasks)
+        return Hits(correct, total, of_clients=of_clients)

@@ -1,7 +1,7 @@
 """Messages to the clients and their replies: addressed, sent, waited for, sent once more."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -15,6 +15,7 @@ from fedtalora_flwr.server.stragglers import Stragglers
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between two looks for replies, a twentieth of the wait so far
 _GRACE = 15.0  # seconds beyond a message's time to live, so that its expiry is reported and not just silence
+Waits = Callable[[Sequence[int], Sequence[int]], None]  # partitions asked, and those of them that have not answered
 
 
 class Exchange:
@@ -32,10 +33,22 @@ class Exchange:
         Takes the cost of the round and the failures in it.
     residuals
         What brings a client to the residual that a message builds on.
+    waits
+        Is told again and again whose replies are waited for, out of those that were asked.
     """
 
-    def __init__(self, grid: Grid, config: RunConfig, *, roster: Roster, tally: Tally, residuals: Residuals) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        config: RunConfig,
+        *,
+        roster: Roster,
+        tally: Tally,
+        residuals: Residuals,
+        waits: Waits = lambda asked, waiting: None,
+    ) -> None:
         self._grid, self._config, self._roster, self._tally, self._residuals = grid, config, roster, tally, residuals
+        self._waits = waits
         self._stragglers = Stragglers()
         self.patient = False  # whether the next exchange waits for all, whatever ``close-after`` says
         self.closed_early = False  # whether the last one did not
@@ -108,6 +121,7 @@ class Exchange:
                         self._settle(settled, late, f"no reply within {self._config.round_timeout:g} s")
                     break
                 self._pull(asked, partition_of, settled, resent, most_bytes)
+                self._waits(order, sorted(partition_of[m.metadata.dst_node_id] for m in asked.values()))
                 num_there = num_given + sum(reply is not None for reply in settled.values())
                 if may_close and waited > self._config.close_after and num_there >= self._config.min_replies:
                     self._close(asked, partition_of, settled)

@@ -12,7 +12,7 @@ from fedtalora_flwr.config import RunConfig
 from fedtalora_flwr.data import Share
 from fedtalora_flwr.run_folder.checkpoint import Checkpoint
 from fedtalora_flwr.run_folder.writer import SlotLog
-from fedtalora_flwr.server.exchange import Exchange
+from fedtalora_flwr.server.exchange import Exchange, Waits
 from fedtalora_flwr.server.failures import Tally
 from fedtalora_flwr.server.intake import Intake
 from fedtalora_flwr.server.nodes import Nodes
@@ -35,6 +35,8 @@ class Federation:
         What brings a client to the residual that a message builds on.
     show
         Tells the progress display a phase and a round.
+    waits
+        Tells it who is asked and has not answered, see `Exchange`.
     shares
         What every partition holds of the data set that all read; None where every node brings its own.
     """
@@ -46,11 +48,12 @@ class Federation:
         *,
         residuals: Residuals,
         show: Callable[[str, int], None],
+        waits: Waits,
         shares: Sequence[Share] | None,
     ) -> None:
         self.tally = Tally()
         self.roster = Roster(config, self.tally)
-        self.exchange = Exchange(grid, config, roster=self.roster, tally=self.tally, residuals=residuals)
+        self.exchange = Exchange(grid, config, roster=self.roster, tally=self.tally, residuals=residuals, waits=waits)
         self.intake = Intake(config, self.roster, self.tally)
         self.nodes = Nodes(
             grid, config, roster=self.roster, exchange=self.exchange, tally=self.tally, show=show, shares=shares

@@ -308,10 +308,11 @@ class Intake:
         self.require(num_good)
         return {key: value / max(1.0, num_examples) for key, value in total.items()}
 
-    def hits(self, replies: Replies, *, num_tasks: int) -> tuple[list[int], list[int]]:
-        """Add up the hits on what clients have held out: correct and all examples, by task id.
+    def hits(self, replies: Replies, *, num_tasks: int) -> tuple[list[int], list[int], dict[int, tuple[int, int]]]:
+        """Add up the hits on what clients have held out: correct and all examples, by task id, and both by client.
 
-        As in training, no client counts for more than `max-weight` equal shares of a task.
+        As in training, no client counts for more than `max-weight` equal shares of a task; what is told of a client is
+        what it said.
 
         Raises
         ------
@@ -324,14 +325,14 @@ class Intake:
             self._check_tested(partition, hits[1])
             return hits
 
-        good = [hits for _, hits in self._good(replies, read)]
+        good = dict(self._good(replies, read))
         if not good:
             self.require(0)
-        counted = torch.tensor(good, dtype=torch.float64)  # (K, 2, T)
+        counted = torch.tensor(list(good.values()), dtype=torch.float64)  # (K, 2, T)
         totals = counted[:, 1]  # (K, T)
         most = torch.stack([capped(of_task, self._config.max_weight) for of_task in totals.unbind(1)], 1)
         correct, total = (counted * (most / totals.clamp(min=1))[:, None]).sum(0).round().long().tolist()
-        return correct, total
+        return correct, total, {partition: (sum(hits[0]), sum(hits[1])) for partition, hits in good.items()}
 
     def slot_sums(
         self,

@@ -164,7 +164,10 @@ class OneAdapter:
             accuracy_seen_linear=linear,
             answer_losses=hits.answer_losses or (),
         )
-        return (replace(point, sums=sums, matrix=matrix) if ends else point), scored
+        if not ends:
+            return point, scored
+        point = replace(point, sums=sums, matrix=matrix, judged=hits.judged, hits_of_clients=hits.of_clients)
+        return point, scored
 
     def _class_means(
         self, point: Checkpoint, order: wire.RoundOrder, *, join: Callable[[Sequence[Tensor]], Tensor] = heads.added_up

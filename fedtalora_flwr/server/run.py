@@ -2,11 +2,12 @@
 
 import hashlib
 import logging
+import math
 import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fedtalora_flwr import aggregation, wire
 from fedtalora_flwr.aggregation import Aggregator, GlobalState, SlotAggregator
 from fedtalora_flwr.config import ConfigError, RunConfig
 from fedtalora_flwr.metrics import TaskMatrix
+from fedtalora_flwr.metrics.judged import of_clients
 from fedtalora_flwr.model import heads, penalties
 from fedtalora_flwr.model.heads import FeatureSums
 from fedtalora_flwr.model.private import privacy_of, require_possible
@@ -28,11 +30,23 @@ from fedtalora_flwr.server.data import NodeData, RunData, SharedData
 from fedtalora_flwr.server.failures import RunFailed
 from fedtalora_flwr.server.federation import Federation, Scored, Trained, Training
 from fedtalora_flwr.server.one_adapter import OneAdapter
-from fedtalora_flwr.server.residuals import SharedResidual, SlotResiduals
+from fedtalora_flwr.server.residuals import Residuals, SharedResidual, SlotResiduals
 from fedtalora_flwr.server.slots import Slots, check_settings, clustered_of
 from fedtalora_flwr.server.true_tasks import TrueTasks
 
 log = logging.getLogger("fedtalora.server")
+
+_LONGEST_SILENCE = 30.0  # seconds between two words on a wait, so that a run is known to go on
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Whom the server has asked and waits for, as the progress display was told; times are seconds since the epoch."""
+
+    asked: Sequence[int] = ()
+    waiting: Sequence[int] = ()
+    since: float = 0.0
+    written: float = 0.0
 
 
 class ServerRun:
@@ -77,6 +91,8 @@ class ServerRun:
             self.data.check()
         self.point = self._resumed() if config.resume else self._fresh(method)
         self._first_round = self.point.server_round + 1
+        self._status: dict[str, Any] = {}  # as it was told last
+        self._told = Waiting()
         self._rounds_per_task = max(1, config.rounds_per_task)  # one without training collects the head's sums
         self.federation, self.training = self._assembled(grid, method)
 
@@ -89,14 +105,14 @@ class ServerRun:
                 clustered_of(point, config),
                 lambda p: [aggregation.Slot(p, number) for number in range(len(by_partition[p]))],
             )
-            federation = Federation(grid, config, residuals=residuals, show=self._show, shares=self.data.shares)
+            federation = self._federation(grid, residuals)
             tasks = TrueTasks(by_partition, federation.roster)
             return federation, Slots(
                 federation, config, model=self.model, method=method, residuals=residuals, tasks=tasks
             )
         assert isinstance(method, Aggregator)
         residual = SharedResidual(point.state)
-        federation = Federation(grid, config, residuals=residual, show=self._show, shares=self.data.shares)
+        federation = self._federation(grid, residual)
         return federation, OneAdapter(
             federation,
             config,
@@ -107,6 +123,11 @@ class ServerRun:
             data=self.data,
             residuals=residual,
             point=point,
+        )
+
+    def _federation(self, grid: Grid, residuals: Residuals) -> Federation:
+        return Federation(
+            grid, self.config, residuals=residuals, show=self._show, waits=self._tell_waits, shares=self.data.shares
         )
 
     def play(self) -> None:
@@ -126,6 +147,7 @@ class ServerRun:
             bytes_down=self.point.bytes_down,
             wall_seconds=self.point.wall_seconds,
             num_rounds=self.training.num_rounds,
+            evaluation=self._evaluation(),
         )
         self._show("done", self.training.num_rounds)
 
@@ -204,6 +226,20 @@ class ServerRun:
         counts = self.training.parameters(self.point)
         log.info("trains %(trainable)d parameters (LoRA %(lora)d, head %(head)d) of %(total)d", counts)
 
+    def _evaluation(self) -> dict[str, Any]:
+        """Give what the last evaluation showed of each class and client, as far as the server can tell."""
+        classes, judged = self.point.classes, self.point.judged
+        if judged is None:
+            return of_clients(self.point.hits_of_clients)
+        seen = classes.seen(self.config.last_task - 1)
+        found, everyone = self.federation.roster.holdings, range(self.config.num_clients)
+        expected = judged.accuracy_on([found.of_partition(partition) for partition in everyone])
+        clients = [
+            {"partition_id": p, "accuracy": None if math.isnan(a) else float(a)}
+            for p, a in zip(everyone, expected, strict=True)
+        ]
+        return {**judged.summary(classes.names, classes=seen), "clients": clients}
+
     def _ask_again(self, order: wire.RoundOrder) -> None:
         """Before a task, hear what the nodes hold by now, where that can have changed."""
         if (answers := self.data.asked_again(self.federation, order)) is not None:
@@ -280,21 +316,31 @@ class ServerRun:
         """Tell the progress display where the run is."""
         done, spent, num_rounds = self.point.server_round, self.point.wall_seconds, self.training.num_rounds
         accuracies = [a for a in self.point.matrix.accuracy_seen() if a is not None]
-        self.folder.write_status(
-            phase=phase,
-            task_id=(max(1, server_round) - 1) // self._rounds_per_task,
-            num_tasks=self.config.last_task,
-            server_round=server_round,
-            rounds_done=done,
-            num_rounds=num_rounds,
-            mean_loss=mean_loss,
-            accuracy_seen=accuracies[-1] if accuracies else None,
-            bytes_up_total=self.point.bytes_up,
-            bytes_down_total=self.point.bytes_down,
-            elapsed_seconds=spent,
-            remaining_seconds=spent / done * (num_rounds - done) if done else None,
-            message="",
-        )
+        self._status = {
+            "phase": phase,
+            "task_id": (max(1, server_round) - 1) // self._rounds_per_task,
+            "num_tasks": self.config.last_task,
+            "server_round": server_round,
+            "rounds_done": done,
+            "num_rounds": num_rounds,
+            "mean_loss": mean_loss,
+            "accuracy_seen": accuracies[-1] if accuracies else None,
+            "bytes_up_total": self.point.bytes_up,
+            "bytes_down_total": self.point.bytes_down,
+            "elapsed_seconds": spent,
+            "remaining_seconds": spent / done * (num_rounds - done) if done else None,
+            "message": "",
+        }
+        self.folder.write_status(**self._status)
+
+    def _tell_waits(self, asked: Sequence[int], waiting: Sequence[int]) -> None:
+        """Tell the progress display who is at work, where that takes more than a second: a write waits for the disk."""
+        now, told = time.time(), self._told
+        if asked is not told.asked:
+            self._told = told = Waiting(asked, since=now, written=now)
+        if now - told.written >= (1 if waiting != told.waiting else _LONGEST_SILENCE):
+            self._told = replace(told, waiting=waiting, written=now)
+            self.folder.write_status(**self._status, asked=asked, waiting=waiting, asked_at=round(told.since, 3))
 
     def _say(self, line: RoundLog) -> None:
         """Log one line a round, for whoever follows the stream."""

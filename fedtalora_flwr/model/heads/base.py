@@ -6,7 +6,7 @@ Shape names: C classes, d features, N examples.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -190,6 +190,11 @@ def unlifted(features: Tensor) -> Tensor:
     return features
 
 
+def softmax(logits: Tensor) -> Tensor:
+    """Turn logits (N, n) into probabilities, as the cross-entropy takes them."""
+    return logits.softmax(dim=1)
+
+
 @dataclass(frozen=True)
 class Classifier:
     """What turns features into logits.
@@ -200,10 +205,13 @@ class Classifier:
         ``weight`` (C, m) and ``bias`` (C,).
     lift
         Features (N, d) -> the (N, m) that the rows act on.
+    probabilities
+        Logits (N, n) -> probabilities.
     """
 
     rows: Mapping[str, Tensor]
     lift: Callable[[Tensor], Tensor] = unlifted
+    probabilities: Callable[[Tensor], Tensor] = softmax
 
     def logits(self, features: Tensor, classes: Tensor) -> Tensor:
         """Score features (N, d) against the rows of `classes` (n,) only: (N, n)."""
@@ -211,7 +219,7 @@ class Classifier:
 
     def to(self, device: torch.device) -> "Classifier":
         """Move the rows."""
-        return Classifier({name: value.to(device) for name, value in self.rows.items()}, self.lift)
+        return replace(self, rows={name: value.to(device) for name, value in self.rows.items()})
 
 
 class Head(ABC):
@@ -254,7 +262,7 @@ class Head(ABC):
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Turn logits (N, n) over the classes seen so far into probabilities."""
-        return logits.softmax(dim=1)
+        return softmax(logits)
 
     def lifted_dim(self, feature_dim: int) -> int:
         """Give m for features of size d."""

@@ -55,7 +55,8 @@ class RidgeHead(Head):
         strength = ((self.ridge_lambda or chosen_lambda(sums)) * squares.mean()).expand_as(squares)
         regularised = sums.gram + torch.nn.functional.pad(strength, (0, 1)).diag()
         rows = torch.linalg.solve(regularised, sums.moment.T).T.float()  # (C, m + 1)
-        return Classifier({"weight": rows[:, :-1].contiguous(), "bias": rows[:, -1].contiguous()}, self.lift)
+        ours = {"weight": rows[:, :-1].contiguous(), "bias": rows[:, -1].contiguous()}
+        return Classifier(ours, self.lift, self.probabilities)
 
     def lift(self, features: Tensor) -> Tensor:
         """Project (N, d) at random and rectify: (N, num_random)."""

@@ -11,6 +11,7 @@ from fedtalora_flwr.report.figures.answers import answer_losses
 from fedtalora_flwr.report.figures.cases import CaseRow, cases
 from fedtalora_flwr.report.figures.classes import class_map, shows_classes
 from fedtalora_flwr.report.figures.clusters import SlotMap, clusters
+from fedtalora_flwr.report.figures.quality import calibration, class_accuracy, client_accuracy, confusion_matrix
 from fedtalora_flwr.report.figures.rounds import (
     bytes_per_round,
     exactness_error,
@@ -28,9 +29,13 @@ __all__ = [
     "accuracy_over_tasks",
     "answer_losses",
     "bytes_per_round",
+    "calibration",
     "cases",
+    "class_accuracy",
     "class_map",
+    "client_accuracy",
     "clusters",
+    "confusion_matrix",
     "exactness_error",
     "loss",
     "residual_norm",

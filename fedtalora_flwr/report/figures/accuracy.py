@@ -17,10 +17,12 @@ from fedtalora_flwr.report.figures.style import (
     dots,
     evenly,
     frameless,
+    roomy,
     shorten,
     styled,
     text_color,
     tidy,
+    tips,
 )
 
 
@@ -39,6 +41,13 @@ def accuracy_matrix(accuracy: ArrayLike) -> Figure:
     axes = figure.add_subplot()
     norm = PowerNorm(2, vmin=0, vmax=1)  # most tones where good models differ
     mesh = axes.pcolormesh(np.ma.masked_invalid(a), cmap=TONES, norm=norm, edgecolors="white", lw=1)
+    tips(
+        mesh,
+        [
+            "not measured" if math.isnan(value) else f"task {j + 1} after task {i + 1}: {100 * value:.2f} %"
+            for (i, j), value in np.ndenumerate(a)
+        ],
+    )
     axes.invert_yaxis()
     frameless(axes)
     labels = evenly(size, at_most=20)
@@ -81,22 +90,26 @@ def accuracy_over_tasks(curves: Mapping[str, Sequence[float]], *, num_tasks: int
     for n, (name, values) in enumerate(curves.items()):
         tasks = np.arange(1, len(values) + 1)
         style = dashes[n // len(SERIES) % len(dashes)]
-        axes.plot(tasks, values, style, marker=dots(num_tasks), color=SERIES[n % 8], label=shorten(name, width=48))
+        (line,) = axes.plot(
+            tasks, values, style, marker=dots(num_tasks), color=SERIES[n % 8], label=shorten(name, width=48)
+        )
+        known = [(task, value) for task, value in zip(tasks, values, strict=True) if not math.isnan(value)]
+        tips(line, [f"{name}, after task {task}: {100 * value:.2f} %" for task, value in known])
         if len(curves) == 1 and num_tasks <= 12:
-            for task, value in zip(tasks, values, strict=True):
-                if not math.isnan(value):
-                    axes.annotate(
-                        f"{100 * value:.1f}",
-                        (task, value),
-                        xytext=(0, 6),
-                        textcoords="offset points",
-                        ha="center",
-                        fontsize=8,
-                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8},
-                    )
+            for task, value in known:
+                axes.annotate(
+                    f"{100 * value:.1f}",
+                    (task, value),
+                    xytext=(0, 6),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8},
+                )
     axes.set_xlim(0.6, num_tasks + 0.4)
-    axes.set_ylim(0, 1.06)
-    axes.yaxis.set_major_locator(FixedLocator([0, 0.2, 0.4, 0.6, 0.8, 1]))
+    measured = [value for values in curves.values() for value in values if not math.isnan(value)]
+    axes.set_ylim(*(roomy(min(measured), max(measured)) if measured else (0, 1)))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=15, min_n_ticks=1))
     axes.set_xlabel("tasks trained")

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike, NDArray
 
-from fedtalora_flwr.report.figures.style import TONES, WIDE, evenly, frameless, shorten, styled, text_color, tidy
+from fedtalora_flwr.report.figures.style import TONES, WIDE, evenly, frameless, shorten, styled, text_color, tidy, tips
 
 _GAP = 0.5  # columns between two tasks of a class map
 
@@ -91,7 +91,7 @@ def _draw_band(
         held = counts[:, tasks[task_id]]  # (num_partitions, classes of the task)
         num_classes = held.shape[1]
         edges = left + np.arange(num_classes + 1)
-        axes.pcolormesh(
+        mesh = axes.pcolormesh(
             edges,
             np.arange(num_partitions + 1),
             np.ma.masked_equal(held, 0),
@@ -100,6 +100,8 @@ def _draw_band(
             edgecolors="white",
             lw=0.8 if num_partitions <= 40 else 0,
         )
+        named = [shorten(class_names[c], width=80) for c in tasks[task_id]]
+        tips(mesh, [f"client {k}, {named[j]}: {n} examples" for (k, j), n in np.ndenumerate(held)])
         axes.add_patch(_frame(left, num_classes, num_partitions))
         axes.text(left + num_classes / 2, -0.15, f"task {task_id + 1}", ha="center", va="bottom", weight="bold")
         if num_partitions <= 40 and held.max(initial=0) < 1000:

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
 from fedtalora_flwr.config.units import byte_unit
-from fedtalora_flwr.report.figures.style import BLUE, GREEN, HALF, ORANGE, SKY, WIDE, YELLOW, dots, evenly, styled
+from fedtalora_flwr.report.figures.style import BLUE, GREEN, HALF, ORANGE, SKY, WIDE, YELLOW, dots, evenly, styled, tips
 
 
 def _mark_tasks(axes: Axes, task_ids: Sequence[int], rounds: Sequence[int]) -> None:
@@ -47,7 +47,9 @@ def _over_rounds(
 ) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size)
     axes = figure.add_subplot()
-    axes.plot(rounds, np.asarray(values, dtype=np.float64), marker=dots(len(rounds)), color=color)
+    (line,) = axes.plot(rounds, np.asarray(values, dtype=np.float64), marker=dots(len(rounds)), color=color)
+    known = [(n, value) for n, value in zip(rounds, np.asarray(values), strict=True) if np.isfinite(value)]
+    tips(line, [f"round {server_round}: {value:.4g}" for server_round, value in known])
     _mark_tasks(axes, task_ids, rounds)
     axes.set_xlabel("round")
     axes.set_ylabel(label)
@@ -105,7 +107,10 @@ def _bars(axes: Axes, parts: Mapping[str, NDArray[np.float64]], colors: Sequence
     for (name, height), color in zip(parts.items(), colors, strict=True):
         # Many thin bars would leave white seams between them; an outline in their own colour closes these.
         seam = {"linewidth": 0} if len(rounds) <= 80 else {"linewidth": 0.6, "edgecolor": color}
-        axes.bar(rounds, height, 0.8 if len(rounds) <= 80 else 1.0, bottom=bottom, color=color, label=name, **seam)
+        width = 0.8 if len(rounds) <= 80 else 1.0
+        drawn = axes.bar(rounds, height, width, bottom=bottom, color=color, label=name, **seam)
+        for bar, server_round, value in zip(drawn, rounds, height, strict=True):
+            tips(bar, [f"round {server_round}, {name}: {value:.4g}"])
         bottom += height
 
 

@@ -1,12 +1,14 @@
 """The look that all figures share."""
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any, ParamSpec
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap, ListedColormap
@@ -15,6 +17,8 @@ from matplotlib.figure import Figure
 # Okabe and Ito's palette: told apart with every common colour blindness, and by lightness in print.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 YELLOW, SKY, BLACK, GREY = "#E69F00", "#56B4E9", "#222222", "#8A919B"
+ON_LIGHT, ON_DARK = "#212121", "#FDFDFD"  # text on a tone, which a dark page leaves as it is
+TIPS = "tips "  # how the id of an artist begins that has words for each of its points, bars or cells
 SERIES = (BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, BLACK, GREY)
 
 # Its lightest tone differs from the white of an empty cell; few enough tones for a colour bar in vectors.
@@ -90,7 +94,19 @@ def text_color(share: float) -> str:
     rgb = np.asarray(TONES(share)[:3])
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     luminance = float(linear @ (0.2126, 0.7152, 0.0722))  # as WCAG defines it, with its contrast ratios
-    return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.066 else BLACK
+    return ON_DARK if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.066 else ON_LIGHT
+
+
+def tips(artist: Artist, texts: Iterable[str]) -> None:
+    """Give each point, bar or cell of an artist, in order, the words that a page shows where a pointer rests on it."""
+    artist.set_gid(TIPS + json.dumps([shorten(text, width=200) for text in texts]))
+
+
+def roomy(low: float, high: float) -> tuple[float, float]:
+    """Choose the limits of an axis of shares for values from `low` to `high`: ten points at least, with some room."""
+    span = max(high - low, 0.1)
+    middle = (low + high) / 2
+    return max(0.0, middle - 0.62 * span), min(1.0, middle + 0.62 * span) + 0.03 * span
 
 
 def tidy(bar: Colorbar) -> None:

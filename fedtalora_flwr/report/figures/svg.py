@@ -4,18 +4,31 @@ The same figure gives the same bytes. Text stays text: a reader can search it, a
 """
 
 import io
+import json
 import re
 import warnings
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from fedtalora_flwr.report.figures.style import STYLE
+from fedtalora_flwr.report.figures.style import STYLE, TIPS
 
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "{http://www.w3.org/1999/xlink}href"
+_HEX = re.compile("#[0-9a-fA-F]{6}")
+# What stands for the page itself in the style of the figures, and its name in the page's own style.
+_OF_PAGE = {
+    "#ffffff": "var(--paper)",
+    "#222222": "var(--ink)",
+    "#3a424d": "var(--ink)",
+    "#5b6470": "var(--soft)",
+    "#9aa3ae": "var(--soft)",
+    "#e4e8ed": "var(--line)",
+    "#f1f4f7": "var(--wash)",
+}
 
 
 def _save(figure: Figure, target: Path | io.BytesIO, file_format: str) -> None:
@@ -28,7 +41,39 @@ def _save(figure: Figure, target: Path | io.BytesIO, file_format: str) -> None:
 
 def to_file(figure: Figure, path: Path, file_format: str) -> None:
     """Write a figure to a file; `file_format` is "png" or "svg"."""
-    _save(figure, path, file_format)
+    if file_format == "svg":
+        ET.ElementTree(_drawn(figure)).write(path, encoding="utf-8", xml_declaration=True)
+    else:
+        _save(figure, path, file_format)
+
+
+def _drawn(figure: Figure) -> ET.Element:
+    """Draw a figure as SVG, with its tips."""
+    buffer = io.BytesIO()
+    _save(figure, buffer, "svg")
+    ET.register_namespace("", _SVG)
+    ET.register_namespace("xlink", _XLINK[1:].partition("}")[0])
+    root = ET.fromstring(buffer.getvalue())
+    for element in root.iter():
+        if (told := element.get("id", "")).startswith(TIPS):
+            del element.attrib["id"]
+            _add_tips(element, json.loads(told.removeprefix(TIPS)))
+    return root
+
+
+def _add_tips(artist: ET.Element, texts: Sequence[str]) -> None:
+    """Put a <title> into each shape of an artist: the markers of a line, else its paths."""
+    shapes = artist.findall(f".//{{{_SVG}}}use") or artist.findall(f"{{{_SVG}}}path")
+    if len(shapes) == len(texts):  # a line without markers has nothing to point at
+        for shape, text in zip(shapes, texts, strict=True):
+            ET.SubElement(shape, f"{{{_SVG}}}title").text = text
+
+
+def _on_page(root: ET.Element) -> None:
+    """Take ground, text and lines from the page, which may be dark; series and tones stay."""
+    for element in root.iter():
+        if style := element.get("style"):
+            element.set("style", _HEX.sub(lambda found: _OF_PAGE.get(found[0].lower(), found[0]), style))
 
 
 def to_svg(figure: Figure, *, name: str, title: str) -> str:
@@ -43,9 +88,8 @@ def to_svg(figure: Figure, *, name: str, title: str) -> str:
     title
         What a screen reader says for the picture.
     """
-    buffer = io.BytesIO()
-    _save(figure, buffer, "svg")
-    root = ET.fromstring(buffer.getvalue())
+    root = _drawn(figure)
+    _on_page(root)
     width, height = (float(length) for length in root.attrib["viewBox"].split()[2:])
     for attribute in ("width", "height", "version"):
         root.attrib.pop(attribute, None)
@@ -57,8 +101,6 @@ def to_svg(figure: Figure, *, name: str, title: str) -> str:
     for metadata in root.findall(f"{{{_SVG}}}metadata"):
         root.remove(metadata)
     _own_ids(root, name)
-    ET.register_namespace("", _SVG)
-    ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     return ET.tostring(root, encoding="unicode")
 
 
