@@ -18,7 +18,7 @@ from fedtalora_flwr.config.sources import app_folder, defaults, presets
 from fedtalora_flwr.inference.predict import Prediction
 from fedtalora_flwr.run_folder import names
 
-COMMANDS = ("run", "sweep", "report", "compare", "export", "predict", "data", "presets", "doctor")
+COMMANDS = ("run", "sweep", "report", "compare", "export", "predict", "evaluate", "serve", "data", "presets", "doctor")
 SLOW_LIBRARIES = ("torch", "numpy", "flwr", "ray", "timm", "peft", "transformers", "datasets", "matplotlib")
 
 
@@ -56,7 +56,7 @@ def test_help_lists_every_command_and_exits_with_0(fedtalora):
     "arguments",
     [
         *(["--help"], ["run", "--help"], ["sweep", "--help"], ["export", "--help"], ["predict", "--help"]),
-        *(["run", "--list-settings"], ["presets"]),
+        *(["serve", "--help"], ["run", "--list-settings"], ["presets"]),
     ],
 )
 def test_quick_commands_import_no_slow_library(arguments):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from fedtalora_flwr.report.live.prometheus import prometheus
 from fedtalora_flwr.report.live.runs import Board, find_runs
 from fedtalora_flwr.run_folder.writer import RunFolder
 
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 WAITING = {
     "phase": "training",
     "task_id": 1,
@@ -136,6 +138,16 @@ def test_the_page_loads_its_own_files_alone_and_is_told_to(page):
     assert "innerHTML" not in script.text  # names of classes and reasons of clients are strangers' words
 
 
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium to show the page in")
+def test_a_browser_shows_who_is_late_and_strangers_words_as_words(page, tmp_path):
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+    program = [str(BROWSER), *flags, f"--user-data-dir={tmp_path}", str(page.base_url)]
+    shown = subprocess.run(program, capture_output=True, text=True, timeout=300).stdout
+    assert re.search(r'class="late"[^>]*>client 3 late<', shown) and re.search(r'class="done"[^>]*>client 0 ✓<', shown)
+    assert "2 of 3" in shown and "waits for 2 of 4 clients" in shown and "a sweep/rank-8" in shown
+    assert "disk full &lt;script&gt;" in shown and "no answer" not in shown
+
+
 def test_reports_and_comparisons_are_made_as_they_are_asked_for(page):
     for name in ("finished", "running", "a sweep/rank-8"):
         report = page.get("/report", params={"run": name})
@@ -210,9 +222,10 @@ def test_a_folder_that_is_not_there_and_a_port_that_is_taken_are_told(tmp_path, 
 
 def test_a_run_that_goes_on_is_read_again_and_one_that_does_not_is_not(tmp_path, monkeypatch):
     folder = synthetic_run(tmp_path / "runs" / "one", stop_at_round=4)
+    set_old(folder, seconds=3600)
     board, times, reads = Board(tmp_path / "runs"), [], live_runs.read_run
     monkeypatch.setattr(live_runs, "read_run", lambda path: times.append(path) or reads(path))
-    assert board.summaries()[0]["rounds_done"] == board.summaries()[0]["rounds_done"] == 4
+    assert [board.summaries()[0]["rounds_done"] for _ in range(2)] == [4, 4]
     assert len(times) == 1
     rewrite_last_round(folder, mean_loss=0.125, accuracy_seen=0.5)
     assert board.summaries()[0]["mean_loss"] == 0.125 and len(times) == 2

@@ -225,6 +225,8 @@ def test_nothing_is_compared_where_the_first_value_has_no_finished_run(tmp_path)
 def test_a_study_is_written_as_markdown_csv_and_a_page_that_needs_no_network(made_study, tmp_path):
     page = write_study(made_study, tmp_path / "out").read_text()
     assert page.count("<svg") == 3 and "no [b]memory[/b]" in page and "http://" not in page.replace("http://www.w3", "")
+    main, _, rest = page.partition("All numbers")
+    assert "FAA (%)" in main and "bytes up" not in main and "bytes up" in rest
     markdown = (tmp_path / "out" / "results.md").read_text()
     assert "| d\\|t | r |" in markdown and "- z_on failed: no [b]memory[/b]" in markdown
     cases = (tmp_path / "out" / "results.csv").read_text().splitlines()

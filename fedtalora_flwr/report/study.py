@@ -40,7 +40,7 @@ class Quantity:
     spread
         Whether the spread over the seeds is worth a word.
     brief
-        Whether it stands in the table of a narrow terminal too.
+        Whether it stands in the main table of the page, and in that of a narrow terminal.
     """
 
     key: str
@@ -193,6 +193,11 @@ class Study:
         against = [] if self.compare is None else [f"FAA against the first {self.axes[self.compare]}"]
         return [*self.axes, "seeds", *(quantity.label for quantity in self.quantities()), *against]
 
+    def brief(self) -> list[int]:
+        """Give the numbers of the columns that matter most."""
+        left_out = {quantity.label for quantity in self.quantities() if not quantity.brief}
+        return [index for index, label in enumerate(self.header()) if label not in left_out]
+
     def rows(self) -> list[list[str]]:
         """Give the table's cells, a row a case."""
         rows = []
@@ -238,8 +243,7 @@ def study(
 
 def study_table(found: Study, *, width: int) -> Table:
     """Return the table for a rich console of so many characters; a narrow one gets fewer columns."""
-    left_out = {quantity.label for quantity in found.quantities() if not quantity.brief} if width < _WIDE else set()
-    kept = [index for index, label in enumerate(found.header()) if label not in left_out]
+    kept = found.brief() if width < _WIDE else list(range(len(found.header())))
     table = Table(title=Text(found.title), title_justify="left")
     for index in kept:
         table.add_column(found.header()[index], justify="left" if index < len(found.axes) else "right", overflow="fold")
@@ -267,6 +271,7 @@ def write_study(found: Study, folder: Path) -> Path:
         about=found.about,
         notes=found.notes,
         header=found.header(),
+        brief=found.brief(),
         num_axes=len(found.axes),
         rows=found.rows(),
         pictures=pictures,

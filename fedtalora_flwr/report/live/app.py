@@ -69,7 +69,8 @@ class _Pages:
 
     def __init__(self, board: Board) -> None:
         self._board = board
-        self._one_at_a_time = threading.Lock()  # matplotlib's style is the process's
+        self._looks = threading.Lock()  # at the board, one at a time
+        self._draws = threading.Lock()  # likewise: matplotlib's style is the process's
 
     def index(self, request: Request) -> Response:
         return HTMLResponse(render("live.html.j2", title="fedtalora", root=str(self._board.root)))
@@ -78,11 +79,11 @@ class _Pages:
         return Response(template_text("live.js"), media_type="text/javascript")
 
     def runs(self, request: Request) -> Response:
-        with self._one_at_a_time:
+        with self._looks:
             return JSONResponse({"root": str(self._board.root), "runs": self._board.summaries()})
 
     def metrics(self, request: Request) -> Response:
-        with self._one_at_a_time:
+        with self._looks:
             return PlainTextResponse(prometheus(self._board.summaries()), media_type="text/plain; version=0.0.4")
 
     def report(self, request: Request) -> Response:
@@ -91,7 +92,7 @@ class _Pages:
         if len(found) != 1:
             return _missing("report?run=NAME takes the name of one run")
         try:
-            with self._one_at_a_time:
+            with self._draws:
                 return HTMLResponse(report_page(read_run(found[0])))
         except (OSError, ValueError) as error:
             return PlainTextResponse(f"{error}\n", 500)
@@ -102,7 +103,7 @@ class _Pages:
         if len(found) < 2:
             return _missing("compare?run=NAME&run=NAME takes the names of two runs or more")
         try:
-            with self._one_at_a_time:
+            with self._draws:
                 return HTMLResponse(comparison_page(compare_runs(found, allow_different_partitions=True)))
         except (OSError, ValueError) as error:
             return PlainTextResponse(f"{error}\n", 500)

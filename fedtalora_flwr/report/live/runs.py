@@ -25,7 +25,7 @@ Summary = dict[str, Any]
 
 
 class Board:
-    """All runs below a folder; what has not changed on the disk is not read again.
+    """All runs below a folder; one that does not run is read again only when its files have changed.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class Board:
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
-        self._read: dict[Path, tuple[object, RunRecord | str]] = {}
+        self._ended: dict[Path, tuple[object, Summary]] = {}  # of runs that do not run: of which files, and what
 
     def paths(self) -> dict[str, Path]:
         """List the run folders by the name that a page gives them: their path below the root."""
@@ -45,21 +45,24 @@ class Board:
         """Say of each run where it is: those that run first, then by the time of their last word."""
         locked = _locked_inodes()
         found = [self._summary(name, path, locked) for name, path in self.paths().items()]
-        self._read = {path: one for path, one in self._read.items() if path.is_dir()}
+        self._ended = {path: one for path, one in self._ended.items() if path.is_dir()}  # some may have been deleted
         return sorted(found, key=lambda run: (run["state"] != "running", -run["last_word"]))
 
     def _summary(self, name: str, path: Path, locked: frozenset[int]) -> Summary:
         stamp = [_stamp(path / file) for file in _FILES]
-        if self._read.get(path, (None,))[0] != stamp:
-            try:
-                self._read[path] = stamp, read_run(path)
-            except (OSError, ValueError) as error:
-                self._read[path] = stamp, str(error)
-        run = self._read[path][1]
         last_word = max(one[0] for one in stamp) / 1e9
-        if isinstance(run, str):
-            return {"name": name, "state": "unreadable", "message": run, "last_word": last_word}
-        return summary(run, name=name, status=_status(path), locked=_inode(path) in locked, last_word=last_word)
+        try:
+            here = path.stat().st_ino in locked
+            known = stamp, here
+            if self._ended.get(path, (None,))[0] == known:
+                return self._ended[path][1]
+            run = read_run(path)
+        except (OSError, ValueError) as error:
+            return {"name": name, "state": "unreadable", "message": str(error), "last_word": last_word}
+        found = summary(run, name=name, status=_status(path), locked=here, last_word=last_word)
+        if found["state"] != "running":
+            self._ended[path] = known, found
+        return found
 
 
 def find_runs(root: Path) -> list[Path]:
@@ -128,8 +131,8 @@ def summary(run: RunRecord, *, name: str, status: Mapping[str, Any], locked: boo
             for one in last.get("failures") or ()
         ],
         "num_failures": sum(len(line.get("failures") or ()) for line in lines),
-        "losses": _curve(run, "mean_loss"),
-        "accuracies": _curve(run, "accuracy_seen"),
+        "losses": _curve(run, "mean_loss") if is_running else [],
+        "accuracies": _curve(run, "accuracy_seen") if is_running else [],
     }
 
 
@@ -181,10 +184,6 @@ def _stamp(file: Path) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return found.st_mtime_ns, found.st_size
-
-
-def _inode(path: Path) -> int:
-    return path.stat().st_ino
 
 
 def _locked_inodes() -> frozenset[int]:
