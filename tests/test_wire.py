@@ -92,6 +92,30 @@ def test_state_and_clock_come_off_the_wire_as_they_went_on():
     assert (patch.chain, patch.steps, patch.dense) == ((ZERO.digest,), (), {})
 
 
+def test_a_run_has_a_name_that_no_path_can_be():
+    sent = state_message(make_state())
+    sent.content.config_records[ORDER]["run"] = "0123456789abcdef"
+    assert (
+        wire.read_state(sent)[2].run == "0123456789abcdef" and wire.read_state(state_message(make_state()))[2].run == ""
+    )
+    sent.content.config_records[ORDER]["run"] = "../../0123456789"
+    with pytest.raises(WireError, match=r"a run is named by 16 hexadecimal digits, not '\.\./"):
+        wire.read_state(sent)
+
+
+def test_a_private_reply_tells_what_is_spent_in_place_of_its_loss():
+    told = {"like": make_state(), "mean_loss": 0.25, "scaling": SCALING}
+    private = message(wire.update_reply(make_update(), **told, epsilon_spent=3.5))
+    _, mean_loss = wire.read_update(private, like=make_state(), private=True)
+    assert mean_loss != mean_loss and wire.read_epsilon(private, budget=8.0) == 3.5
+    with pytest.raises(BadUpdate, match="mean-loss"):
+        wire.read_update(private, like=make_state())
+    with pytest.raises(BadUpdate, match=r"spent an epsilon of 3\.5, dp-epsilon is 3"):
+        wire.read_epsilon(private, budget=3.0)
+    with pytest.raises(BadUpdate, match="says not what it has spent"):
+        wire.read_epsilon(update_message(), budget=8.0)
+
+
 def test_patch_comes_off_the_wire_as_it_went_on():
     steps = tuple({LAYER: Step(torch.randn(D_OUT, m), torch.randn(m, D_IN))} for m in (2, 3))
     dense = {"blocks.0.mlp.fc1": torch.randn(4, 3)}
