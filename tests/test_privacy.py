@@ -10,6 +10,7 @@ from local_grid import tiny_run
 
 from fedtalora_flwr import wire
 from fedtalora_flwr.client import budget as budgets
+from fedtalora_flwr.client import handlers
 from fedtalora_flwr.client.budget import Budget, BudgetSpent, LedgerError, sealed
 from fedtalora_flwr.config import ConfigError
 from fedtalora_flwr.inference.export import export
@@ -114,6 +115,23 @@ def test_a_round_that_a_kill_repeats_is_answered_as_before_and_spends_nothing(tm
     assert all(max(line["epsilon_spent"].values()) <= 8 for line in rounds(out)) and len(rounds(out)) == 2
 
 
+def test_training_that_a_kill_cuts_off_has_cost_nothing(tmp_path, cache, monkeypatch):
+    out, train, times = tmp_path / "run", handlers.fit_privately, []
+
+    def cut(*arguments, **told):
+        times.append(told["round_in_task"])
+        if len(times) == 6:  # the last client of the second round
+            raise Killed
+        return train(*arguments, **told)
+
+    monkeypatch.setattr(handlers, "fit_privately", cut)
+    with pytest.raises(Killed):
+        tiny_run(out, **PRIVATE, num_tasks=1)
+    assert [len(ledgers(cache)[f"{client}-train-0.json"]) for client in range(3)] == [2, 2, 1]
+    tiny_run(out, **PRIVATE, num_tasks=1, resume=True)
+    assert times == [0, 0, 0, 1, 1, 1, 1] and not any(line["failures"] for line in rounds(out))
+
+
 def test_a_client_whose_budget_is_spent_trains_the_task_no_more_and_says_so(tmp_path, cache):
     """Its answers are lost with the cache's other files, so that a repeated round costs again."""
     out = tmp_path / "run"
@@ -145,7 +163,6 @@ def test_a_node_answers_nothing_without_noise_whatever_the_server_asks(handler):
     from flwr.app import RecordDict
     from local_grid import TINY, defaults
 
-    from fedtalora_flwr.client import handlers
     from fedtalora_flwr.client.redact import ClientError
 
     message = Message(RecordDict(), dst_node_id=1, message_type=f"train.{handler}")

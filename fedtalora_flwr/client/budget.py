@@ -1,8 +1,8 @@
 """What the examples of a task on this node have spent of their privacy, in a ledger on this machine's disk.
 
 An example takes part in all rounds of its task, and in no other. The noise is such that these rounds together cost
-``dp-epsilon``. Each is written down before it is played, so that one that is repeated, for whatever reason, counts
-again, and none is played that would cost more. But what has been answered once may be answered again: the last answer
+``dp-epsilon``. Each is written down before its answer leaves, so that one that is repeated, for whatever reason, counts
+again, and none is answered that would cost more. But what has been answered once may be answered again: the last answer
 is kept, and where the same order comes once more, as it does after a kill, nothing is trained and nothing is spent.
 
 The ledger is of one run, by the name that its server gives it and keeps when it is resumed. Two runs on the same data
@@ -117,8 +117,10 @@ class Budget:
         """Open that of some `examples`: ``train-0``, ``held-out-2``; of a part alone to keep the last answer on it."""
         return cls(f"{order.run}-{partition_id}-{examples}", config.dp_epsilon, config.dp_delta)
 
-    def spend(self, on: str, *, sample_rate: float, num_steps: int, noise: Callable[[], float]) -> Spent:
-        """Write down that steps are taken, before they are.
+    def spend(
+        self, on: str, *, sample_rate: float, num_steps: int, noise: Callable[[], float], only_ask: bool = False
+    ) -> Spent:
+        """Write down that steps are taken, before anything that comes of them leaves the node.
 
         Parameters
         ----------
@@ -130,6 +132,9 @@ class Budget:
             Those of now.
         noise
             Finds the noise multiplier with which all that is planned is within the budget (see `Plan`); asked once.
+
+        only_ask
+            Write nothing down yet: long work that is cut off tells nobody anything, and costs nothing.
 
         Raises
         ------
@@ -155,7 +160,8 @@ class Budget:
                     "answers for them no more in this run"
                 )
             rows = [[what, each.noise_multiplier, each.sample_rate, each.num_steps] for what, each in taken]
-            write_text(path, json.dumps(rows))
+            if not only_ask:
+                write_text(path, json.dumps(rows))
         return Spent(sigma, epsilon)
 
     def keep(self, answer: RecordDict, *, to: str) -> None:

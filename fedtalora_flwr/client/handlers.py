@@ -239,13 +239,15 @@ def _privately_trained(
     examples = data.training(order.task_id)
     class_counts = torch.bincount(examples.labels, minlength=len(state.head["bias"]))
     budget = budgets.Budget.of(config, order, partition_id=partition_id, examples=f"train-{order.task_id}")
-    spent = budget.spend(
+    spend = partial(
+        budget.spend,
         "training",
         sample_rate=sample_rate(config, len(examples)),
         num_steps=steps_of_round(config, len(examples)),
         noise=lambda: budgets.Plan(config, head.collects_sums).noise_of_training(len(examples)),
     )
-    log.info("task %d has spent an epsilon of %.3g of %g", order.task_id + 1, spent.epsilon, config.dp_epsilon)
+    spent = spend(only_ask=True)
+    log.info("task %d will have spent an epsilon of %.3g of %g", order.task_id + 1, spent.epsilon, config.dp_epsilon)
     result = fit_privately(
         model,
         state.head,
@@ -259,6 +261,7 @@ def _privately_trained(
     )
     update = _update(state, result.adapters, result.head, class_counts, partition_id=partition_id)
     answer = _reply(update, state, mean_loss=result.mean_loss, config=config, epsilon_spent=spent.epsilon)
+    spend()
     told.keep(answer, to=digest)
     return answer
 
