@@ -348,7 +348,7 @@ def test_an_empty_prompt_or_answer_is_named_with_its_row(column, name, tmp_path,
     path = tmp_path / "train.csv"
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([("instruction", "response", "category"), *rows])
-    with pytest.raises(DataError, match=rf"column '{name}' of .* is empty in row 1 \(1 such rows\)"):
+    with pytest.raises(DataError, match=rf"column '{name}' of .* is empty in row 3 \(1 such rows\)"):
         tiny_run(tmp_path / "run", **(run_settings | {"data_path": str(path), "num_tasks": 1}))
 
 

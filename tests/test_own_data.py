@@ -254,7 +254,7 @@ def test_node_that_cannot_say_what_it_holds_sits_the_task_out_and_is_named(paths
     out = run(tmp_path / "run", paths, before_task(1, corrupt))
     failure = rounds(out)[1]["failures"][0]
     assert failure["partition_id"] == 2
-    assert "broken.png cannot be decoded" in failure["reason"] and str(tmp_path) not in failure["reason"]
+    assert "broken.png (task-10, fox) cannot be decoded" in failure["reason"] and str(tmp_path) not in failure["reason"]
     assert rounds(out)[1]["participants"] == [0]
     assert read(out, "manifest.json")["class_names"] == ["ant", "bee", "cat", "dog"]
 

@@ -148,8 +148,12 @@ def test_health_is_told_of_server_and_node(played):
 
 def test_a_node_that_the_server_has_not_answered_for_a_minute_is_ill(played):
     seen = FederationFolder(played.folder / "site0").seen("site0")
-    os.utime(seen, (time.time() - 75, time.time() - 75))
-    assert "the server has not answered site0 for 7" in ailment(played, "site0")
+
+    def told() -> bool:
+        os.utime(seen, (time.time() - 75, time.time() - 75))
+        return "the server has not answered site0 for 7" in ailment(played, "site0")
+
+    assert told() or told()  # a heartbeat may come in between, two in a row do not
     assert eventually(lambda: ailment(played, "site0") == "")  # heartbeats are 17.5 to 22.5 s apart
 
 
