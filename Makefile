@@ -25,7 +25,7 @@ demo: install    ## run the demo: digits, five clients, offline
 	$(BIN)/fedtalora run
 
 test: install    ## run the test suite, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-full: install  ## run also the slow, full-size checks
 	$(BIN)/python -m pytest -m "full or not full"
