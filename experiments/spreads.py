@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from fedtalora_flwr.aggregation.averaging import average_factors
 from fedtalora_flwr.aggregation.factors import LoraFactors, Step
 from fedtalora_flwr.aggregation.methods.fedtalora import FedTaLoRA, Residual
 from fedtalora_flwr.aggregation.types import ClientUpdate, GlobalState, example_weights, in_summation_order
+from fedtalora_flwr.report.figures import Figure, to_file
 from fedtalora_flwr.run_folder import checkpoint
 
 NOTED = ("lost", "bound", "step", "spread")
@@ -84,11 +86,60 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="0 1 2 by default")
     parser.add_argument("--jobs", nargs="*", choices=sorted(JOBS), default=sorted(JOBS), help="which runs; all")
     arguments = parser.parse_args()
-    lines = []
+    lines: list[dict[str, Any]] = []
     for seed, job in itertools.product(arguments.seeds, arguments.jobs):
         for settings in JOBS[job]():
             lines += played(arguments.out, job, {**settings, "seed": seed})
             write(arguments.out / "spreads.csv", lines)
+    print(slopes(lines))
+    to_file(drawn(lines), arguments.out / "spreads.svg", "svg")
+
+
+def slopes(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Say by which power of the learning rate, and of the round's step, what is lost grows in the runs of `grid`."""
+    said = []
+    for number in (1, 3):
+        here = [line for line in lines if line["job"] == "grid" and line["round"] == number]
+        by_rate = [line for line in here if line["local-epochs"] == EPOCHS[1]]
+        for name, some, against in (("learning rate", by_rate, "learning-rate"), ("step", here, "step")):
+            powers = ", ".join(f"{what} {_power(some, what, against):.2f}" for what in ("lost", "bound", "step"))
+            said.append(f"round {number}, powers of the {name}: {powers}")
+    return "\n".join(said)
+
+
+def _power(lines: Sequence[Mapping[str, Any]], what: str, against: str) -> float:
+    """Fit p in ``what ~ against^p``, by least squares over the logarithms."""
+    x, y = (np.log([float(line[key]) for line in lines]) for key in (against, what))
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def drawn(lines: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw what is lost against the round's step, and what a whole run drops against the number of its rounds."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    one, run = figure.subplots(1, 2)
+    here = [line for line in lines if line["job"] == "grid"]
+    for number, marker in ((1, "o"), (2, "s"), (3, "^")):
+        some = [line for line in here if line["round"] == number]
+        one.loglog([x["step"] for x in some], [x["lost"] for x in some], marker, label=f"lost, round {number}")
+    first = sorted((line for line in here if line["round"] == 1), key=lambda line: float(line["step"]))
+    one.loglog([x["step"] for x in first], [x["bound"] for x in first], "x", color="gray", label="bound, round 1")
+    if first:
+        ends = np.array([first[0]["step"], first[-1]["step"]], dtype=float)
+        middle = np.exp(np.mean([np.log(float(x["lost"]) / float(x["step"]) ** 2) for x in first]))
+        one.loglog(ends, middle * ends**2, "--", color="gray", label="slope 2")
+    one.set(xlabel="step of the round", ylabel="lost by averaging the factors")
+    one.legend(fontsize=8)
+    for kind in ("off", "accumulate"):
+        some = [line for line in lines if line["job"] == "residual" and line["residual"] == kind]
+        totals: dict[int, list[float]] = {}
+        for rounds, own in itertools.groupby(some, key=lambda line: (line["seed"], line["rounds-per-task"])):
+            totals.setdefault(int(rounds[1]), []).append(sum(float(line["lost"]) for line in own))
+        rounds_of = sorted(totals)
+        means = [float(np.mean(totals[rounds])) for rounds in rounds_of]
+        run.loglog(rounds_of, means, "o-", label="dropped (residual off)" if kind == "off" else "carried (accumulate)")
+    run.set(xlabel="rounds in which sixteen epochs are trained", ylabel="lost in all rounds together")
+    run.legend(fontsize=8)
+    return figure
 
 
 def grid() -> Iterator[Mapping[str, Any]]:
