@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 import fedtalora_flwr as fedtalora
@@ -139,6 +140,11 @@ def drawn(lines: Sequence[Mapping[str, Any]]) -> Figure:
         run.loglog(rounds_of, means, "o-", label="dropped (residual off)" if kind == "off" else "carried (accumulate)")
     run.set(xlabel="rounds in which sixteen epochs are trained", ylabel="lost in all rounds together")
     run.legend(fontsize=8)
+    for axis in (one.xaxis, one.yaxis, run.xaxis, run.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+    if len({line["rounds-per-task"] for line in lines if line["job"] == "residual"}) < 3:
+        run.remove()  # a line through two points says nothing
     return figure
 
 
