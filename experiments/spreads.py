@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
@@ -116,8 +117,9 @@ def _power(lines: Sequence[Mapping[str, Any]], what: str, against: str) -> float
 
 def drawn(lines: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw what is lost against the round's step, and what a whole run drops against the number of its rounds."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    one, run = figure.subplots(1, 2)
+    shows_runs = len({line["rounds-per-task"] for line in lines if line["job"] == "residual"}) > 2
+    figure = Figure(figsize=(9 if shows_runs else 5, 3.6), layout="constrained")
+    one, *others = figure.subplots(1, 1 + shows_runs, squeeze=False)[0]
     here = [line for line in lines if line["job"] == "grid"]
     for number, marker in ((1, "o"), (2, "s"), (3, "^")):
         some = [line for line in here if line["round"] == number]
@@ -130,22 +132,26 @@ def drawn(lines: Sequence[Mapping[str, Any]]) -> Figure:
         one.loglog(ends, middle * ends**2, "--", color="gray", label="slope 2")
     one.set(xlabel="step of the round", ylabel="lost by averaging the factors")
     one.legend(fontsize=8)
-    for kind in ("off", "accumulate"):
-        some = [line for line in lines if line["job"] == "residual" and line["residual"] == kind]
-        totals: dict[int, list[float]] = {}
-        for rounds, own in itertools.groupby(some, key=lambda line: (line["seed"], line["rounds-per-task"])):
-            totals.setdefault(int(rounds[1]), []).append(sum(float(line["lost"]) for line in own))
-        rounds_of = sorted(totals)
-        means = [float(np.mean(totals[rounds])) for rounds in rounds_of]
-        run.loglog(rounds_of, means, "o-", label="dropped (residual off)" if kind == "off" else "carried (accumulate)")
-    run.set(xlabel="rounds in which sixteen epochs are trained", ylabel="lost in all rounds together")
-    run.legend(fontsize=8)
-    for axis in (one.xaxis, one.yaxis, run.xaxis, run.yaxis):
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter(NullFormatter())
-    if len({line["rounds-per-task"] for line in lines if line["job"] == "residual"}) < 3:
-        run.remove()  # a line through two points says nothing
+    for run in others:
+        _draw_runs(run, [line for line in lines if line["job"] == "residual"])
+    for axes in (one, *others):
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
     return figure
+
+
+def _draw_runs(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
+    for kind in ("off", "accumulate"):
+        some = [line for line in lines if line["residual"] == kind]
+        totals: dict[int, list[float]] = {}
+        for run, own in itertools.groupby(some, key=lambda line: (line["seed"], line["rounds-per-task"])):
+            totals.setdefault(int(run[1]), []).append(sum(float(line["lost"]) for line in own))
+        means = [float(np.mean(totals[rounds])) for rounds in sorted(totals)]
+        label = "dropped (residual off)" if kind == "off" else "carried (accumulate)"
+        axes.loglog(sorted(totals), means, "o-", label=label)
+    axes.set(xlabel="rounds in which sixteen epochs are trained", ylabel="lost in all rounds together")
+    axes.legend(fontsize=8)
 
 
 def grid() -> Iterator[Mapping[str, Any]]:
