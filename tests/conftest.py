@@ -9,15 +9,13 @@ import hypothesis
 import pytest
 import torch
 from local_grid import tiny_run
+from phrases import DEVICES, PHRASES
 
 _cache = tempfile.TemporaryDirectory(prefix="fedtalora-cache-")
 os.environ["FEDTALORA_CACHE"] = _cache.name  # no test reads or fills the user's own
 torch.set_num_threads(1)  # the same sums on any machine, and no fight over the cores of a shared one
 hypothesis.settings.register_profile("seeded", derandomize=True, deadline=None, max_examples=25)
 hypothesis.settings.load_profile("seeded")
-
-DEVICES = ("lamp", "door", "radio", "oven")
-PHRASES = ("switch the {} on", "is the {} off by now", "please move my {} a little", "{}", "what does a new {} cost us")
 
 
 @pytest.fixture(scope="session")

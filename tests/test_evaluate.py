@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DEVICES, PHRASES
+from phrases import DEVICES, PHRASES
 from PIL import Image
 from typer.testing import CliRunner
 

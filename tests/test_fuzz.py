@@ -513,7 +513,8 @@ def test_bad_hellos_are_refused_with_a_reason_and_end_nothing(changes, num_class
     grid = LocalGrid(lambda message, context: Message(next(replies).content, reply_to=message), config.flat(), 1)
     shares = [Share(hello.partition_hash, hello.class_counts.numpy())] * 3 if num_classes else None
     residuals = SharedResidual(make_state(torch.Generator().manual_seed(1)))
-    nodes = Federation(grid, config, residuals=residuals, show=lambda phase, server_round: None, shares=shares).nodes
+    told = {"show": lambda phase, server_round: None, "waits": lambda asked, waiting: None}
+    nodes = Federation(grid, config, residuals=residuals, shares=shares, **told).nodes
     (node,) = grid.get_node_ids()
     for name, _ in bad:
         hellos, reasons = nodes.hellos([node])
