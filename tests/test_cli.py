@@ -135,6 +135,7 @@ def test_run_does_not_write_over_another_run(fedtalora, tmp_path):
         ({"config.json": "{}", "status.json": '{"phase": "training"}'}, "stopped"),
         ({"config.json": "{}"}, "stopped"),
         ({"config.json": "{}", "status.json": "cut"}, "stopped"),
+        ({"config.json": "{}", "status.json": "[]"}, "stopped"),
         ({"config.json": "{}", "metrics.json": "{}"}, "finished"),
     ],
 )

@@ -13,6 +13,7 @@ import sys
 import sysconfig
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -260,7 +261,10 @@ def _minilm() -> Finding:
 
 
 def _cache(folder: Path) -> Finding:
-    held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    held = 0
+    for file in folder.rglob("*"):
+        with suppress(OSError):  # a run may take its files away meanwhile
+            held += file.stat().st_size if file.is_file() else 0
     clear = f"; rm -r {folder} frees it while no run is on, clients are then sent their bases anew" if held else ""
     bound = "residuals of earlier runs, at most base-cache-gb"
     return Finding("ok", "cache", f"{folder} holds {human_bytes(held)} ({bound}){clear}")

@@ -105,15 +105,14 @@ def train(message: Message, run_config: Mapping[str, Any], node_config: Mapping[
     """
     config, partition_id, data = _settings(message, run_config, node_config, private=True)
     model, rank = model_of(config), config.rank_of(partition_id)
-    truncates = aggregation.resolve(config.method, config.settings).truncates
-    state, order = _read(message, config, data, rank=rank if truncates else None)
+    method = aggregation.resolve(config.method, config.settings)
+    state, order = _read(message, config, data, rank=rank if method.truncates else None)
     state = held(state, rank)
     model.load(state.adapters, state.residual)
     if config.dp_epsilon:
         return _privately_trained(model, state, order, config=config, partition_id=partition_id, data=data)
     result, counts = _trained(message, model, state, order, config=config, partition_id=partition_id, data=data)
     update = _update(state, result.adapters, result.head, counts, partition_id=partition_id)
-    method = aggregation.resolve(config.method, config.settings)
     if method.sends_grams:
         inner = "lora_A" not in method.trains(state.version)
         update = replace(update, grams=input_grams(model, data.training(order.task_id), config=config, inner=inner))

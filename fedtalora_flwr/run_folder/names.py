@@ -33,7 +33,8 @@ def standing(folder: Path) -> Standing:
 
 def _failed(folder: Path) -> bool:
     with suppress(OSError, ValueError):
-        return bool(json.loads((folder / STATUS).read_text()).get("phase") == "failed")
+        status = json.loads((folder / STATUS).read_text())
+        return isinstance(status, dict) and status.get("phase") == "failed"
     return False
 
 
